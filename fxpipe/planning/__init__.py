@@ -1,0 +1,1 @@
+"""From a LayerGraph to a PipelinePlan; imports no torch."""

@@ -1,0 +1,1 @@
+"""The only effects: memory, process groups, forward and backward."""
