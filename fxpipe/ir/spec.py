@@ -182,6 +182,11 @@ class LayerSpec:
         return self._get("fqn")  # type: ignore[no-any-return]
 
     @property
+    def layer_name(self) -> str:
+        """Name of the layer in a graph: the FQN, with ``@1``, ``@2`` … for later calls of the same module."""
+        return f"{self.fqn}@{self.call}" if self.call else self.fqn
+
+    @property
     def type_path(self) -> str:
         """Import path of the class, ``torch.nn.modules.linear:Linear``."""
         return self._get("type_path")  # type: ignore[no-any-return]

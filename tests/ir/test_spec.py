@@ -404,6 +404,11 @@ def test_a_captured_spec_tells_what_was_captured():
     assert (spec.typename, spec.module_args, spec.module_kwargs) == (None, (), {})
 
 
+def test_later_calls_of_a_module_have_layer_names_of_their_own():
+    names = [LayerSpec.captured("h.0", "m:Block", call=call).layer_name for call in range(3)]
+    assert names == ["h.0", "h.0@1", "h.0@2"]
+
+
 def test_a_captured_layer_with_ties_is_a_tied_layer_spec():
     spec = LayerSpec.captured("decoder", "m:Linear", ties=(("wte.weight", "weight"), ("bias", "bias")))
     assert isinstance(spec, TiedLayerSpec)
