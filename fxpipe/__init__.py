@@ -1,1 +1,78 @@
-"""fxpipe: a pipeline-parallelism compiler for PyTorch. Names load on first use; importing this costs no torch."""
+"""fxpipe: a pipeline-parallelism compiler for PyTorch.
+
+>>> import fxpipe
+>>> pipe = fxpipe.compile(model, 4, (batch,))  # doctest: +SKIP
+>>> pipe.print_report()  # doctest: +SKIP
+
+Names load on first use; importing the package costs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fxpipe.errors import (
+        CaptureError,
+        FxpipeError,
+        InfeasibleError,
+        MaterializeError,
+        MismatchError,
+        PartitionError,
+        PlanError,
+        RankError,
+        ScheduleError,
+        SpecError,
+        TieError,
+        WeightsError,
+    )
+    from fxpipe.ir.graph import LayerGraph
+    from fxpipe.ir.hardware import Hardware, Training
+    from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
+    from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
+
+__all__ = [
+    "CaptureError",
+    "FxpipeError",
+    "Hardware",
+    "InfeasibleError",
+    "LayerGraph",
+    "LayerSpec",
+    "MaterializeError",
+    "MismatchError",
+    "PartitionError",
+    "PipelinePlan",
+    "PlanError",
+    "RankError",
+    "ScheduleError",
+    "SpecError",
+    "StagePlan",
+    "TieError",
+    "TieGroup",
+    "TiedLayerSpec",
+    "Training",
+    "WeightsError",
+]
+
+_HOMES = {
+    "fxpipe.errors": (
+        *("CaptureError", "FxpipeError", "InfeasibleError", "MaterializeError", "MismatchError", "PartitionError"),
+        *("PlanError", "RankError", "ScheduleError", "SpecError", "TieError", "WeightsError"),
+    ),
+    "fxpipe.ir.graph": ("LayerGraph",),
+    "fxpipe.ir.hardware": ("Hardware", "Training"),
+    "fxpipe.ir.plan": ("PipelinePlan", "StagePlan", "TieGroup"),
+    "fxpipe.ir.spec": ("LayerSpec", "TiedLayerSpec"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,151 @@
+"""The rooms of the package as one table: who may import whom, who may import torch, what else each may import."""
+
+import ast
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import networkx as nx
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "fxpipe"
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What the modules of one room may import at run time."""
+
+    rooms: str
+    libraries: str = ""
+
+
+TABLE = {
+    "__init__": Room(""),
+    "errors": Room(""),
+    "_torch": Room("errors", "torch"),
+    "ir": Room("errors", "networkx"),
+    "planning": Room("errors ir", "networkx numpy"),
+    "report": Room("errors ir", "networkx numpy tabulate"),
+    "capture": Room("errors ir _torch", "torch networkx numpy"),
+    "runtime": Room("errors ir _torch", "torch numpy tqdm"),
+    "pipeline": Room("errors ir _torch planning report capture runtime", "torch tqdm"),
+    "compiler": Room("errors ir _torch planning report capture runtime pipeline", "torch tqdm"),
+    "cli": Room("errors ir planning report capture compiler pipeline", "tqdm"),
+    "__main__": Room("cli"),
+}
+# A class can only be checked against torch, and built, where torch is: inside these functions.
+TORCH_INSIDE_A_FUNCTION = {"fxpipe.ir.spec"}
+
+MODULES = {
+    ".".join(["fxpipe", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+
+def room_of(module):
+    parts = module.split(".")
+    return "__init__" if len(parts) == 1 else parts[1]
+
+
+def run_time_nodes(tree):
+    """Every node outside ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        guarded = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for part in node.orelse if guarded else [node]:
+            yield part
+            yield from run_time_nodes(part)
+
+
+def imports(tree):
+    """``(module, name, top_level)`` of every import that runs; name is None for ``import module``."""
+    top = {id(node) for node in tree.body}
+    for node in run_time_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield from ((node.module, alias.name, id(node) in top) for alias in node.names)
+
+
+def home(module, name):
+    """The module a ``from module import name`` loads: ``from fxpipe.ir import spec`` loads ``fxpipe.ir.spec``."""
+    return f"{module}.{name}" if f"{module}.{name}" in MODULES else module
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+
+
+def test_every_module_lives_in_a_room_of_the_table():
+    assert {room_of(module) for module in MODULES} <= set(TABLE)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_room_may(module, trees):
+    room = TABLE[room_of(module)]
+    for target, name, top_level in imports(trees[module]):
+        library = target.split(".")[0]
+        if library == "fxpipe":
+            wanted = home(target, name)
+            assert wanted != "fxpipe", f"{module} imports the front door"
+            own = room_of(wanted) == room_of(module)
+            assert own or room_of(wanted) in room.rooms.split(), f"{module} may not import {wanted}"
+        elif library not in sys.stdlib_module_names:
+            inside = library == "torch" and not top_level and module in TORCH_INSIDE_A_FUNCTION
+            assert inside or library in room.libraries.split(), f"{module} may not import {library}"
+
+
+@pytest.mark.parametrize("module", [m for m, p in MODULES.items() if p.name == "__init__.py" and m != "fxpipe"])
+def test_a_room_opens_with_one_docstring_and_nothing_else(module, trees):
+    assert ast.get_docstring(trees[module])
+    assert len(trees[module].body) == 1
+
+
+def test_imports_make_no_cycle(trees):
+    graph = nx.DiGraph()
+    for module, tree in trees.items():
+        for target, name, _ in imports(tree):
+            if target.split(".")[0] == "fxpipe":
+                graph.add_edge(module, home(target, name))
+    assert list(nx.simple_cycles(graph)) == []
+
+
+def private_names(tree):
+    """Names with a leading underscore that are reached through something imported from torch."""
+    roots = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            roots |= {alias.asname or "torch" for alias in node.names if alias.name.split(".")[0] == "torch"}
+            yield from (alias.name for alias in node.names if alias.name.startswith("torch") and "._" in alias.name)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            roots |= {alias.asname or alias.name for alias in node.names}
+            yield from (f"{node.module}.{a.name}" for a in node.names if "._" in f".{node.module}.{a.name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            chain = ast.unparse(node).split(".")
+            private = [part for part in chain[1:] if part.startswith("_") and not part.startswith("__")]
+            if chain[0] in roots and private:
+                yield ".".join(chain)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "fxpipe._torch"])
+def test_torch_private_names_appear_in_one_module_only(module, trees):
+    assert sorted(set(private_names(trees[module]))) == []
+
+
+def test_the_guard_sees_private_names():
+    source = "import torch\nfrom torch import nn\nfrom torch._C import x\ntorch.a._b.c\nnn.Module.__call__\nself._own"
+    assert sorted(private_names(ast.parse(source))) == ["torch._C.x", "torch.a._b", "torch.a._b.c"]
+
+
+def test_planning_and_reporting_start_without_torch():
+    without = [m for m in MODULES if room_of(m) in ("__init__", "errors", "ir", "planning", "report", "cli")]
+    code = f"import sys, importlib\nsys.modules['torch'] = None\nfor m in {without}: importlib.import_module(m)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
