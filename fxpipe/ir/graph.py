@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
 
 from fxpipe.ir.cost import LayerCounts
-from fxpipe.ir.spec import LayerSpec
+from fxpipe.ir.spec import LayerSpec, TensorInfo
 from fxpipe.ir.tensor import TensorMeta
 
 
@@ -56,11 +57,13 @@ class LayerGraph:
         specs: One spec per layer, in the order the model calls them; layers that are never called come last.
         values: Tensors between layers.
         edges: ``(earlier, later)`` pairs of layers, those of ``values`` and those that only order.
+        free_edges: ``(earlier, later)`` pairs whose earlier layer is recomputed; nothing travels along them.
         recomputed: Layers (masks, position ids, rotary tables) that every stage which reads them runs for itself.
         groups: Layers that must share a stage (an in-place write and its target).
         blocks: For each layer the FQN of the block it lies in, or ``""``.
         ties: Shared tensors.
         counts: For each layer what it does for one microbatch; empty until counted.
+        inputs: Name, shape and dtype of each input tensor of one microbatch, as text.
         batch_size: Samples per microbatch, None without an example.
         notes: What the report should say about the capture.
     """
@@ -69,18 +72,32 @@ class LayerGraph:
     specs: tuple[LayerSpec, ...]
     values: tuple[Value, ...] = ()
     edges: tuple[tuple[int, int], ...] = ()
+    free_edges: tuple[tuple[int, int], ...] = ()
     recomputed: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     blocks: tuple[str, ...] = ()
     ties: tuple[Tie, ...] = ()
     counts: tuple[LayerCounts, ...] = ()
+    inputs: tuple[str, ...] = ()
     batch_size: int | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property
     def layer_names(self) -> tuple[str, ...]:
         """Give each layer's name: its FQN, with ``@1``, ``@2`` … for later calls of one module."""
-        return tuple(spec.layer_name for spec in self.specs)
+        return tuple(f"{spec.fqn}@{spec.call}" if spec.call else spec.fqn for spec in self.specs)
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Give every parameter and buffer once per FQN, by FQN."""
+        found = {info.fqn: info for spec in self.specs for info in (*spec.parameters, *spec.buffers)}
+        return tuple(found[fqn] for fqn in sorted(found))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of the model's class name and tensors: the same at every grain and in every process."""
+        text = repr([self.name, *((t.fqn, t.shape, t.dtype) for t in self.tensors)])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def digraph(self) -> nx.DiGraph:
@@ -88,7 +105,7 @@ class LayerGraph:
         graph: nx.DiGraph = nx.DiGraph(name=self.name)
         for index, layer_name in enumerate(self.layer_names):
             graph.add_node(index, layer=layer_name)
-        for earlier, later in self.edges:
+        for earlier, later in (*self.edges, *self.free_edges):
             graph.add_edge(earlier, later, values=())
         for value in self.values:
             for reader in value.readers:
