@@ -43,7 +43,8 @@ class LayerCounts:
     def flops(self, phase: Phase | None = None) -> int:
         """Sum the FLOPs of one phase, or of all.
 
-        >>> counts = LayerCounts((OpCount("mm", "forward", 8, 4, "float32"), OpCount("mm", "input_grad", 8, 4, "float32")))
+        >>> ops = OpCount("mm", "forward", 8, 4, "float32"), OpCount("mm", "input_grad", 8, 4, "float32")
+        >>> counts = LayerCounts(ops)
         >>> counts.flops("forward"), counts.flops()
         (8, 16)
         """

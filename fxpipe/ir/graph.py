@@ -100,9 +100,9 @@ class LayerGraph:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
-    def digraph(self) -> nx.DiGraph:
+    def digraph(self) -> nx.DiGraph[int]:
         """Give the graph to networkx: nodes are spec indices with ``layer``, edges carry the ``values`` that cross."""
-        graph: nx.DiGraph = nx.DiGraph(name=self.name)
+        graph: nx.DiGraph[int] = nx.DiGraph(name=self.name)
         for index, layer_name in enumerate(self.layer_names):
             graph.add_node(index, layer=layer_name)
         for earlier, later in (*self.edges, *self.free_edges):

@@ -13,6 +13,7 @@ class PeakFlops(Mapping[str, float]):
     """Peak FLOP/s by dtype name: an immutable, hashable mapping in sorted order."""
 
     __slots__ = ("_pairs",)
+    _pairs: tuple[tuple[str, float], ...]
 
     def __init__(self, rates: Mapping[str, float]) -> None:
         object.__setattr__(self, "_pairs", tuple(sorted((str(k), float(v)) for k, v in rates.items())))
