@@ -36,6 +36,21 @@ def dtype_bytes(dtype: str) -> int:
     return _ITEM_BITS[dtype] // 8
 
 
+def dtype_name(dtype: object) -> str:
+    """Give the name of a dtype: torch's own or its text, without the ``torch.`` prefix.
+
+    Raises:
+        ValueError: No dtype has that name.
+
+    >>> dtype_name("torch.bfloat16")
+    'bfloat16'
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _ITEM_BITS and not name.startswith("float8_"):
+        raise ValueError(f"unknown dtype {dtype!r}\n  known: {', '.join(sorted(_ITEM_BITS))}, float8_…")
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
     """Shape, dtype (torch's name without the prefix) and whether a gradient flows through it.
