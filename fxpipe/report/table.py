@@ -1,0 +1,281 @@
+"""A plan as a person reads it: who gets what, what limits the pipeline, and what to do about it."""
+
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from tabulate import tabulate
+
+from fxpipe.errors import PlanError
+from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
+
+WIDTH = 100
+_SIMPLE_SCHEDULES = ("GPipe", "1F1B")
+
+
+def render(plan: PipelinePlan, format: str = "text") -> str:
+    """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"`` or ``"json"``.
+
+    The JSON is the plan itself; ``PipelinePlan.from_json`` reads it back.
+
+    Raises:
+        PlanError: The format is none of these.
+
+    >>> from fxpipe.ir.plan import PipelinePlan, StagePlan
+    >>> stages = (StagePlan(0, 0, ("wte", "h.0"), 7000, 28000, 3e-3, 1e-3, 2e-3), StagePlan(1, 1, ("head",)))
+    >>> print(render(PipelinePlan("GPT", "", stages, num_ranks=2)).splitlines()[0])
+    GPT · 2 stages · 1F1B · 1 microbatch · h100 · cost: roofline
+    """
+    renderers: dict[str, Callable[[PipelinePlan], str]] = {
+        "text": _text,
+        "markdown": _markdown,
+        "json": PipelinePlan.to_json,
+    }
+    if format not in renderers:
+        raise PlanError(f"unknown report format {format!r}\n  known: {', '.join(renderers)}")
+    return renderers[format](plan)
+
+
+def _text(plan: PipelinePlan) -> str:
+    lines = textwrap.wrap(_headline(plan), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    lines += _paragraph("inputs", ", ".join(plan.inputs)) if plan.inputs else []
+    lines += ["", _stage_table(plan, "plain"), ""]
+    if plan.ties:
+        lines += [_tie_table(plan, "plain"), ""]
+    lines += _pieces(_summary(plan))
+    lines += _paragraph("opened", ", ".join(plan.opened)) if plan.opened else []
+    for note in _notes(plan):
+        lines += _paragraph("note", note)
+    return "\n".join(lines)
+
+
+def _markdown(plan: PipelinePlan) -> str:
+    parts = [f"**{_headline(plan)}**"]
+    if plan.inputs:
+        parts.append("Inputs of one microbatch: " + ", ".join(f"`{text}`" for text in plan.inputs))
+    parts.append(_stage_table(plan, "github"))
+    if plan.ties:
+        parts.append(_tie_table(plan, "github"))
+    parts.append("  \n".join(_summary(plan)))
+    if plan.opened:
+        parts.append("Opened, because a cut crosses them: " + ", ".join(f"`{name}`" for name in plan.opened))
+    parts += [f"> {note}" for note in _notes(plan)]
+    return "\n\n".join(parts)
+
+
+def _headline(plan: PipelinePlan) -> str:
+    size = f" of {plan.microbatch_size}" if plan.microbatch_size is not None else ""
+    ranks = [_count(plan.num_ranks, "rank")] if plan.num_ranks != plan.num_stages else []
+    return " · ".join(
+        [
+            plan.model,
+            _count(plan.num_stages, "stage"),
+            *ranks,
+            plan.schedule,
+            _count(plan.num_microbatches, "microbatch", "microbatches") + size,
+            plan.hardware.name,
+            f"cost: {plan.cost}",
+        ]
+    )
+
+
+def _stage_table(plan: PipelinePlan, style: str) -> str:
+    total = sum(stage.seconds for stage in plan.stages) or 1.0
+    unit, scale = _time_unit(max((max(stage.forward_s, stage.backward_s) for stage in plan.stages), default=0.0))
+    several = plan.num_ranks != plan.num_stages
+    header = ["stage", *(["rank"] if several else []), "layers", "params", "of time"]
+    header += [f"fwd {unit}", f"bwd {unit}", "memory", "sends →"]
+    rows = [
+        [
+            str(stage.index),
+            *([str(stage.rank)] if several else []),
+            "",
+            _number(stage.parameters),
+            f"{100 * stage.seconds / total:.1f} %",
+            _digits(stage.forward_s * scale),
+            _digits(stage.backward_s * scale),
+            _size(stage.peak_bytes),
+            _sends(stage) if stage.index < plan.num_stages - 1 else "",
+        ]
+        for stage in plan.stages
+    ]
+    place = header.index("layers")
+    others = sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(len(header)) if i != place)
+    for row, stage in zip(rows, plan.stages, strict=True):
+        row[place] = _layers(stage, WIDTH - others if style == "plain" else WIDTH)
+    align = ["left" if name in ("stage", "rank", "layers") else "right" for name in header]
+    if style == "plain":  # as a row, since tabulate widens columns that have a header
+        return tabulate([header, *rows], tablefmt=style, colalign=align, disable_numparse=True)
+    return tabulate(rows, header, tablefmt=style, colalign=align, disable_numparse=True)
+
+
+def _sends(stage: StagePlan) -> str:
+    several = f" in {len(stage.sends)}" if len(stage.sends) > 1 else ""
+    return _size(stage.send_bytes) + several
+
+
+def _tie_table(plan: PipelinePlan, style: str) -> str:
+    rows = [["tied", "", *_tie_cells(tie)] for tie in plan.ties]
+    room = WIDTH - 2 * 4 - 4 - sum(max(len(row[i]) for row in rows) for i in (2, 3, 4))
+    for row, tie in zip(rows, plan.ties, strict=True):
+        row[1] = _shorten(_tie_names(tie), room if style == "plain" else 10 * WIDTH)
+    header = () if style == "plain" else ("", "tensor", "stages", "bytes", "per step")
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True)
+
+
+def _tie_names(tie: TieGroup) -> str:
+    shown = " = ".join(tie.fqns[:3]) + (f" = … ({len(tie.fqns)} names)" if len(tie.fqns) > 3 else "")
+    return shown if len(tie.fqns) > 1 else f"{shown} (called at several places)"
+
+
+def _tie_cells(tie: TieGroup) -> tuple[str, str, str]:
+    stages = ("stages " if len(tie.stages) > 1 else "stage ") + ", ".join(map(str, tie.stages))
+    if len(tie.stages) < 2:
+        return stages, _size(tie.bytes), "one copy"
+    if not tie.trainable:
+        return stages, _size(tie.bytes), "frozen"
+    unit, scale = _time_unit(tie.seconds)
+    return stages, _size(tie.bytes), f"all-reduce {_digits(tie.seconds * scale)} {unit}"
+
+
+def _summary(plan: PipelinePlan) -> list[str]:
+    """Balance, bubble, step time and limit: the pieces of the last line."""
+    mean = sum(stage.seconds for stage in plan.stages) / len(plan.stages)
+    bottleneck = plan.bottleneck or max(stage.seconds for stage in plan.stages)
+    pieces = []
+    if mean > 0:
+        bound = f" (lower bound {plan.lower_bound / mean:.3f})" if plan.lower_bound > 0 else ""
+        pieces.append(f"balance max/mean {bottleneck / mean:.3f}{bound}")
+    step = estimated_step_s(plan)
+    if step:
+        unit, scale = _time_unit(step)
+        pieces.append(f"bubble ≈ {100 * (1 - plan.num_microbatches * mean / step):.1f} %")
+        pieces.append(f"step ≈ {_digits(step * scale)} {unit}")
+    if plan.limited_by:
+        pieces.append(f"limited by: {plan.limited_by}")
+    if plan.method:
+        pieces.append(f"search: {plan.method}")
+    return pieces
+
+
+def estimated_step_s(plan: PipelinePlan) -> float | None:
+    """Seconds of one step of GPipe or 1F1B: every microbatch passes the slowest stage, the first one all stages.
+
+    None for the other schedules, whose order needs a simulation. Tied gradients are summed after the schedule.
+    """
+    if plan.schedule not in _SIMPLE_SCHEDULES or plan.num_ranks != plan.num_stages:
+        return None
+    seconds = [stage.seconds for stage in plan.stages]
+    ties = sum(tie.seconds for tie in plan.ties if tie.trainable and len(tie.stages) > 1)
+    return sum(seconds) + (plan.num_microbatches - 1) * max(seconds) + ties
+
+
+def _notes(plan: PipelinePlan) -> list[str]:
+    per_rank: dict[int, int] = defaultdict(int)
+    for stage in plan.stages:
+        per_rank[stage.rank] += stage.peak_bytes
+    too_much = [rank for rank, need in sorted(per_rank.items()) if need > plan.hardware.memory]
+    warnings = [
+        f"rank {rank} needs {_size(per_rank[rank])}, and a {plan.hardware.name} has {_size(plan.hardware.memory)}: "
+        "use more stages, smaller microbatches or memory_limit"
+        for rank in too_much
+    ]
+    empty = [
+        f"stage {stage.index} has no parameters: the model has too few layers that can be separated"
+        for stage in plan.stages
+        if not stage.parameters
+    ]
+    return [*warnings, *empty, *plan.notes]
+
+
+def _layers(stage: StagePlan, room: int) -> str:
+    """First and last layer of a stage and how many there are; the last without what it shares with the first."""
+    if not stage.layers:
+        return "(none)"
+    first, last = stage.layers[0], stage.layers[-1]
+    if len(stage.layers) == 1:
+        return _shorten(first, room)
+    last = last.removeprefix(first.partition(".")[0] + ".")
+    count = f" ({len(stage.layers)})"
+    joint = " … " if len(stage.layers) > 2 else ", "
+    each = max((room - len(count) - len(joint)) // 2, 8)
+    spare = max(each - len(last), 0)
+    first = _shorten(first, each + spare)
+    last = _shorten(last, max(room - len(count) - len(joint) - len(first), 8))
+    return f"{first}{joint}{last}{count}"
+
+
+def _shorten(text: str, room: int) -> str:
+    """Leave the middle out.
+
+    >>> _shorten("transformer.h.11.attention", 12)
+    'trans…ention'
+    """
+    if len(text) <= room:
+        return text
+    head = max((room - 1) // 2, 1)
+    return f"{text[:head]}…{text[len(text) - max(room - 1 - head, 1) :]}"
+
+
+def _pieces(pieces: Sequence[str]) -> list[str]:
+    """Put the pieces on as few lines as fit, three blanks between."""
+    lines: list[str] = []
+    for piece in pieces:
+        if lines and len(lines[-1]) + 3 + len(piece) <= WIDTH:
+            lines[-1] += f"   {piece}"
+        else:
+            lines += textwrap.wrap(piece, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
+
+
+def _paragraph(label: str, text: str) -> list[str]:
+    indent = " " * 8
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{label:<8}", subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _number(count: float) -> str:
+    """Three or four digits and a letter.
+
+    >>> _number(0), _number(950), _number(137_200_000), _number(405e9)
+    ('0', '950', '137.2 M', '405.0 G')
+    """
+    for letter in ("", "K", "M", "G"):
+        if count < 1000:
+            return f"{count:.1f} {letter}" if letter else f"{count:.0f}"
+        count /= 1000
+    return f"{count:.1f} T"
+
+
+def _size(count: float) -> str:
+    """Bytes in binary units.
+
+    >>> _size(0), _size(8 * 2**20), _size(9.8 * 2**30)
+    ('0 B', '8.0 MiB', '9.8 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _time_unit(seconds: float) -> tuple[str, float]:
+    if seconds >= 1:
+        return "s", 1.0
+    return ("ms", 1e3) if seconds >= 1e-3 or seconds <= 0 else ("µs", 1e6)
+
+
+def _digits(value: float) -> str:
+    """Three digits that count.
+
+    >>> _digits(0), _digits(0.0123), _digits(1.234), _digits(412.3)
+    ('0', '0.0123', '1.23', '412')
+    """
+    if value <= 0:
+        return "0"
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4
+    return f"{value:.{decimals}f}"

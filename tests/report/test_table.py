@@ -1,0 +1,158 @@
+import dataclasses
+
+import pytest
+
+from fxpipe.errors import PlanError
+from fxpipe.ir.hardware import Hardware, Training
+from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
+from fxpipe.ir.tensor import TensorMeta
+from fxpipe.report.table import estimated_step_s, render
+
+HIDDEN = TensorMeta((4, 1024, 1024), "bfloat16", requires_grad=True)
+
+
+def stage(index, *layers, **changes):
+    about = {
+        "parameters": 137_200_000,
+        "bytes": 274_400_000,
+        "seconds": 0.025,
+        "forward_s": 0.008,
+        "backward_s": 0.016,
+        "peak_bytes": int(9.8 * 2**30),
+        "sends": (HIDDEN,),
+    }
+    return StagePlan(index, changes.pop("rank", index), layers, **{**about, **changes})
+
+
+@pytest.fixture
+def plan():
+    return PipelinePlan(
+        model="GPT2LMHeadModel",
+        model_fingerprint="0",
+        stages=(
+            stage(0, "transformer.wte", "transformer.wpe", "transformer.h.0"),
+            stage(1, *(f"transformer.h.{i}" for i in range(1, 12)), seconds=0.050, forward_s=0.0166),
+            stage(2, "transformer.ln_f", "lm_head", sends=()),
+        ),
+        ties=(
+            TieGroup("transformer.wte.weight", ("transformer.wte.weight", "lm_head.weight"), (0, 2), 206 << 20, 2e-3),
+        ),
+        num_ranks=3,
+        num_microbatches=4,
+        microbatch_size=4,
+        hardware=Hardware.preset("h100"),
+        training=Training(),
+        bottleneck=0.050,
+        lower_bound=0.040,
+        limited_by="stage 1",
+        method="all downsets",
+        inputs=("input_ids int64[4, 1024]",),
+        notes=("loss: mean over valid targets",),
+    )
+
+
+REPORT = """\
+GPT2LMHeadModel · 3 stages · 1F1B · 4 microbatches of 4 · h100 · cost: roofline
+inputs  input_ids int64[4, 1024]
+
+stage  layers                          params  of time  fwd ms  bwd ms   memory  sends →
+0      transformer.wte … h.0 (3)      137.2 M   25.0 %    8.00    16.0  9.8 GiB  8.0 MiB
+1      transformer.h.1 … h.11 (11)    137.2 M   50.0 %    16.6    16.0  9.8 GiB  8.0 MiB
+2      transformer.ln_f, lm_head (2)  137.2 M   25.0 %    8.00    16.0  9.8 GiB
+
+tied  transformer.wte.weight = lm_head.weight  stages 0, 2  206.0 MiB  all-reduce 2.00 ms
+
+balance max/mean 1.500 (lower bound 1.200)   bubble ≈ 47.1 %   step ≈ 252 ms   limited by: stage 1
+search: all downsets
+note    loss: mean over valid targets"""
+
+
+def test_the_report_of_a_plan_reads_like_this(plan):
+    assert [line.rstrip() for line in render(plan).splitlines()] == REPORT.splitlines()
+
+
+def test_the_step_of_simple_schedules_is_the_fill_plus_the_slowest_stage_plus_the_ties(plan):
+    assert estimated_step_s(plan) == pytest.approx(0.025 + 0.050 + 0.025 + 3 * 0.050 + 2e-3)
+    assert "bubble ≈ 47.1 %   step ≈ 252 ms" in render(plan)
+    other = dataclasses.replace(plan, schedule="ZBVZeroBubble")
+    assert estimated_step_s(other) is None
+    assert "bubble" not in render(other)
+
+
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_no_line_is_wider_than_a_hundred_columns(plan, count):
+    layers = [
+        f"model.language_model.decoder.very_long_name_of_a_module.layers.{i}.self_attention" for i in range(count)
+    ]
+    long = TieGroup(layers[0], tuple(f"{layer}.weight" for layer in (*layers, *layers)), (0, 1), 1 << 40, 1.0)
+    stages = tuple(stage(i, *layers, parameters=10**12) for i in range(3))
+    wide = dataclasses.replace(
+        plan,
+        model="AModelForConditionalGenerationWithAnExtremelyLongName" * 2,
+        stages=stages,
+        ties=(long,),
+        num_ranks=2,
+        opened=tuple(layers),
+        limited_by=f"layer {layers[0]} of stage 1, which is not split",
+        notes=("a note of many words " * 20,),
+    )
+    assert max(map(len, render(wide).splitlines())) <= 100
+
+
+def test_ranks_stand_in_the_table_only_where_they_differ_from_stages(plan):
+    assert "rank" not in render(plan)
+    two = tuple(dataclasses.replace(each, rank=each.index % 2) for each in plan.stages)
+    text = render(dataclasses.replace(plan, stages=two, num_ranks=2))
+    assert "3 stages · 2 ranks" in text
+    assert "stage  rank  layers" in text
+
+
+def test_the_last_stage_sends_nothing_and_several_tensors_are_counted(plan):
+    several = (dataclasses.replace(plan.stages[0], sends=(HIDDEN, HIDDEN)), *plan.stages[1:])
+    lines = render(dataclasses.replace(plan, stages=several)).splitlines()
+    rows = {line[0]: line for line in lines if line[:1].isdigit()}
+    assert rows["0"].endswith("16.0 MiB in 2")
+    assert rows["2"].endswith("9.8 GiB")
+
+
+def test_a_rank_that_needs_more_memory_than_there_is_is_a_warning(plan):
+    small = Hardware({"float32": 1e12}, 1e12, 15 * 2**30, name="small")
+    text = render(dataclasses.replace(plan, hardware=small))
+    assert "needs" not in text
+    halves = tuple(dataclasses.replace(each, rank=0) for each in plan.stages)
+    text = render(dataclasses.replace(plan, stages=halves, hardware=small))
+    assert "rank 0 needs 29.4 GiB, and a small has 15.0 GiB" in text
+
+
+def test_a_stage_without_parameters_is_named(plan):
+    bare = (*plan.stages[:2], dataclasses.replace(plan.stages[2], parameters=0))
+    assert "stage 2 has no parameters" in render(dataclasses.replace(plan, stages=bare))
+
+
+def test_a_tie_within_one_stage_costs_nothing_and_a_frozen_one_is_not_reduced(plan):
+    ties = (TieGroup("a", ("a", "b"), (1,), 4), TieGroup("c", ("c",), (0, 1), 4, trainable=False))
+    text = render(dataclasses.replace(plan, ties=ties))
+    assert "tied  a = b                         stage 1      4 B  one copy" in text
+    assert "tied  c (called at several places)  stages 0, 1  4 B  frozen" in text
+
+
+def test_json_is_the_plan_itself(plan):
+    assert PipelinePlan.from_json(render(plan, "json")) == plan
+
+
+def test_markdown_has_the_same_numbers_in_tables(plan):
+    text = render(plan, "markdown")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert cells[3][:4] == ["1", "transformer.h.1 … h.11 (11)", "137.2 M", "50.0 %"]
+    assert cells[-1] == [
+        "tied",
+        "transformer.wte.weight = lm_head.weight",
+        "stages 0, 2",
+        "206.0 MiB",
+        "all-reduce 2.00 ms",
+    ]
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones(plan):
+    with pytest.raises(PlanError, match=r"unknown report format 'pdf'\n  known: text, markdown, json"):
+        render(plan, "pdf")
