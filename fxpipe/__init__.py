@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fxpipe.ir.hardware import Hardware, Training
     from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
     from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
+    from fxpipe.planning.partition import partition
 
 __all__ = [
     "CaptureError",
@@ -51,6 +52,7 @@ __all__ = [
     "TiedLayerSpec",
     "Training",
     "WeightsError",
+    "partition",
 ]
 
 _HOMES = {
@@ -62,6 +64,7 @@ _HOMES = {
     "fxpipe.ir.hardware": ("Hardware", "Training"),
     "fxpipe.ir.plan": ("PipelinePlan", "StagePlan", "TieGroup"),
     "fxpipe.ir.spec": ("LayerSpec", "TiedLayerSpec"),
+    "fxpipe.planning.partition": ("partition",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
