@@ -178,7 +178,7 @@ def main():
     with torch.device("meta"):
         model, example, _ = build()
     plan = {"microbatches": args.microbatches, "schedule": args.schedule, "hardware": "cpu", "seed": args.seed}
-    with fxpipe.compile(model, args.stages, example, loss_fn=loss_fn, **plan) as pipe:
+    with fxpipe.compile(model, args.stages, example, {"target": example[0]}, loss_fn=loss_fn, **plan) as pipe:
         pipe.print_report()
         if not args.plan_only:
             train(args, pipe)
