@@ -58,8 +58,8 @@ def partition(
     Args:
         graph: Node attributes ``seconds`` (>= 0), ``memory`` (bytes, default 0), ``transfer`` (seconds to move the
             node's output over one link, default 0), ``group`` (nodes of one group share a stage). Instead of
-            ``transfer``, ``graph.graph["transfers"]``: a list of ``(seconds, nodes)``, one value each, with its producer
-            and all its readers. Edges only order: stage(u) <= stage(v).
+            ``transfer``, ``graph.graph["transfers"]``: a list of ``(seconds, nodes)``: one value, its producer
+            and its readers. Edges only order: stage(u) <= stage(v).
         stages: Most stages.
         memory_limit: Most bytes of a stage; None for no limit.
         routing: ``"adjacent"`` or ``"direct"``.
