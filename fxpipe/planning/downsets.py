@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fxpipe.planning.evaluate import Found
 from fxpipe.planning.instance import UNREACHABLE, Instance, Ints, Members
 from fxpipe.planning.request import Request
 
+MOST_DOWNSETS = 150_000
 BLOCK_ENTRIES = 4_000_000  # entries of one block of pairs, to bound memory
 NOTHING = np.zeros((1, 1), dtype=np.int64)
 
@@ -53,6 +55,34 @@ def enumerate_downsets(instance: Instance, limit: int) -> list[int] | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Downsets:
+    """All downsets of an instance, ready to be searched."""
+
+    instance: Instance
+    masks: list[int]
+    costs: DownsetCosts
+
+    def best(self, request: Request, upper: int, *, objective: str = "load") -> Found | None:
+        """Give the best partition if its bottleneck (or memory) is below ``upper``."""
+        chain = best_chain(self.costs, request, upper, objective=objective)
+        if chain is None:
+            return None
+        stage_of = np.zeros(self.instance.size, dtype=np.int64)
+        for position in chain[1][1:-1]:
+            mask = self.masks[position]
+            stage_of += np.asarray([not mask >> node & 1 for node in range(self.instance.size)], dtype=np.int64)
+        return Found(chain[0], stage_of)
+
+
+def all_downsets(instance: Instance, request: Request) -> Downsets | None:
+    """Enumerate the downsets and what lies between them; None if they are too many."""
+    if instance.size >= MOST_DOWNSETS:
+        return None
+    masks = enumerate_downsets(instance, MOST_DOWNSETS)
+    return None if masks is None else Downsets(instance, masks, DownsetCosts(instance, request.routing, masks))
+
+
+@dataclass(frozen=True, slots=True)
 class _Counts:
     """How many nodes of each touching set every downset holds, and what the sets cost."""
 
@@ -66,7 +96,7 @@ class _Counts:
 class DownsetCosts:
     """What a stage between two downsets costs, for whole blocks of pairs at once."""
 
-    def __init__(self, instance: Instance, request: Request, downsets: Sequence[int]) -> None:
+    def __init__(self, instance: Instance, routing: str, downsets: Sequence[int]) -> None:
         words = max(1, -(-instance.size // 64))
         raw = b"".join(downset.to_bytes(words * 8, "little") for downset in downsets)
         self._words = np.frombuffer(raw, dtype="<u8").reshape(len(downsets), words)
@@ -79,9 +109,8 @@ class DownsetCosts:
         self.activation = _sums(members, instance.activation)
         self.cross_load = np.zeros(self.size, dtype=np.int64)
         self.cross_bytes = np.zeros(self.size, dtype=np.int64)
-        self._request = request
         touching = []
-        if request.routing == "direct":
+        if routing == "direct":
             touching.append((instance.values, True))
         else:
             counts, sizes = _count(members, instance.values)
@@ -91,15 +120,15 @@ class DownsetCosts:
         touching.append((instance.ties, False))
         self._touching = _touching(members, touching)
 
-    def block(self, left: Ints, right: Ints, stage: int, objective: str) -> Ints:
+    def block(self, request: Request, left: Ints, right: Ints, stage: int, objective: str) -> Ints:
         """Give the cost of this stage from each downset of ``left`` to each of ``right``, ``UNREACHABLE`` if none."""
         pairs = np.zeros((len(left), len(right)), dtype=bool)
         for word in range(self._words.shape[1]):
             pairs |= (self._words[left, word][:, None] & ~self._words[right, word][None, :]) != 0
         pairs |= left[:, None] == right[None, :]
-        paid, live = self._request.paid, self._request.live[stage]
+        paid, live = request.paid, request.live[stage]
         sharing = self._sharing(left, right)
-        limit = self._request.memory_limit if objective == "load" else UNREACHABLE
+        limit = request.memory_limit if objective == "load" else UNREACHABLE
         if limit is not None:
             alive = _outer(self.activation, left, right) + _both(
                 self.cross_bytes, left, right, paid[stage], paid[stage + 1]
@@ -117,9 +146,9 @@ class DownsetCosts:
         cost[pairs] = UNREACHABLE
         return cost
 
-    def least(self, objective: str) -> Ints:
+    def least(self, request: Request, objective: str) -> Ints:
         """Give per downset a number whose difference is at most what a stage between two of them costs."""
-        return self.load if objective == "load" else self.static + min(self._request.live) * self.activation
+        return self.load if objective == "load" else self.static + min(request.live) * self.activation
 
     def _sharing(self, left: Ints, right: Ints) -> tuple[Ints, Ints, Ints]:
         """Give load, bytes and static bytes that touching sets add to each pair.
@@ -246,7 +275,7 @@ def best_chain(
     Returns:
         The bottleneck and the downsets' positions from the empty to the full one; None if none is below ``upper``.
     """
-    base = costs.least(objective)
+    base = costs.least(request, objective)
     by_base = np.argsort(base, kind="stable")
     most = upper - 1
     total = int(base[costs.full])
@@ -261,7 +290,7 @@ def best_chain(
         if request.exactly and rest:
             inside = inside[inside != costs.full]
         value, parent = _step(
-            costs, reached, values, inside, base, stage, min(upper, best[0] if best else upper), objective
+            costs, request, reached, values, inside, base, stage, min(upper, best[0] if best else upper), objective
         )
         kept = value < (settled[inside] if alike else upper)
         inside, value, parent = inside[kept], value[kept], parent[kept]
@@ -286,7 +315,15 @@ def _trace(parents: Sequence[dict[int, int]], full: int) -> list[int]:
 
 
 def _step(
-    costs: DownsetCosts, reached: Ints, values: Ints, inside: Ints, base: Ints, stage: int, upper: int, objective: str
+    costs: DownsetCosts,
+    request: Request,
+    reached: Ints,
+    values: Ints,
+    inside: Ints,
+    base: Ints,
+    stage: int,
+    upper: int,
+    objective: str,
 ) -> tuple[Ints, Ints]:
     """Extend every downset in ``reached`` by one stage to those in ``inside`` (ascending in base)."""
     value = np.full(len(inside), UNREACHABLE, dtype=np.int64)
@@ -307,7 +344,7 @@ def _step(
         high = int(np.searchsorted(inside_base, int(base[reached[block[-1]]]) + upper, side="left"))
         if high > low:
             right = inside[low:high]
-            cost = np.maximum(costs.block(reached[block], right, stage, objective), values[block][:, None])
+            cost = np.maximum(costs.block(request, reached[block], right, stage, objective), values[block][:, None])
             chosen = cost.argmin(axis=0)
             least = cost[chosen, np.arange(len(right))]
             better = least < value[low:high]

@@ -11,6 +11,14 @@ from fxpipe.planning.request import Request
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """A partition: its bottleneck (or largest memory) and the stage of each merged node."""
+
+    value: int
+    stage_of: Ints
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluated:
     """Loads of the stages, loads and memory of the ranks, in the instance's units."""
 

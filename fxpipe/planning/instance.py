@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -146,6 +146,42 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
         load_exponent=load_exponent,
         memory_exponent=memory_exponent,
         load_error=0 if exact else num_nodes + 2 * len(problem.values) + len(problem.ties),
+    )
+
+
+def without_memory(instance: Instance) -> Instance:
+    """Give the instance with all memory set to nothing, for a search that no limit concerns."""
+    values, ties = instance.values, instance.ties
+    return replace(
+        instance,
+        static=0 * instance.static,
+        activation=0 * instance.activation,
+        values=_members(values.sets(), values.load, 0 * values.bytes),
+        ties=_members(ties.sets(), ties.load, 0 * ties.bytes),
+    )
+
+
+def merged(instance: Instance, node_of: Ints, count: int) -> Instance:
+    """Give the instance with its nodes merged into ``count`` nodes; merging must not make a cycle."""
+    edges = [(before, after) for before, afters in enumerate(instance.successors) for after in afters]
+    successors, predecessors = _adjacency(node_of, edges, count)
+    node_list = node_of.tolist()
+    static = _summed(node_of, instance.static, count)
+    tie_sets = [_merged_set(nodes, node_list) for nodes in instance.ties.sets()]
+    for nodes, extra in zip(tie_sets, instance.ties.bytes.tolist(), strict=True):
+        if len(nodes) == 1:
+            static[nodes[0]] += extra
+    values = (_merged_set(nodes, node_list) for nodes in instance.values.sets())
+    return replace(
+        instance,
+        merged_of=tuple(node_list[node] for node in instance.merged_of),
+        load=_summed(node_of, instance.load, count),
+        static=static,
+        activation=_summed(node_of, instance.activation, count),
+        successors=successors,
+        predecessors=predecessors,
+        values=_members(values, instance.values.load, instance.values.bytes),
+        ties=_members(tie_sets, instance.ties.load, instance.ties.bytes),
     )
 
 

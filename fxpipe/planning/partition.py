@@ -12,16 +12,15 @@ import numpy as np
 
 from fxpipe.errors import InfeasibleError, PartitionError
 from fxpipe.planning.bound import load_bound
-from fxpipe.planning.downsets import DownsetCosts, best_chain, enumerate_downsets
-from fxpipe.planning.evaluate import evaluate
+from fxpipe.planning.downsets import Downsets, all_downsets
+from fxpipe.planning.evaluate import Found, evaluate
 from fxpipe.planning.graphs import check_problem, check_request, read_graph
-from fxpipe.planning.instance import Instance, Ints, make_instance
-from fxpipe.planning.orders import has_one_order
-from fxpipe.planning.pool import Found, cut_order, orders, search_pool
+from fxpipe.planning.instance import Instance, Ints, make_instance, without_memory
+from fxpipe.planning.orders import given_order, has_one_order
+from fxpipe.planning.pool import cut_order, orders, search_pool
 from fxpipe.planning.problem import PartitionProblem, measure
+from fxpipe.planning.reduce import Reduced, reduced
 from fxpipe.planning.request import Request
-
-MOST_DOWNSETS = 40_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,8 @@ def partition(
     Args:
         graph: Node attributes ``seconds`` (>= 0), ``memory`` (bytes, default 0), ``transfer`` (seconds to move the
             node's output over one link, default 0), ``group`` (nodes of one group share a stage). Instead of
-            ``transfer``, ``graph.graph["transfers"]``: a list of ``(seconds, nodes)``: one value, its producer
-            and its readers. Edges only order: stage(u) <= stage(v).
+            ``transfer``, ``graph.graph["transfers"]``: a list of ``(seconds, nodes)``, one value each, with its
+            producer and all its readers. Edges only order: stage(u) <= stage(v).
         stages: Most stages.
         memory_limit: Most bytes of a stage; None for no limit.
         routing: ``"adjacent"`` or ``"direct"``.
@@ -160,42 +159,77 @@ def _too_many_stages(problem: PartitionProblem, instance: Instance, stages: int)
 
 
 def _search(problem: PartitionProblem, instance: Instance, request: Request, memory_limit: float | None) -> Partition:
-    lower = load_bound(instance, request)
-    found = search_pool(instance, request, lower)
-    single = has_one_order(instance)
-    settled = single if found is None else single or found.value <= lower
-    downsets = None if settled else _downset_costs(instance, request)
+    if request.memory_limit is None or _most_memory(instance, request) <= request.memory_limit:
+        instance, request = without_memory(instance), dataclasses.replace(request, memory_limit=None)
+    small = reduced(instance)
+    if small.instance.size < (2 * request.stages if request.exactly else 1):
+        small = Reduced(instance, np.arange(instance.size))
+    whole = small.instance.size == instance.size
+    lower = load_bound(small.instance, request)
+    found = search_pool(small.instance, request, lower)
+    single = has_one_order(small.instance)
+    downsets = None
+    if not single and (found is None or found.value > lower):
+        downsets = all_downsets(small.instance, request)
     if found is None:
-        found = _least_memory(problem, instance, request, downsets, memory_limit, proven=single or downsets is not None)
-        found = search_pool(instance, request, lower, [found]) or found
-    method, proven = ("chain" if single else "pool"), single or found.value <= lower
-    lower = found.value if proven else lower
-    if downsets is not None and not proven:
-        chain = best_chain(downsets[1], request, found.value)
-        method, proven, lower = "downsets", True, found.value
-        if chain is not None:
-            found = Found(chain[0], _stages_of_chain(instance, downsets[0], chain[1]))
-            lower = chain[0]
-    return _result(problem, instance, request, found, lower, proven, method)
+        found = _least_memory(
+            problem, small.instance, request, downsets, memory_limit, proven=single or downsets is not None
+        )
+        found = search_pool(small.instance, request, lower, [found]) or found
+    answer = _Answer(found, lower, "pool")
+    if single:
+        answer = _Answer(found, _chain_bound(small.instance, request, found, whole=whole), "chain")
+    elif downsets is not None and found.value > lower:
+        answer = _exact(downsets, request, found, whole=whole)
+    merged_stage = answer.found.stage_of[small.node_of]
+    return _result(problem, instance, request, answer, merged_stage)
 
 
-def _downset_costs(instance: Instance, request: Request) -> tuple[list[int], DownsetCosts] | None:
-    downsets = enumerate_downsets(instance, MOST_DOWNSETS) if instance.size < MOST_DOWNSETS else None
-    return None if downsets is None else (downsets, DownsetCosts(instance, request, downsets))
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What was found, a proven lower bound, and how."""
+
+    found: Found
+    lower: int
+    method: str
 
 
-def _stages_of_chain(instance: Instance, downsets: Sequence[int], chain: Sequence[int]) -> Ints:
-    stage_of = np.zeros(instance.size, dtype=np.int64)
-    for downset in chain[1:-1]:
-        stage_of += np.asarray([not downsets[downset] >> node & 1 for node in range(instance.size)], dtype=np.int64)
-    return stage_of
+def _most_memory(instance: Instance, request: Request) -> int:
+    """Give what one rank with everything on it, and every value paid twice by every stage, would need."""
+    alive = int(instance.activation.sum()) + 2 * int(instance.values.bytes.sum()) * request.stages
+    copies = int((instance.ties.bytes * np.diff(instance.ties.start)).sum())
+    return int(instance.static.sum()) + copies + max(request.live) * alive
+
+
+def _chain_bound(instance: Instance, request: Request, found: Found, *, whole: bool) -> int:
+    if whole or not request.exactly:
+        return found.value
+    relaxed = dataclasses.replace(request, exactly=False)
+    better = cut_order(instance, relaxed, given_order(instance), 0, found.value)
+    return found.value if better is None else better.value
+
+
+def _exact(downsets: Downsets, request: Request, found: Found, *, whole: bool) -> _Answer:
+    """Search all downsets for what beats ``found``.
+
+    With a fixed number of stages the search with at most as many comes first: where it finds nothing better, ``found``
+    is proven, and its bound stays true on a graph whose free nodes were merged (``whole`` false).
+    """
+    relaxed = dataclasses.replace(request, exactly=False)
+    better = downsets.best(relaxed, found.value)
+    if better is None:
+        return _Answer(found, found.value, "downsets")
+    if not request.exactly or int(better.stage_of.max()) + 1 == request.stages:
+        return _Answer(better, better.value, "downsets")
+    fixed = downsets.best(request, found.value) or found
+    return _Answer(fixed, fixed.value if whole else better.value, "downsets")
 
 
 def _least_memory(
     problem: PartitionProblem,
     instance: Instance,
     request: Request,
-    downsets: tuple[list[int], DownsetCosts] | None,
+    downsets: Downsets | None,
     memory_limit: float | None,
     *,
     proven: bool,
@@ -208,9 +242,7 @@ def _least_memory(
             best = other
     assert best is not None
     if downsets is not None:
-        chain = best_chain(downsets[1], request, best.value, objective="memory")
-        if chain is not None:
-            best = Found(chain[0], _stages_of_chain(instance, downsets[0], chain[1]))
+        best = downsets.best(request, best.value, objective="memory") or best
     limit = request.memory_limit
     assert limit is not None
     if best.value > limit:
@@ -245,16 +277,10 @@ def _infeasible(
 
 
 def _result(
-    problem: PartitionProblem,
-    instance: Instance,
-    request: Request,
-    found: Found,
-    lower: int,
-    proven: bool,
-    method: str,
+    problem: PartitionProblem, instance: Instance, request: Request, answer: _Answer, merged_stage: Ints
 ) -> Partition:
-    merged_stage = found.stage_of.tolist()
-    stage_of = tuple([merged_stage[merged] for merged in instance.merged_of])
+    stages = merged_stage.tolist()
+    stage_of = tuple([stages[merged] for merged in instance.merged_of])
     used = request.stages if request.exactly else max(stage_of) + 1
     costs = measure(
         problem,
@@ -265,5 +291,5 @@ def _result(
         num_stages=used,
     )
     bottleneck = max(costs.rank_loads)
-    bound = instance.seconds(max(lower - instance.load_error, 0))
-    return Partition(stage_of, costs.loads, bottleneck, min(bottleneck, bound), proven, method)
+    bound = min(bottleneck, instance.seconds(max(answer.lower - instance.load_error, 0)))
+    return Partition(stage_of, costs.loads, bottleneck, bound, answer.found.value <= answer.lower, answer.method)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from fxpipe.planning.chain import TABLE_ENTRIES, coarsened, fast_cuts, general_cuts, order_costs
-from fxpipe.planning.evaluate import evaluate
+from fxpipe.planning.evaluate import Found, evaluate
 from fxpipe.planning.instance import UNREACHABLE, Instance, Ints
 from fxpipe.planning.orders import (
     by_priority,
@@ -24,14 +23,6 @@ from fxpipe.planning.request import Request
 NODE_BUDGET = 600_000  # nodes ordered and cut in improvement rounds of the fast programme
 GENERAL_BUDGET = 60_000  # the same for the general programme
 ROUNDS = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A partition of the merged graph: its bottleneck and the stage of each merged node."""
-
-    value: int
-    stage_of: Ints
 
 
 def search_pool(instance: Instance, request: Request, lower: int, start: Sequence[Found] = ()) -> Found | None:
