@@ -4,6 +4,7 @@
 them can tell two ranks that they hold the same arguments. The spelling here is a tree of tuples and strings.
 """
 
+import copyreg
 import enum
 import functools
 import hashlib
@@ -91,6 +92,8 @@ def _spell_container(value: Any, what: str, inside: dict[int, int]) -> Tree | No
         return (kind.__name__, *(items if kind is OrderedDict else sorted(items, key=repr)))
     if kind in (range, slice):
         return (kind.__name__, repr(value))
+    if kind is types.ModuleType:
+        return ("module", value.__name__)
     if isinstance(value, enum.Enum):
         return ("enum", import_path(kind), value.name if value.name is not None else repr(value.value))
     if isinstance(value, functools.partial):
@@ -161,12 +164,13 @@ def _spell_array(value: Any, what: str, inside: dict[int, int]) -> Tree | None:
             "  pass the class and its arguments and build it inside the layer; share weights with TiedLayerSpec"
         )
     if isinstance(value, torch.Tensor):
-        about = ("tensor", str(value.dtype), str(tuple(value.shape)))
+        about = ("tensor", str(value.dtype), str(value.layout), str(tuple(value.shape)))
         if value.device.type == "meta" or "Fake" in type(value).__name__:
             return (*about, "no values")
-        flat = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
+        flat = dense.to("cpu").contiguous().reshape(-1).view(torch.uint8)
         return (*about, hashlib.sha256(flat.numpy().tobytes()).hexdigest())
-    if isinstance(value, torch.dtype | torch.device):
+    if isinstance(value, torch.dtype | torch.device | torch.layout):
         return (type(value).__name__, str(value))
     return None
 
@@ -175,7 +179,8 @@ def _spell_object(value: Any, what: str, inside: dict[int, int]) -> Tree:
     """Spell an object by what pickle would store of it: its class and state."""
     path = import_path(type(value))
     try:
-        reduced = value.__reduce_ex__(2)
+        special = copyreg.dispatch_table.get(type(value))
+        reduced = special(value) if special is not None else value.__reduce_ex__(2)
     except Exception as error:  # whatever a foreign class raises here means that it cannot be pickled
         raise SpecError(
             f"{what} is a {path}, which cannot be compared across processes: {error}\n"

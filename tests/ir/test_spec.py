@@ -1,9 +1,13 @@
+import argparse
 import dataclasses
 import enum
 import functools
 import gc
+import operator
 import os
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -217,6 +221,15 @@ DIFFERENT = [
     LayerSpec(nn.Identity, np.zeros(2)),
     LayerSpec(nn.Identity, np.float32(1)),
     LayerSpec(nn.Identity, torch.Size([1, 2])),
+    LayerSpec(nn.Identity, torch.strided),
+    LayerSpec(nn.Identity, torch.zeros(2).to_sparse()),
+    LayerSpec(nn.Identity, re.compile("a+")),
+    LayerSpec(nn.Identity, re.compile("b+")),
+    LayerSpec(nn.Identity, argparse.Namespace(width=4)),
+    LayerSpec(nn.Identity, argparse.Namespace(width=8)),
+    LayerSpec(nn.Identity, operator.itemgetter(1)),
+    LayerSpec(nn.Identity, range(3)),
+    LayerSpec(nn.Identity, pathlib.PurePosixPath("a")),
     TiedLayerSpec("a", nn.Linear, 2, 4),
     TiedLayerSpec("b", nn.Linear, 2, 4),
     TiedLayerSpec("a", nn.Linear, 2, 4, forward_fn=twice),
