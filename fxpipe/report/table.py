@@ -1,5 +1,6 @@
 """A plan as a person reads it: who gets what, what limits the pipeline, and what to do about it."""
 
+import html
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,9 +15,9 @@ _SIMPLE_SCHEDULES = ("GPipe", "1F1B")
 
 
 def render(plan: PipelinePlan, format: str = "text") -> str:
-    """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"`` or ``"json"``.
+    """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"``, ``"html"`` or ``"json"``.
 
-    The JSON is the plan itself; ``PipelinePlan.from_json`` reads it back.
+    The page is one file that needs no other. The JSON is the plan itself; ``PipelinePlan.from_json`` reads it back.
 
     Raises:
         PlanError: The format is none of these.
@@ -29,6 +30,7 @@ def render(plan: PipelinePlan, format: str = "text") -> str:
     renderers: dict[str, Callable[[PipelinePlan], str]] = {
         "text": _text,
         "markdown": _markdown,
+        "html": _page,
         "json": PipelinePlan.to_json,
     }
     if format not in renderers:
@@ -61,6 +63,36 @@ def _markdown(plan: PipelinePlan) -> str:
         parts.append("Opened, because a cut crosses them: " + ", ".join(f"`{name}`" for name in plan.opened))
     parts += [f"> {note}" for note in _notes(plan)]
     return "\n\n".join(parts)
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1.5em 0; } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; }
+td, th { font-variant-numeric: tabular-nums; text-align: left; }
+.model { display: flex; height: 3em; gap: 2px; margin: 1.5em 0; }
+.model div { background: #4a7ab5; color: white; overflow: hidden; padding: .7em .4em; min-width: 1px; }
+.model div.slowest { background: #c2573f; }
+"""
+
+
+def _page(plan: PipelinePlan) -> str:
+    """One self-contained page; the model is a bar, cut into stages as wide as the time they take."""
+    text = html.escape
+    slowest = max(plan.stages, key=lambda stage: stage.seconds)
+    bar = "".join(
+        f'<div style="flex: {max(stage.seconds, 1e-12) / max(slowest.seconds, 1e-12):.6f}"'
+        f'{" class=slowest" if stage is slowest else ""} title="{text(chr(10).join(stage.layers))}">{stage.index}</div>'
+        for stage in plan.stages
+    )
+    parts = [f"<h1>{text(plan.model)}</h1>", f"<p>{text(_headline(plan))}</p>", f'<div class="model">{bar}</div>']
+    parts += [f"<p>inputs: {text(', '.join(plan.inputs))}</p>"] if plan.inputs else []
+    parts.append(_stage_table(plan, "html"))
+    parts += [_tie_table(plan, "html")] if plan.ties else []
+    parts += [f"<p>{text(piece)}</p>" for piece in _summary(plan)]
+    parts += [f"<p>opened, because a cut crosses them: {text(', '.join(plan.opened))}</p>"] if plan.opened else []
+    parts += [f"<p><em>{text(note)}</em></p>" for note in _notes(plan)]
+    head = f'<meta charset="utf-8"><title>{text(plan.model)}</title><style>{_STYLE}</style>'
+    return "\n".join(["<!doctype html>", f"<html><head>{head}</head><body>", *parts, "</body></html>"])
 
 
 def _headline(plan: PipelinePlan) -> str:

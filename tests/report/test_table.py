@@ -1,4 +1,5 @@
 import dataclasses
+import html.parser
 
 import pytest
 
@@ -144,6 +145,36 @@ def test_markdown_has_the_same_numbers_in_tables(plan):
     assert cells[-1] == ["tied", " = ".join(TIED), "stages 0, 2", "206.0 MiB", "all-reduce 2.00 ms"]
 
 
+def test_the_page_is_whole_safe_and_shows_every_stage_and_layer(plan):
+    odd = dataclasses.replace(plan, model="<b>&", notes=("a < b",))
+    text = render(odd, "html")
+    assert "<b>" not in text
+    assert "a &lt; b" in text
+    assert "http" not in text
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.titles == ["\n".join(stage.layers) for stage in plan.stages]
+    assert {"137.2 M", "50.0 %", "206.0 MiB", "limited by: stage 1"} <= set(page.texts)
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.titles, self.texts = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag != "meta":
+            self.open.append(tag)
+        self.titles += [value for name, value in attrs if name == "title"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
 def test_an_unknown_format_is_refused_with_the_known_ones(plan):
-    with pytest.raises(PlanError, match=r"unknown report format 'pdf'\n  known: text, markdown, json"):
+    with pytest.raises(PlanError, match=r"unknown report format 'pdf'\n  known: text, markdown, html, json"):
         render(plan, "pdf")
