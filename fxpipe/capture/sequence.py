@@ -1,9 +1,9 @@
 """A pipeline written by hand, a list of specs, as one ``nn.Module`` that is captured like any model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import torch  # noqa: F401  (docstring examples)
+import torch
 from torch import nn
 
 from fxpipe.errors import SpecError, TieError
@@ -78,12 +78,25 @@ class SpecSequential(nn.Module):
             return spec.forward_fn(module, value)
         return module(value)
 
-    def build_place(self, place: int, device: Any = None, dtype: Any = None) -> nn.Module:
-        """Make the module of one place anew, with the values its class gives it and nothing tied."""
-        spec = self.specs[place]
-        if not isinstance(spec, LayerSpec):
-            raise SpecError(f"place {place} of the sequence holds {spec!r}, not a spec\n  only specs build modules")
-        return spec.build(device=device, dtype=dtype)
+    def initial_values(self, fqns: Collection[str], seed_place: Callable[[int], None]) -> dict[str, torch.Tensor]:
+        """Give tensors the values that the constructors of their layers give them, one layer in memory at a time.
+
+        Args:
+            fqns: First names of the tensors wanted; those of places that hold no spec are left out.
+            seed_place: Called with the place before its layer is built, so that values depend on nothing else.
+
+        Returns:
+            The tensors on the CPU, by name.
+        """
+        values = {}
+        for place, spec in enumerate(self.specs):
+            prefix = f"{place}."
+            wanted = [fqn for fqn in fqns if fqn.startswith(prefix)]
+            if wanted and isinstance(spec, LayerSpec):
+                seed_place(place)
+                tensors = _tensors(spec.build(device="cpu"))
+                values.update({fqn: tensors[fqn.removeprefix(prefix)].detach() for fqn in wanted})
+        return values
 
     def _tied_module(self, place: int, spec: TiedLayerSpec, earlier: list[int]) -> nn.Module:
         """The module of a tied spec: that of an earlier place, or a new one that shares the earlier one's tensors."""
@@ -152,6 +165,11 @@ def _tensor_name(module: nn.Module, attr: str, place: int, spec: TiedLayerSpec) 
         f"key {spec.key!r} ties the attribute {attr!r} of place {place}, but {type(module).__name__} has no such "
         f"parameter\n  its parameters are: {known}"
     )
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def _about(parameter: nn.Parameter) -> str:

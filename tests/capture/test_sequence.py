@@ -150,11 +150,20 @@ def test_what_is_no_layer_is_refused_by_its_place(layers, message):
         SpecSequential(layers)
 
 
-def test_a_place_is_built_anew_with_the_values_of_its_class():
+def test_initial_values_are_those_of_the_classes_whatever_else_is_built():
     with torch.device("meta"):
-        model = SpecSequential([LayerSpec(nn.Linear, 3, 4), F.gelu])
-    torch.manual_seed(0)
-    built = model.build_place(0, device="cpu", dtype=torch.float64)
-    assert (built.weight.device.type, built.weight.dtype) == ("cpu", torch.float64)
-    with pytest.raises(SpecError, match="place 1"):
-        model.build_place(1)
+        model = SpecSequential(
+            [LayerSpec(nn.Linear, 3, 4), F.gelu, LayerSpec(nn.BatchNorm1d, 4), LayerSpec(Head, 4, 2)]
+        )
+    everything = model.initial_values(list(model.state_dict()), torch.manual_seed)
+    assert sorted(everything) == sorted(model.state_dict())
+    alone = model.initial_values(["3.proj.weight", "2.running_var"], torch.manual_seed)
+    assert sorted(alone) == ["2.running_var", "3.proj.weight"]
+    assert all(torch.equal(value, everything[fqn]) for fqn, value in alone.items())
+    torch.manual_seed(3)
+    assert torch.equal(alone["3.proj.weight"], Head(4, 2).proj.weight)
+
+
+def test_a_module_that_stands_in_the_sequence_itself_has_no_initial_values_to_give():
+    model = SpecSequential([nn.Linear(2, 2, device="meta"), LayerSpec(nn.Linear, 2, 2)])
+    assert set(model.initial_values(["0.weight", "1.weight"], torch.manual_seed)) == {"1.weight"}
