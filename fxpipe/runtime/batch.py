@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -11,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fxpipe.errors import ScheduleError
+from fxpipe.ir.tree import map_tree, tree_leaves
 
 Microbatch: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Positional arguments, keyword arguments and target of one microbatch."""
@@ -30,7 +29,7 @@ def batch_size_of(args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = 
     >>> batch_size_of((torch.zeros(8, 3),), {"mask": torch.zeros(8)})
     8
     """
-    for _, leaf in _leaves(_named(args, kwargs, target)):
+    for _, leaf in _leaves(args, kwargs, target):
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             return int(leaf.shape[0])
     return 1
@@ -73,9 +72,9 @@ def split_batch(
             f"a batch of {size} is not divisible into {num_microbatches} microbatches\n"
             f"  use a number that divides {size}, or pass ready-split ones as step(microbatches=[...])"
         )
-    whole = _named(args, kwargs, target)
+    whole = (tuple(args), dict(kwargs), target)
     if num_microbatches == 1:
-        return [(tuple(args), dict(kwargs), target)]
+        return [whole]
     _check_rows(whole, size)
     rows = size // num_microbatches
     return [_cut(whole, size, index * rows, rows) for index in range(num_microbatches)]
@@ -166,7 +165,7 @@ def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     """
     if len(outputs) == 1:
         return outputs[0]
-    columns = [list(_leaves(output, "output")) for output in outputs]
+    columns = [list(tree_leaves(output, "output")) for output in outputs]
     names = [[name for name, _ in column] for column in columns]
     for index, found in enumerate(names):
         if found != names[0]:
@@ -178,27 +177,41 @@ def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     merged = iter(
         [_merge_leaf(name, [column[row][1] for column in columns], sizes) for row, (name, _) in enumerate(columns[0])]
     )
-    return _map(lambda _name, _leaf: next(merged), outputs[0], "output")
+    return map_tree(lambda _name, _leaf: next(merged), outputs[0], "output")
 
 
-def _named(args: Sequence[Any], kwargs: Mapping[str, Any], target: Any) -> dict[str, Any]:
-    return {"args": tuple(args), "kwargs": dict(kwargs), "target": target}
+def _map(
+    function: Callable[[str, Any], Any], args: Sequence[Any], kwargs: Mapping[str, Any], target: Any
+) -> Microbatch:
+    """Rebuild a batch around other leaves; a keyword argument goes by its bare name."""
+    return (
+        tuple(map_tree(function, value, f"args[{index}]") for index, value in enumerate(args)),
+        {name: map_tree(function, value, name) for name, value in kwargs.items()},
+        map_tree(function, target, "target"),
+    )
 
 
-def _cut(whole: dict[str, Any], size: int, start: int, rows: int) -> Microbatch:
+def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any], target: Any) -> Iterator[tuple[str, Any]]:
+    for index, value in enumerate(args):
+        yield from tree_leaves(value, f"args[{index}]")
+    for name, value in kwargs.items():
+        yield from tree_leaves(value, name)
+    yield from tree_leaves(target, "target")
+
+
+def _cut(whole: Microbatch, size: int, start: int, rows: int) -> Microbatch:
     def view(_: str, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == size and size > 1:
             return leaf.narrow(0, start, rows)
         return leaf
 
-    part = _map(view, whole, "")
-    return part["args"], part["kwargs"], part["target"]
+    return _map(view, *whole)
 
 
-def _check_rows(whole: dict[str, Any], size: int) -> None:
+def _check_rows(whole: Microbatch, size: int) -> None:
     """Gather everything that can be neither cut nor repeated, then speak once."""
     faults = []
-    for name, leaf in _leaves(whole):
+    for name, leaf in _leaves(*whole):
         if isinstance(leaf, torch.Tensor):
             if leaf.dim() > 0 and leaf.shape[0] not in (size, 1):
                 faults.append(f"{name} of shape {list(leaf.shape)}")
@@ -267,57 +280,3 @@ def _equal(left: Any, right: Any) -> bool:
         return bool(left == right)
     except (RuntimeError, ValueError, TypeError):
         return False
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf of nested containers with the path to it."""
-    found: list[tuple[str, Any]] = []
-
-    def keep(path: str, leaf: Any) -> Any:
-        found.append((path, leaf))
-        return leaf
-
-    _map(keep, value, name)
-    yield from found
-
-
-def _map(function: Callable[[str, Any], Any], value: Any, name: str) -> Any:
-    """Rebuild nested containers around ``function(path, leaf)``."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _map_dataclass(function, value, name)
-    if isinstance(value, Mapping):
-        items = {key: _map(function, item, _join(name, key)) for key, item in value.items()}
-        if type(value) is dict:
-            return items
-        rebuilt = copy.copy(value)
-        if not hasattr(rebuilt, "update"):
-            return function(name, value)
-        rebuilt.update(items)
-        return rebuilt
-    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-        parts = [_map(function, item, f"{name}[{index}]") for index, item in enumerate(value)]
-        if hasattr(value, "_fields"):
-            return type(value)(*parts)
-        return type(value)(parts)
-    return function(name, value)
-
-
-def _map_dataclass(function: Callable[[str, Any], Any], value: Any, name: str) -> Any:
-    rebuilt = copy.copy(value)
-    is_mapping = isinstance(value, dict)  # as Hugging Face's ModelOutput: its fields are its items too
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name, None)
-        part = _map(function, item, f"{name}.{field.name}" if name else field.name)
-        if part is item:
-            continue
-        object.__setattr__(rebuilt, field.name, part)
-        if is_mapping and field.name in rebuilt:
-            dict.__setitem__(rebuilt, field.name, part)
-    return rebuilt
-
-
-def _join(name: str, key: Any) -> str:
-    # The outermost level holds args, kwargs and target; a keyword argument goes by its bare name.
-    if name in ("", "kwargs"):
-        return str(key)
-    return f"{name}[{key!r}]"
