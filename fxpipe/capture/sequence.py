@@ -130,6 +130,21 @@ class SpecSequential(nn.Module):
             setattr(module.get_submodule(holder), leaf, first)
 
 
+def build_sequence(layers: Sequence[LayerSpec | Callable[..., Any]]) -> SpecSequential:
+    """Build a hand-written sequence without memory.
+
+    Raises:
+        SpecError: ``layers`` is no sequence of specs, modules and callables.
+    """
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise SpecError(
+            f"compile got a {type(layers).__name__}, neither a module nor a sequence of layers\n"
+            "  pass an nn.Module (built under torch.device('meta') to need no memory), or a list of LayerSpec"
+        )
+    with torch.device("meta"):
+        return SpecSequential(layers)
+
+
 def _check_sequence(specs: tuple[object, ...]) -> None:
     if not specs:
         raise SpecError("the sequence of layers is empty\n  give at least one LayerSpec")

@@ -2,13 +2,21 @@
 
 A ``Program`` is one *variant* of a model (one training mode, one set of input shapes, one set of guard answers) cut
 by one plan. Microbatches of one step may use different variants; all follow the same plan.
+
+The nodes of a ``StageProgram.graph`` carry in ``node.meta``:
+
+- ``"layer"``: name of the layer the node belongs to;
+- ``"context"``: the ``CallContext`` of the call, absent where it is the surrounding one;
+- ``"draw"``: the ``Draw`` of a function that draws random numbers, absent where it does not;
+- ``"scope"``: for a module call, the ``DrawScope`` of the draws inside it, absent where there are none;
+- ``"checkpoint"``: number of the activation-checkpointing region the call was made in, absent outside of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fxpipe.ir.tensor import TensorMeta
 
@@ -18,11 +26,85 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class AutocastState:
+    """State of autocast for one device type.
+
+    Attributes:
+        device_type: ``"cuda"``, ``"cpu"``, …; ``""`` for that of the device the stage runs on.
+        enabled: Whether it is on.
+        dtype: Name of the dtype it casts to.
+        cache_enabled: Whether casts of weights are kept.
+    """
+
+    device_type: str
+    enabled: bool
+    dtype: str
+    cache_enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """What a call of the model's forward is surrounded by, where it differs from what surrounds the forward.
+
+    Attributes:
+        grad_enabled: Gradient mode; None for the surrounding one.
+        inference: Whether the call runs in inference mode.
+        autocast: States of autocast that differ.
+    """
+
+    grad_enabled: bool | None = None
+    inference: bool = False
+    autocast: tuple[AutocastState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Identity of one call that draws random numbers: the same for every partition, schedule and grain.
+
+    Attributes:
+        block: FQN of the block the call is made in, ``""`` outside of blocks.
+        block_call: Which call of that block it is, from 0.
+        fqn: FQN of the module whose forward makes the call.
+        call: Which call of that module it is within the block call, from 0.
+        index: Which drawing call of that module's forward it is, from 0.
+    """
+
+    block: str
+    block_call: int
+    fqn: str
+    call: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrawScope:
+    """Where a module call stands among the draws of its block.
+
+    Attributes:
+        block: FQN of the block the call is made in (or is), ``""`` outside of blocks.
+        block_call: Which call of that block it is, from 0.
+        first_calls: For each drawing module inside (and the module itself, if it draws) how often it was called
+            before within the block call, as pairs.
+    """
+
+    block: str
+    block_call: int
+    first_calls: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class BoundaryTensor:
-    """One tensor that crosses from a stage to the next; ``name`` is the FX node that made it."""
+    """One tensor that crosses from a stage to the next.
+
+    Attributes:
+        name: FX node that made it.
+        meta: Shape, dtype, and whether its gradient comes back.
+        strides: Its strides where it is dense but not contiguous (``channels_last``); empty for contiguous.
+    """
 
     name: str
     meta: TensorMeta
+    strides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +123,7 @@ class StageProgram:
         modules: FQNs of the modules called here, in order of first call.
         attributes: FQNs of the parameters and buffers read directly here.
         constants: Names of ``Program.constants`` read here.
-        draws: Whether any node draws random numbers (``node.meta["random"]`` says which).
+        draws: Whether anything here draws random numbers.
     """
 
     stage_index: int
@@ -53,6 +135,9 @@ class StageProgram:
     attributes: tuple[str, ...]
     constants: tuple[str, ...]
     draws: bool
+
+
+LossKind = Literal["tokens", "samples", "sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +154,7 @@ class LossTerm:
     """
 
     name: str
-    kind: str
+    kind: LossKind
     count: Callable[[Mapping[str, Any]], float] | None = field(default=None, compare=False)
 
 
@@ -83,14 +168,17 @@ class Program:
             training program, whose last stage computes the loss alone.
         rebuild: Puts the flat output tensors back into the structure the model returns.
         loss_terms: Summands of the loss; empty in a forward-only program.
-        constants: Tensors made outside the model's parameters and buffers (numpy constants, plain attributes), by
-            the name ``get_attr`` uses.
-        draw_names: Names of the torch functions that draw random numbers in this model, sorted.
+        constants: What the graphs read that is no parameter or buffer (numpy constants, plain attributes, functions),
+            by the name ``get_attr`` uses.
+        drawing: FQNs of the modules whose own forward draws random numbers: ``"once"`` where it makes one drawing
+            call and no module inside draws, else ``"each"``.
+        draw_names: Names (``__name__``) of the torch functions that draw random numbers in this model, sorted.
     """
 
     stages: tuple[StageProgram, ...]
     outputs: tuple[str, ...]
     rebuild: Callable[[tuple[torch.Tensor, ...]], Any]
     loss_terms: tuple[LossTerm, ...]
-    constants: Mapping[str, torch.Tensor]
+    constants: Mapping[str, Any]
+    drawing: Mapping[str, Literal["once", "each"]]
     draw_names: tuple[str, ...]

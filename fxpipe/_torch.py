@@ -1,0 +1,217 @@
+"""Every torch-private name that fxpipe needs; tests/test_torch_private.py fails when torch changes one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+
+# --- capture: fake tensors, modes, and what a function mode does not see -----------------------------------------
+from torch._functorch import apis as _functorch_apis
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Run torch calls for real, whatever modes are active."""
+    modes: AbstractContextManager[Any] = _disable_current_modes()
+    return modes
+
+
+def without_functions() -> AbstractContextManager[Any]:
+    """Call torch without asking any function mode."""
+    modes: AbstractContextManager[Any] = torch._C.DisableTorchFunction()
+    return modes
+
+
+def functorch_is_active() -> bool:
+    """Tell whether the call is made inside ``vmap``, ``grad`` or another transform of ``torch.func``."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Give a number that is the same for tensors that share a storage, while it lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute for a while; one that ``owner`` only inherits is removed again."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def intercepted(
+    function: Callable[[type, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any],
+    vmap: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+    script: Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any],
+    region: Callable[[bool], None],
+) -> Iterator[None]:
+    """Hear of the calls that reach torch past every function mode.
+
+    Args:
+        function: Called instead of ``autograd.Function.apply`` with the class, its arguments and the real one.
+        vmap: Called instead of what ``torch.vmap`` runs, with that and its arguments.
+        script: Called instead of a scripted function with it, its arguments and the real call.
+        region: Called with True when a non-reentrant ``checkpoint`` region begins, with False when it ends.
+    """
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        real = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
+        return function(cls, args, kwargs, real)
+
+    real_vmap = vars(_functorch_apis)["vmap_impl"]
+
+    def vmap_impl(*args: Any, **kwargs: Any) -> Any:
+        return vmap(real_vmap, args, kwargs)
+
+    script_class = torch._C.ScriptFunction
+    real_call = script_class.__call__
+
+    def script_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return script(self, args, kwargs, real_call)
+
+    real_region = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+
+    def checkpoint_region(*args: Any, **kwargs: Any) -> Iterator[None]:
+        inner = real_region(*args, **kwargs)
+        region(True)
+        next(inner)
+        try:
+            yield
+        except BaseException as error:
+            region(False)
+            inner.throw(error)
+            raise
+        region(False)
+        yield from inner
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(_SingleLevelFunction, "apply", classmethod(apply)))
+        stack.enter_context(replaced(_functorch_apis, "vmap_impl", vmap_impl))
+        stack.enter_context(replaced(script_class, "__call__", script_call))
+        stack.enter_context(
+            replaced(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpoint_region)
+        )
+        yield
+
+
+# --- runtime: torch's pipeline stage, split backward, compiled modules, FSDP2 -----------------------------------
+# What takes a second to import (torch.distributed.pipelining, torch._dynamo) is imported where it is needed.
+
+
+class WithoutMetadata:
+    """Goes before ``PipelineStage`` among a class's bases: no exchange of shapes before the first step."""
+
+    chunks: int | None
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    def _warmup_backward_result(self, received_result: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    def _prepare_forward_infra(self, num_microbatches: int, *_args: Any, **_kwargs: Any) -> None:
+        self.args_recv_info: dict[int, Any] = dict.fromkeys(range(num_microbatches), ())
+        self.act_send_info: dict[int, Any] = {}
+
+    def _prepare_backward_infra(self, num_microbatches: int, *_args: Any, **_kwargs: Any) -> None:
+        self.chunks = num_microbatches
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        pass
+
+
+def backward_for_inputs(
+    roots: list[torch.Tensor], gradients: list[torch.Tensor], inputs: list[torch.Tensor], weights: list[Any]
+) -> tuple[tuple[torch.Tensor | None, ...], list[Any]]:
+    """Compute the gradients of ``inputs``, and keep what ``backward_for_weights`` needs; detaches the roots."""
+    from torch.distributed.pipelining._backward import stage_backward_input
+
+    computed = stage_backward_input(roots, gradients, inputs, iter(weights))
+    return computed[0], computed[1]
+
+
+def backward_for_weights(weights: list[Any], groups: list[Any]) -> None:
+    """Compute and accumulate the gradients of ``weights``."""
+    from torch.distributed.pipelining._backward import stage_backward_weight
+
+    stage_backward_weight(iter(weights), groups)
+
+
+def compiled_in_place(module: torch.nn.Module) -> bool:
+    """Tell whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Tell whether a module is compiled, in place or as what ``torch.compile(module)`` returns."""
+    if compiled_in_place(module):
+        return True
+    dynamo = sys.modules.get("torch._dynamo")  # not loaded: nothing was compiled
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
+    """Tell whether ``register_post_accumulate_grad_hook`` was called on a parameter."""
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
+def default_store() -> Any:
+    """Give the key-value store all ranks share."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+@contextmanager
+def watched_checkpoints(called: Callable[[Callable[..., Any], bool], None]) -> Iterator[None]:
+    """Hear of every call of ``torch.utils.checkpoint`` with its function and whether it is reentrant."""
+    module = torch.utils.checkpoint
+    real_function, real_region = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+
+    def apply(function: Callable[..., Any], *args: Any) -> Any:
+        called(function, True)
+        return real_function.apply(function, *args)  # type: ignore[no-untyped-call]
+
+    def region(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        called(function, False)
+        return real_region(function, *args, **kwargs)
+
+    with (
+        replaced(module, "CheckpointFunction", SimpleNamespace(apply=apply)),
+        replaced(module, "_checkpoint_without_reentrant_generator", region),
+    ):
+        yield
+
+
+def reduce_sharded_gradients(module: Any) -> None:
+    """Reduce and scatter the gradients that an FSDP2 root and what it wraps have accumulated, now."""
+    from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
+    from torch.distributed.fsdp import fully_shard
+
+    api: Any = replicate if isinstance(module, ReplicateModule) else fully_shard
+    state = api.state(module)
+    for each in state._state_ctx.all_states:
+        for group in each._fsdp_param_groups:
+            group.post_backward()
+    state._root_post_backward_final_callback()

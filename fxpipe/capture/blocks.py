@@ -1,0 +1,129 @@
+"""Which modules are recorded as one call, and which are opened."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxpipe.errors import CaptureError
+from fxpipe.ir.canonical import import_path
+
+
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """Modules recorded as one call, by first FQN.
+
+    Attributes:
+        blocks: The repeated units of the model, and modules that stand beside them: what block grain keeps whole.
+        closed: What is recorded as one call.
+        kept: What the user, or the capture itself, says must never be opened.
+    """
+
+    blocks: frozenset[str]
+    closed: frozenset[str]
+    kept: frozenset[str] = frozenset()
+
+    def can_close(self, fqn: str) -> bool:
+        """Whether a module may be recorded as one call without taking blocks of the model with it."""
+        return bool(fqn) and not any(block.startswith(f"{fqn}.") for block in self.blocks)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Give the FQNs of the blocks: children of ``ModuleList``s (the outermost), and modules with no such list below.
+
+    >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "h": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+    >>> find_blocks(model)
+    ('embed', 'h.0', 'h.1')
+    """
+    seen: set[int] = set()
+    return tuple(_walk(model, "", seen))
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[str]:
+    for name, child in module.named_children():
+        fqn = f"{prefix}.{name}" if prefix else name
+        if id(child) in seen:
+            continue
+        if type(child) in (nn.ModuleList, nn.ModuleDict):
+            for key, block in child.named_children():
+                if isinstance(block, _LISTS) and len(block) > 1:
+                    yield from _walk(block, f"{fqn}.{key}", seen)
+                elif id(block) not in seen:
+                    seen.add(id(block))
+                    yield f"{fqn}.{key}"
+        elif isinstance(child, nn.Sequential) or any(_is_list_of_blocks(part) for part in child.modules()):
+            yield from _walk(child, fqn, seen)
+        else:
+            seen.add(id(child))
+            yield fqn
+
+
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    """Whether a module lists several others; a ``Sequential`` of plain layers is part of a block, no list of them."""
+    if not isinstance(module, _LISTS) or len(module) < 2:
+        return False
+    return not isinstance(module, nn.Sequential) or any(len(list(child.children())) for child in module.children())
+
+
+def choose_leaves(
+    model: nn.Module, grain: str, *, opened: Sequence[str] = (), patterns: Sequence[object] = ()
+) -> Leaves:
+    """Choose what is recorded as one call.
+
+    Args:
+        model: The user's model, or the copy of it.
+        grain: ``"block"``: the blocks; ``"op"``: every module without children.
+        opened: With ``"block"``: FQNs of blocks that are opened all the same.
+        patterns: Classes, class names and FQN patterns (``"model.layers.*"``) that are never opened.
+
+    Returns:
+        The choice, by first FQN.
+
+    Raises:
+        CaptureError: A pattern matches no module.
+    """
+    blocks = find_blocks(model)
+    kept = _matching(model, patterns)
+    inside = tuple(f"{fqn}." for fqn in opened)
+    closed = set(kept)
+    for fqn, part in model.named_modules():
+        if not fqn:
+            continue
+        fine = grain == "op" or fqn in opened or fqn.startswith(inside)
+        if (not fine and fqn in blocks) or (fine and _is_op(part)):
+            closed.add(fqn)
+    return Leaves(frozenset(blocks), frozenset(closed), frozenset(kept))
+
+
+def _is_op(module: nn.Module) -> bool:
+    """Whether op grain keeps the module whole: nothing inside, or one of torch's that computes as one operation."""
+    return not any(True for _ in module.children()) or isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+
+
+def _matching(model: nn.Module, patterns: Sequence[object]) -> set[str]:
+    kept: set[str] = set()
+    for pattern in patterns:
+        found = [fqn for fqn, part in model.named_modules() if fqn and _matches(fqn, part, pattern)]
+        if not found:
+            named = pattern.__qualname__ if isinstance(pattern, type) else repr(pattern)
+            raise CaptureError(
+                f"leaves= names {named}, which no module of {type(model).__qualname__} matches\n"
+                "  give a module class, its name, or a pattern of FQNs such as 'model.layers.*.attention'"
+            )
+        kept.update(found)
+    return kept
+
+
+def _matches(fqn: str, module: nn.Module, pattern: object) -> bool:
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
+    if not isinstance(pattern, str):
+        return False
+    names = (cls.__qualname__ for cls in type(module).__mro__[:-1])
+    return fnmatch.fnmatchcase(fqn, pattern) or pattern in names or pattern == import_path(type(module))

@@ -1,0 +1,304 @@
+"""The live model behind a pipeline: observes its forward for any inputs, at any grain, in either mode."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxpipe.capture.blocks import Leaves, choose_leaves, find_blocks
+from fxpipe.capture.count import LayerCounter
+from fxpipe.capture.inputs import Inputs, name_inputs, parameter_names
+from fxpipe.capture.layers import layer_of, make_layer_graph
+from fxpipe.capture.loss import Term, describe_terms, find_terms, loss_terms
+from fxpipe.capture.observe import Observation, observe
+from fxpipe.capture.reads import Guard
+from fxpipe.capture.recorder import Blocked
+from fxpipe.capture.skeleton import Skeleton, make_skeleton
+from fxpipe.capture.slices import make_program, reader_of
+from fxpipe.capture.structure import Structure, make_structure
+from fxpipe.errors import CaptureError
+from fxpipe.ir.graph import LayerGraph
+from fxpipe.ir.program import Program
+
+MOST_CLOSINGS = 40
+"""Kinds of modules that one model may need closed before capture gives up."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captured:
+    """One forward, recorded and understood.
+
+    Attributes:
+        inputs: What it was recorded with.
+        observation: What the forward did.
+        structure: What of that is needed.
+        terms: Summands of the loss; empty without a loss.
+        notes: What the report should say.
+    """
+
+    inputs: Inputs
+    observation: Observation
+    structure: Structure
+    terms: tuple[Term, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The whole recorded graph, to print: ``captured.graph_module.print_readable()``."""
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in sorted(self.structure.nodes, key=lambda node: node.op != "placeholder"):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(tuple(copies[node] for node in self.structure.results))
+        root = _Root(self.observation.recorder.skeleton.module, self.observation.recorder.constants)
+        return fx.GraphModule(root, graph, class_name=type(self.observation.recorder.skeleton.module).__name__)
+
+    def guards(self) -> tuple[Callable[[Mapping[str, Any]], Sequence[Any]] | None, tuple[Guard, ...]]:
+        """Give a function that reads again, from named inputs, what Python read, and the answers it got."""
+        guards = self.observation.guards
+        if not guards:
+            return None, ()
+        recorder = self.observation.recorder
+        return reader_of(recorder.graph, [guard.node for guard in guards], recorder.constants), guards
+
+    def program(self, stage_of_layer: Mapping[str, int], num_stages: int) -> Program:
+        """Cut the graph into stages; see ``make_program``."""
+        return make_program(self.observation, self.structure, stage_of_layer, num_stages, loss_terms(self.terms))
+
+
+class _Root(nn.Module):
+    """The skeleton's modules with the constants beside them, for a graph that is printed."""
+
+    def __init__(self, module: nn.Module, constants: Mapping[str, Any]) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        for name, constant in constants.items():
+            setattr(self, name, constant)
+
+
+class Capture:
+    """Holds a copy of the user's modules and records what their forward does.
+
+    Args:
+        model: The user's model; not modified, and its tensors are not copied.
+        loss_fn: Called as ``loss_fn(output, target)``; None where the model returns its loss.
+        leaves: Classes, class names and FQN patterns that are never opened.
+        name: What messages call the model.
+
+    Raises:
+        CaptureError: The model cannot be copied, or a pattern matches nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss_fn: Callable[..., Any] | None = None,
+        leaves: Sequence[object] = (),
+    ) -> None:
+        self.skeleton: Skeleton = make_skeleton(model)
+        self.loss_fn = loss_fn
+        self.dtype: torch.dtype | None = None
+        self._model = model
+        self.name = type(model).__name__
+        self._patterns = tuple(leaves)
+        self._parameter_names = parameter_names(self.skeleton.module.forward)
+        self._closed: dict[str, str] = {}  # FQN of a module found not to be openable, and why
+        self._opened: set[str] = set()  # leaves opened because their loss is to be seen
+        choose_leaves(self.skeleton.module, "block", patterns=self._patterns)  # names patterns without a match now
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """FQNs of the model's blocks."""
+        return find_blocks(self.skeleton.module)
+
+    @property
+    def closed(self) -> Mapping[str, str]:
+        """Modules that capture found must stay whole, and why."""
+        return self._closed
+
+    def closed_modules(self, opened: Sequence[str]) -> frozenset[str]:
+        """Give the FQNs of the modules recorded as one call, where ``opened`` blocks are opened."""
+        return self._leaves("block", opened).closed
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Capture from now on as if every floating-point parameter and buffer had another dtype."""
+        training = [part.training for part in self.skeleton.module.modules()]
+        self.skeleton = make_skeleton(self._model, dtype)
+        self.dtype = dtype
+        for part, mode in zip(self.skeleton.module.modules(), training, strict=True):
+            part.training = mode
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = None) -> Inputs:
+        """Name the tensors of a microbatch."""
+        return name_inputs(self._parameter_names, args, kwargs, target)
+
+    def capture(
+        self,
+        inputs: Inputs,
+        *,
+        grain: str = "block",
+        opened: Sequence[str] = (),
+        with_loss: bool = True,
+        grad_enabled: bool = True,
+        counter: LayerCounter | None = None,
+    ) -> Captured:
+        """Record one forward.
+
+        Args:
+            inputs: A microbatch.
+            grain: ``"block"`` or ``"op"``.
+            opened: Blocks that are opened at block grain all the same.
+            with_loss: Whether the loss is wanted (where there is one) rather than the model's output.
+            grad_enabled: Gradient mode around the forward.
+            counter: Counts what each call does.
+
+        Raises:
+            CaptureError: The forward does something that cannot be recorded without risking wrong numbers, or fails.
+        """
+        for _ in range(MOST_CLOSINGS):
+            leaves = self._leaves(grain, opened)
+            try:
+                observation = self._observe(leaves, inputs, with_loss, grad_enabled, counter)
+            except Blocked as blocked:
+                self._close(leaves, blocked)
+                continue
+            structure = make_structure(observation, training=with_loss)
+            if not structure.is_loss:
+                return self._finished(inputs, observation, structure, ())
+            criterion = self._closed_criterion(structure)
+            if criterion is not None:
+                self._opened.add(criterion)
+                continue
+            terms = find_terms(
+                self.skeleton,
+                observation,
+                structure,
+                lambda node: self._grows(node, leaves, inputs),  # noqa: B023
+            )
+            structure = make_structure(observation, training=True, summands=[term.node for term in terms])
+            return self._finished(inputs, observation, structure, terms)
+        raise CaptureError(
+            f"{self.name} has more than {MOST_CLOSINGS} kinds of modules that cannot be opened\n"
+            "  use grain='block', or name them in leaves="
+        )
+
+    def layer_graph(
+        self, captured: Captured, *, batch_size: int | None = None, notes: Sequence[str] = ()
+    ) -> LayerGraph:
+        """Turn a recorded forward into the graph of layers that is planned."""
+        return make_layer_graph(
+            self.skeleton,
+            captured.observation,
+            captured.structure,
+            inputs=captured.inputs.described(),
+            batch_size=batch_size,
+            notes=(*captured.notes, *notes),
+        )
+
+    def _leaves(self, grain: str, opened: Sequence[str]) -> Leaves:
+        leaves = choose_leaves(self.skeleton.module, grain, opened=(*opened, *self._opened), patterns=self._patterns)
+        closed = leaves.closed | self._closed.keys()
+        return replace(leaves, closed=closed - self._opened, kept=leaves.kept | self._closed.keys())
+
+    def _observe(
+        self, leaves: Leaves, inputs: Inputs, with_loss: bool, grad_enabled: bool, counter: LayerCounter | None
+    ) -> Observation:
+        loss_fn = self.loss_fn if with_loss else None
+        try:
+            return observe(self.skeleton, leaves, inputs, loss_fn=loss_fn, grad_enabled=grad_enabled, counter=counter)
+        except (Blocked, CaptureError):
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"the forward of {self.name} failed: {type(error).__name__}: {error}{_place(error)}\n"
+                f"  it was run with {', '.join(inputs.described()) or 'no tensors'}; check the example inputs"
+            ) from error
+
+    def _close(self, leaves: Leaves, blocked: Blocked) -> None:
+        """Record the module in which something cannot be recorded, and all of its class, as one call from now on."""
+        where = f", {blocked.where}" if blocked.where else ""
+        if not leaves.can_close(blocked.fqn) or blocked.fqn in leaves.closed:
+            raise CaptureError(
+                f"{blocked.reason} (module {blocked.fqn or self.name}{where})\n"
+                "  move it into a module of its own and name that in leaves= (a class or an FQN pattern), "
+                "or take it out of the forward"
+            ) from blocked
+        kind = type(self.skeleton.module.get_submodule(blocked.fqn))
+        for fqn, part in self.skeleton.module.named_modules():
+            if type(part) is kind and leaves.can_close(fqn):
+                self._closed.setdefault(fqn, f"{blocked.reason}{where}")
+
+    def _closed_criterion(self, structure: Structure) -> str | None:
+        """Give the module that computes the loss as a whole, if what it does must be seen and it can be opened."""
+        (node,) = structure.results
+        while node.op == "call_function" and "part_of" in node.meta:
+            node = node.meta["part_of"]
+        if node.op != "call_module" or str(node.target) in self._closed:
+            return None
+        module = self.skeleton.module.get_submodule(str(node.target))
+        return None if type(module).__module__.startswith("torch.nn.") else str(node.target)
+
+    def _grows(self, node: fx.Node, leaves: Leaves, inputs: Inputs) -> bool:
+        """Record once more with twice the samples and see whether a tensor has grown."""
+        twice = _doubled(inputs)
+        if twice is None:
+            return False
+        try:
+            other = self._observe(leaves, twice, True, True, None)
+        except (Blocked, CaptureError):
+            return False
+        same = [found for found in other.recorder.graph.nodes if found.name == node.name]
+        return bool(same) and layer_of(same[0]) == layer_of(node) and same[0].meta["tensor"] != node.meta["tensor"]
+
+    def _finished(
+        self, inputs: Inputs, observation: Observation, structure: Structure, terms: tuple[Term, ...]
+    ) -> Captured:
+        notes = list(observation.notes)
+        if terms:
+            notes.insert(0, describe_terms(terms))
+        kinds: dict[str, str] = {}
+        for fqn, reason in self._closed.items():
+            kinds.setdefault(type(self.skeleton.module.get_submodule(fqn)).__name__, f"{fqn}: {reason}")
+        notes += [f"{kind} is never opened ({_relative(why)})" for kind, why in kinds.items()]
+        return Captured(inputs, observation, structure, terms, tuple(notes))
+
+
+def _doubled(inputs: Inputs) -> Inputs | None:
+    """Repeat every sample once."""
+    sizes = [tensor.shape[0] for tensor in inputs.tensors.values() if tensor.dim() > 0]
+    if not sizes:
+        return None
+    rows = sizes[0]
+    tensors = {
+        name: torch.cat([tensor, tensor]) if tensor.dim() > 0 and tensor.shape[0] == rows else tensor
+        for name, tensor in inputs.tensors.items()
+    }
+    args, kwargs, target = inputs.with_tensors(tensors)
+    return Inputs(args, kwargs, target, tensors, inputs.signature)
+
+
+def _place(error: Exception) -> str:
+    """Give file and line of the user's code where an error came from."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        inside = os.sep + "torch" + os.sep, os.sep + "fxpipe" + os.sep + "capture" + os.sep
+        if not any(part in frame.filename for part in inside):
+            return f" ({frame.filename}:{frame.lineno})"
+    return ""
+
+
+def _relative(text: str) -> str:
+    """Leave directories out of a note: the same model gives the same plan on every machine."""
+    words = text.split(" ")
+    return " ".join(os.path.basename(word) if os.sep in word else word for word in words)

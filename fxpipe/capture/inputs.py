@@ -1,0 +1,131 @@
+"""A microbatch as named tensors, and everything else about it as one comparable value."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxpipe.errors import CaptureError, SpecError
+from fxpipe.ir.canonical import digest, spell
+from fxpipe.ir.tree import map_tree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """One microbatch.
+
+    Attributes:
+        args: Positional arguments of the model.
+        kwargs: Its keyword arguments.
+        target: What the loss function compares with.
+        tensors: Every tensor in them, by name.
+        signature: Names, shapes and dtypes of the tensors, and all other values: equal for two microbatches that
+            take the same graph, guards aside.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Any
+    tensors: Mapping[str, torch.Tensor]
+    signature: tuple[Any, ...]
+
+    def described(self) -> tuple[str, ...]:
+        """Give name, dtype and shape of each tensor, as text."""
+        return tuple(
+            f"{name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+            for name, tensor in self.tensors.items()
+        )
+
+    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Give positional arguments, keyword arguments and target with other tensors in the same places."""
+        names = iter(self.tensors)
+
+        def replace(_: str, leaf: Any) -> Any:
+            return tensors[next(names)] if isinstance(leaf, torch.Tensor) else leaf
+
+        args, kwargs, target = (map_tree(replace, part) for part in (self.args, dict(self.kwargs), self.target))
+        return args, kwargs, target
+
+
+def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Give the names of the positional parameters of a forward; those of ``*args`` have none.
+
+    >>> parameter_names(lambda ids, mask=None, *rest, labels=None: ids)
+    ('ids', 'mask')
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+
+
+def name_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = None) -> Inputs:
+    """Name every tensor of a microbatch.
+
+    Args:
+        names: Names of the model's positional parameters.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        target: What the loss function compares with.
+
+    Returns:
+        The tensors by name, and the signature.
+
+    Raises:
+        CaptureError: An input is a numpy array, which would be taken for a constant.
+
+    >>> inputs = name_inputs(("x",), (torch.zeros(2, 3),), {"options": {"mask": torch.ones(2), "scale": 2}})
+    >>> inputs.described()
+    ('x float32[2, 3]', 'options_mask float32[2]')
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    signature: list[Any] = []
+
+    def take(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            name = _identifier(path, tensors)
+            tensors[name] = leaf
+            signature.append((name, tuple(leaf.shape), leaf.dtype))
+        else:
+            signature.append((path, _comparable(path, leaf)))
+        return leaf
+
+    for place, value in enumerate(args):
+        map_tree(take, value, names[place] if place < len(names) else f"args_{place}")
+    for name, value in kwargs.items():
+        map_tree(take, value, name)
+    if target is not None:
+        map_tree(take, target, "target")
+    return Inputs(tuple(args), kwargs, target, tensors, tuple(signature))
+
+
+def _identifier(path: str, taken: Mapping[str, Any]) -> str:
+    """Turn a path into a name; most are one already."""
+    name = path if path.isidentifier() else re.sub(r"\W+", "_", path).strip("_")
+    if keyword.iskeyword(name) or not name.isidentifier():
+        name = f"input_{name}"
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _comparable(path: str, value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        raise CaptureError(
+            f"input {path} is a numpy array: its values would become part of the graph\n  pass torch.from_numpy({path})"
+        )
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return (type(value).__qualname__, value)
+    try:
+        return digest(spell(value, path))
+    except SpecError:  # not comparable across processes: the same object at least
+        return f"{type(value).__qualname__}"

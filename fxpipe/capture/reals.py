@@ -1,0 +1,100 @@
+"""Integers, booleans and constants stay real during capture: Python that looks at them sees what eager sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxpipe._torch import FakeTensor, without_modes
+from fxpipe.capture.watch import RANDOM
+
+LARGEST = 1 << 22
+"""Elements of the largest tensor kept real."""
+BUDGET = 1 << 26
+"""Elements of all tensors kept real in one capture; beyond it new ones are fake."""
+
+FACTORIES = frozenset(
+    {
+        *("arange", "zeros", "ones", "full", "tensor", "linspace", "logspace", "eye", "as_tensor", "asarray", "range"),
+        *("scalar_tensor", "tril_indices", "triu_indices", "meshgrid", "cartesian_prod", "combinations"),
+    }
+)
+
+
+class Reals:
+    """Runs torch calls, for real where all their tensors are real and small, else with fake tensors."""
+
+    def __init__(self) -> None:
+        self._kept = 0
+
+    def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
+        """Call ``func``; ``tensors`` are the tensors among its arguments."""
+        if not self._all_real(name, args, kwargs, tensors):
+            return func(*_without_masks(name, args), **kwargs)
+        with without_modes():
+            result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            self._kept += result.numel()
+        return result
+
+    def _all_real(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[torch.Tensor]
+    ) -> bool:
+        if not tensors:
+            size = _factory_size(name, args, kwargs)
+            return name in FACTORIES and size <= LARGEST and self._kept + size <= BUDGET
+        for tensor in tensors:
+            if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.requires_grad:
+                return False
+        size = _result_size(tensors)
+        return size <= LARGEST and self._kept + size <= BUDGET
+
+
+def _factory_size(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Give (an upper bound of) the elements that a factory makes."""
+    if name in ("zeros", "ones", "full"):
+        sizes = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
+        return math.prod(size for size in sizes if isinstance(size, int))
+    if name in ("arange", "range", "linspace", "logspace", "eye"):
+        numbers = [abs(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, int | float)]
+        return int(max(numbers, default=0) ** (2 if name == "eye" else 1))
+    return 0
+
+
+def _result_size(tensors: Sequence[torch.Tensor]) -> int:
+    """Give the elements of what broadcasting the tensors makes."""
+    if len(tensors) == 1:
+        return tensors[0].numel()
+    sizes: list[int] = []
+    for tensor in tensors:
+        for place, size in enumerate(reversed(tensor.shape)):
+            if place == len(sizes):
+                sizes.append(1)
+            sizes[place] = max(sizes[place], size)
+    return math.prod(sizes)
+
+
+def _without_masks(name: str, args: Sequence[Any]) -> Sequence[Any]:
+    """Index fake tensors by positions instead of real boolean masks, whose result's shape is then known."""
+    if name not in ("__getitem__", "__setitem__") or len(args) < 2:
+        return args
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if not any(_is_real_mask(part) for part in index):
+        return args
+    with without_modes():
+        plain: list[Any] = []
+        for part in index:
+            plain.extend(part.nonzero(as_tuple=True) if _is_real_mask(part) else (part,))
+    return (args[0], tuple(plain), *args[2:])
+
+
+def _is_real_mask(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and value.dtype == torch.bool
+
+
+def is_random(name: str) -> bool:
+    """Tell whether a function draws random numbers whatever its arguments."""
+    return name in RANDOM

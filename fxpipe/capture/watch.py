@@ -1,0 +1,83 @@
+"""What a call does below Python: which aten operations, of which shapes, and whether random numbers are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fxpipe._torch import TorchDispatchMode
+
+RANDOM = frozenset(
+    {
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "bernoulli"),
+        *("multinomial", "poisson", "binomial", "uniform_", "normal_", "random_", "bernoulli_", "exponential_"),
+        *("cauchy_", "log_normal_", "geometric_"),
+    }
+)
+"""Names of functions that draw random numbers whatever their arguments."""
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every aten operation on fake tensors.
+
+    Attributes:
+        drew: Whether a random number was drawn since it was last set to False.
+        trace: Operations with the shapes and dtypes of their tensors, while it is a list.
+    """
+
+    drew: bool
+    trace: list[Any] | None
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drew = False
+        self.trace = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Note the operation and let it pass."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
+            self.drew = True
+        if self.trace is not None:
+            self.trace.append(
+                (func, *[(t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in args if _key(t)])
+            )
+        shape = grouped_shape(func, args, kwargs)
+        if shape is not None:
+            return args[0].new_empty(shape, dtype=kwargs.get("out_dtype") or args[0].dtype)
+        return func(*args, **kwargs)
+
+
+def _key(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | int | float | bool | tuple)
+
+
+def draws(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an operation that may draw random numbers does so with these arguments (attention's dropout)."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            value = args[position] if position < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(value)
+    return True
+
+
+def grouped_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Give the shape of a grouped matrix product, whose fake kernel takes bfloat16 alone; None for other operations.
+
+    Source: ``torch._grouped_mm``: a ragged dimension of either operand is cut by the offsets.
+    """
+    if func is not torch.ops.aten._grouped_mm.default:
+        return None
+    left, right = args[0], args[1]
+    offsets = args[2] if len(args) > 2 else kwargs.get("offs", right)
+    if left.dim() == 2 and right.dim() == 2:
+        return (offsets.shape[0], left.shape[0], right.shape[1])
+    if left.dim() == 2:
+        return (left.shape[0], right.shape[-1])
+    if right.dim() == 2:
+        return (left.shape[1], right.shape[1])
+    return (left.shape[0], left.shape[1], right.shape[-1])
