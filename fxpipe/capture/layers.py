@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxpipe.capture.observe import Observation
-from fxpipe.capture.recorder import CONSTANT
+from fxpipe.capture.recorder import CONSTANT, is_activation
 from fxpipe.capture.skeleton import Skeleton, named_tensors
 from fxpipe.capture.structure import Structure
 from fxpipe.ir.canonical import import_path
 from fxpipe.ir.cost import LayerCounts
-from fxpipe.ir.graph import LayerGraph, Tie, Value
+from fxpipe.ir.graph import LayerGraph, SavedTensor, Tie, Value
 from fxpipe.ir.spec import LayerSpec, TensorInfo
 
 Key = tuple[str, int]
@@ -108,6 +108,7 @@ def make_layer_graph(
         blocks=tuple(_block(nodes[0]) for nodes in layers.nodes) + ("",) * len(unused),
         ties=tuple(tie for tie in ties if tie.key in tie_of),
         counts=tuple(_counts(nodes) for nodes in layers.nodes) + (LayerCounts(),) * len(unused),
+        saved=_saved(observation, layers),
         inputs=tuple(inputs),
         batch_size=batch_size,
         notes=tuple(notes),
@@ -121,6 +122,26 @@ def _block(node: fx.Node) -> str:
 def _counts(nodes: Sequence[fx.Node]) -> LayerCounts:
     found: LayerCounts | None = next((node.meta["counts"] for node in nodes if "counts" in node.meta), None)
     return found if found is not None else LayerCounts()
+
+
+def _saved(observation: Observation, layers: Layers) -> tuple[SavedTensor, ...]:
+    """Give the tensors between layers that layers keep for their backward, views as what they are views of."""
+    keepers: dict[fx.Node, dict[int, None]] = {}
+    for index, nodes in enumerate(layers.nodes):
+        for node in nodes:
+            counts = node.meta.get("counts")
+            for kind, position in counts.saved_values if counts is not None else ():
+                source = node.meta["reads" if kind == "input" else "made"][position]
+                root = _storage_root(observation, source)
+                if is_activation(root):
+                    keepers.setdefault(root, {})[index] = None
+    return tuple(SavedTensor(node.name, node.meta["tensor"], tuple(found)) for node, found in keepers.items())
+
+
+def _storage_root(observation: Observation, node: fx.Node) -> fx.Node:
+    """Give the node that made the memory a value lies in."""
+    storage = observation.recorder.storages.get(node.meta.get("storage", -1))
+    return storage.aliases[0] if storage is not None and storage.aliases else node
 
 
 def _tensors_used(skeleton: Skeleton, nodes: Sequence[fx.Node]) -> dict[str, None]:

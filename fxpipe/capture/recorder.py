@@ -18,7 +18,7 @@ from fxpipe.capture.frames import Frame
 from fxpipe.capture.skeleton import Skeleton
 from fxpipe.ir.program import AutocastState, CallContext
 from fxpipe.ir.tensor import TensorMeta
-from fxpipe.ir.tree import map_tree
+from fxpipe.ir.tree import map_tree, tree_leaves
 
 CONSTANT = "_constant_"
 
@@ -212,7 +212,8 @@ class Recorder:
             node.meta["context"] = context
         if self.region is not None:
             node.meta["checkpoint"] = self.region
-        node.meta["block"] = frame.block
+        node.meta["block"] = f"{frame.block}@{frame.block_call}" if frame.block_call else frame.block
+        node.meta["reads"] = tuple(read for read in reads if is_activation(read))
         for read in reads:
             if read.meta.get("container"):
                 read.meta.update(layer=layer, call=call)
@@ -241,7 +242,12 @@ class Recorder:
             node.meta.update(writes=tuple(keys), before=tuple(before), where=user_line())
 
     def emit(self, value: Any, node: fx.Node) -> None:
-        """Bind every tensor in a call's result to the call, or to a node that takes it out."""
+        """Bind every tensor in a call's result to the call, or to nodes that take them out (``meta["made"]``)."""
+        self._emit(value, node)
+        tensors = [leaf for _, leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        node.meta["made"] = tuple(self._node_of.get(id(tensor), node) for tensor in tensors)
+
+    def _emit(self, value: Any, node: fx.Node) -> None:
         if isinstance(value, torch.Tensor):
             self._emit_tensor(value, node)
         elif isinstance(value, Mapping):
@@ -265,7 +271,7 @@ class Recorder:
                 }
             )
             part.meta["part_of"] = node
-            self.emit(item, part)
+            self._emit(item, part)
 
     def _emit_tensor(self, tensor: torch.Tensor, node: fx.Node) -> None:
         known = self._node_of.get(id(tensor))
@@ -318,7 +324,7 @@ class Recorder:
             )
         nodes = [self.lift(tensor, frame, reads) for tensor in tensors]
         node = self.graph.create_node("call_function", rebuilder(template), tuple(nodes))
-        node.meta.update(layer="", call=frame.call, block=frame.block, container=True)
+        node.meta.update(layer="", call=frame.call, container=True)
         node.meta["tainted"] = any(part.meta.get("tainted") for part in nodes)
         reads.append(node)
         return node
@@ -354,6 +360,11 @@ class Recorder:
         for storage in self.storages.values():
             for nodes in (storage.aliases, storage.readers, storage.writers):
                 nodes[:] = [node for node in nodes if node not in removed]
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor that is no parameter or buffer."""
+    return "tensor" in node.meta and (node.op != "get_attr" or str(node.target).startswith(CONSTANT))
 
 
 class Slot:
