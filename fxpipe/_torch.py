@@ -39,6 +39,13 @@ def functorch_is_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def device_asked(func: Any, args: tuple[Any, ...]) -> torch.device | None:
+    """Answer a fake tensor's question for its device, more than half of what a dispatch mode sees; None for others."""
+    if func is not torch.ops.prim.device.default or not isinstance(args[0], FakeTensor):
+        return None
+    return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Give a number that is the same for tensors that share a storage, while it lives."""
     return int(tensor.untyped_storage()._cdata)

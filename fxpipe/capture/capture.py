@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ from fxpipe.capture.inputs import Inputs, name_inputs, parameter_names
 from fxpipe.capture.layers import layer_of, make_layer_graph
 from fxpipe.capture.loss import Term, describe_terms, find_terms, loss_terms
 from fxpipe.capture.observe import Observation, observe
+from fxpipe.capture.preserve import Change
 from fxpipe.capture.reads import Guard
 from fxpipe.capture.recorder import Blocked
 from fxpipe.capture.skeleton import Skeleton, make_skeleton
 from fxpipe.capture.slices import make_program, reader_of
-from fxpipe.capture.structure import Structure, make_structure
+from fxpipe.capture.structure import Structure, make_structure, spelled
 from fxpipe.errors import CaptureError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.program import Program
@@ -114,9 +115,10 @@ class Capture:
         self.name = type(model).__name__
         self._patterns = tuple(leaves)
         self._parameter_names = parameter_names(self.skeleton.module.forward)
-        self._closed: dict[str, str] = {}  # FQN of a module found not to be openable, and why
-        self._opened: set[str] = set()  # leaves opened because their loss is to be seen
-        choose_leaves(self.skeleton.module, "block", patterns=self._patterns)  # names patterns without a match now
+        self._closed: dict[str, Blocked] = {}  # modules found not to be openable, and why
+        self._opened: dict[str, Blocked | None] = {}  # modules that have to be opened, and why; None: for their loss
+        # Names patterns without a match now.
+        self._kept = choose_leaves(self.skeleton.module, "block", patterns=self._patterns).kept
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ class Capture:
     @property
     def closed(self) -> Mapping[str, str]:
         """Modules that capture found must stay whole, and why."""
-        return self._closed
+        return {fqn: f"{why.reason}, {why.where}" if why.where else why.reason for fqn, why in self._closed.items()}
 
     def closed_modules(self, opened: Sequence[str]) -> frozenset[str]:
         """Give the FQNs of the modules recorded as one call, where ``opened`` blocks are opened."""
@@ -171,15 +173,16 @@ class Capture:
             leaves = self._leaves(grain, opened)
             try:
                 observation = self._observe(leaves, inputs, with_loss, grad_enabled, counter)
+                self._check_left(observation, inputs, with_loss, grad_enabled)
             except Blocked as blocked:
-                self._close(leaves, blocked)
+                self._change(leaves, blocked, inputs)
                 continue
             structure = make_structure(observation, training=with_loss)
             if not structure.is_loss:
                 return self._finished(inputs, observation, structure, ())
             criterion = self._closed_criterion(structure)
             if criterion is not None:
-                self._opened.add(criterion)
+                self._opened[criterion] = None
                 continue
             terms = find_terms(
                 self.skeleton,
@@ -208,16 +211,30 @@ class Capture:
         )
 
     def _leaves(self, grain: str, opened: Sequence[str]) -> Leaves:
-        leaves = choose_leaves(self.skeleton.module, grain, opened=(*opened, *self._opened), patterns=self._patterns)
+        wanted = (*opened, *self._opened)
+        leaves = choose_leaves(self.skeleton.module, grain, opened=wanted, patterns=self._patterns)
         closed = leaves.closed | self._closed.keys()
-        return replace(leaves, closed=closed - self._opened, kept=leaves.kept | self._closed.keys())
+        return replace(leaves, closed=closed - self._opened.keys(), kept=leaves.kept | self._closed.keys())
 
     def _observe(
-        self, leaves: Leaves, inputs: Inputs, with_loss: bool, grad_enabled: bool, counter: LayerCounter | None
+        self,
+        leaves: Leaves,
+        inputs: Inputs,
+        with_loss: bool,
+        grad_enabled: bool,
+        counter: LayerCounter | None,
+        left: Sequence[Change] = (),
     ) -> Observation:
-        loss_fn = self.loss_fn if with_loss else None
         try:
-            return observe(self.skeleton, leaves, inputs, loss_fn=loss_fn, grad_enabled=grad_enabled, counter=counter)
+            return observe(
+                self.skeleton,
+                leaves,
+                inputs,
+                loss_fn=self.loss_fn if with_loss else None,
+                grad_enabled=grad_enabled,
+                counter=counter,
+                left=left,
+            )
         except (Blocked, CaptureError):
             raise
         except Exception as error:
@@ -226,19 +243,79 @@ class Capture:
                 f"  it was run with {', '.join(inputs.described()) or 'no tensors'}; check the example inputs"
             ) from error
 
-    def _close(self, leaves: Leaves, blocked: Blocked) -> None:
-        """Record the module in which something cannot be recorded, and all of its class, as one call from now on."""
-        where = f", {blocked.where}" if blocked.where else ""
-        if not leaves.can_close(blocked.fqn) or blocked.fqn in leaves.closed:
-            raise CaptureError(
-                f"{blocked.reason} (module {blocked.fqn or self.name}{where})\n"
-                "  move it into a module of its own and name that in leaves= (a class or an FQN pattern), "
-                "or take it out of the forward"
-            ) from blocked
-        kind = type(self.skeleton.module.get_submodule(blocked.fqn))
-        for fqn, part in self.skeleton.module.named_modules():
-            if type(part) is kind and leaves.can_close(fqn):
-                self._closed.setdefault(fqn, f"{blocked.reason}{where}")
+    def _check_left(self, observation: Observation, inputs: Inputs, with_loss: bool, grad_enabled: bool) -> None:
+        """Let the forward run again on what it left behind: what it keeps must not change what it does.
+
+        Raises:
+            Blocked: It carries something from one batch to the next.
+        """
+        if not observation.left:
+            return
+        change = observation.left[0]
+        reads = Blocked(f"the forward sets the attribute {change.path} and reads it in the next batch", change.fqn)
+        try:
+            again = self._observe(observation.leaves, inputs, with_loss, grad_enabled, None, observation.left)
+        except (Blocked, CaptureError):
+            raise reads from None
+        if spelled(observation, with_loss) != spelled(again, with_loss):
+            raise reads
+
+    def _change(self, leaves: Leaves, blocked: Blocked, inputs: Inputs) -> None:
+        """Open or close the module in which something cannot be recorded, and all of its class, from now on.
+
+        Raises:
+            CaptureError: Neither is possible.
+        """
+        fqn = blocked.fqn
+        shut = [name for name in blocked.opens if name in leaves.closed - self._kept - self._closed.keys()]
+        if shut:
+            alike = [other for name in shut for other in self._alike(name) if other not in self._kept]
+            self._opened.update(dict.fromkeys(alike, blocked))
+            return
+        closable = self._closable(leaves, blocked)
+        if closable:
+            for name in self._alike(closable):
+                if leaves.can_close(name):
+                    self._closed[name] = blocked
+                    self._opened = {f: why for f, why in self._opened.items() if not f"{f}.".startswith(f"{name}.")}
+            return
+        why = self._opened.get(fqn) or blocked
+        where = f", {why.where}" if why.where else ""
+        raise CaptureError(
+            f"{why.reason} (module {fqn or self.name}{where})\n  {self._way_out(why, inputs)}"
+        ) from blocked
+
+    def _closable(self, leaves: Leaves, blocked: Blocked) -> str:
+        """Give the innermost module that would hide what is blocked if it were recorded as one call, ``""`` for none.
+
+        Where a module is recorded whole already, or had to be opened, the next one around it may help.
+        """
+        if blocked.way_out and blocked.fqn in leaves.closed:
+            return ""
+        parts = blocked.fqn.split(".")
+        around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        whole = [fqn for fqn in around if fqn in leaves.closed]
+        start = around.index(whole[-1]) + 1 if whole else 0
+        return next((fqn for fqn in around[start:] if fqn not in self._opened and leaves.can_close(fqn)), "")
+
+    def _alike(self, fqn: str) -> list[str]:
+        """List the modules of one class with a module, in the model's order: it must not depend on the process."""
+        root = self.skeleton.module
+        kind = type(root.get_submodule(fqn))
+        return [name for name, part in root.named_modules() if type(part) is kind]
+
+    def _way_out(self, blocked: Blocked, inputs: Inputs) -> str:
+        if blocked.way_out:
+            return blocked.way_out
+        if "values that are not known" in blocked.reason and inputs.are_partly_fake:
+            return "compile with a real example: its integers decide which way the forward goes"
+        if blocked.opens:
+            return "pass what is read or changed there as an argument, and return it"
+        holder = type(self.skeleton.module.get_submodule(blocked.fqn)).__name__
+        return (
+            f"move that part of {holder} into a module of its own and name it in leaves= (its class or a pattern of "
+            "FQNs), or take it out of the forward"
+        )
 
     def _closed_criterion(self, structure: Structure) -> str | None:
         """Give the module that computes the loss as a whole, if what it does must be seen and it can be opened."""
@@ -269,10 +346,24 @@ class Capture:
         if terms:
             notes.insert(0, describe_terms(terms))
         kinds: dict[str, str] = {}
-        for fqn, reason in self._closed.items():
+        for fqn, reason in self.closed.items():
             kinds.setdefault(type(self.skeleton.module.get_submodule(fqn)).__name__, f"{fqn}: {reason}")
         notes += [f"{kind} is never opened ({_relative(why)})" for kind, why in kinds.items()]
-        return Captured(inputs, observation, structure, terms, tuple(notes))
+        notes += [_relative(note) for note in self._notes_on_opened()]
+        forms = {form for node in structure.nodes for form in node.meta.get("attention", ())}
+        notes += [f"attention: {', '.join(sorted(forms))}"] if forms else []
+        for guard in observation.guards:
+            if not guard.is_choice:
+                notes.append(_relative(f"each new value read at {guard.where} is captured anew"))
+        return Captured(inputs, observation, structure, terms, tuple(dict.fromkeys(notes)))
+
+    def _notes_on_opened(self) -> Iterator[str]:
+        kinds: dict[str, None] = {}
+        for fqn, why in self._opened.items():
+            kind = type(self.skeleton.module.get_submodule(fqn)).__name__
+            if why is not None and kind not in kinds:
+                kinds[kind] = None
+                yield f"{kind} is opened ({why.fqn}: {why.reason}, {why.where})"
 
 
 def _doubled(inputs: Inputs) -> Inputs | None:

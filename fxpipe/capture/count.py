@@ -18,10 +18,11 @@ from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from fxpipe._torch import TorchDispatchMode, replaced
+from fxpipe._torch import TorchDispatchMode, device_asked, replaced
+from fxpipe.capture.calls import tensors_in
 from fxpipe.capture.recorder import storage_of
 from fxpipe.capture.skeleton import Skeleton, named_tensors
-from fxpipe.capture.watch import grouped_shape
+from fxpipe.capture.watch import grouped_shape, spelled
 from fxpipe.ir.cost import LayerCounts, OpCount, Phase
 from fxpipe.ir.tree import map_tree, tree_leaves
 
@@ -32,15 +33,21 @@ class LayerCounter:
     """Counts each distinct layer once, by running it alone on fake tensors.
 
     Args:
+        skeleton: The copy of the model.
         fused_attention: Whether attention runs as one kernel that keeps no matrix of scores (accelerators), whatever
             the CPU would do.
+
+    Attributes:
+        known: Counts of the calls seen so far.
     """
+
+    known: dict[Key, LayerCounts]
 
     def __init__(self, skeleton: Skeleton, *, fused_attention: bool) -> None:
         self.fused_attention = fused_attention
         self.mode = CountMode()
         self._skeleton = skeleton
-        self._known: dict[Key, LayerCounts] = {}
+        self.known: dict[Key, LayerCounts] = {}
 
     def counts(
         self,
@@ -59,24 +66,36 @@ class LayerCounter:
             trace: What the call did below Python; calls that did the same count the same.
             attention: Forms of the attention calls inside.
         """
-        tensors = [leaf for _, leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+        key = self.key(function, args, kwargs, trace, attention)
+        known = self.known.get(key)
+        if known is None:
+            known = self.known[key] = replace(self._measure(function, args, kwargs), attention=attention)
+        return known
+
+    def key(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        trace: tuple[Any, ...],
+        attention: tuple[str, ...],
+    ) -> Key:
+        """Give what is equal for two calls that count the same; arguments as of ``counts``."""
+        tensors = tensors_in(args, kwargs)
         weights = [tensor for _, tensor in named_tensors(function)] if isinstance(function, nn.Module) else []
         flags = tuple(tensor.requires_grad for tensor in (*tensors, *weights))
-        key = (trace, flags, torch.is_grad_enabled(), attention)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = replace(self._measure(function, args, kwargs, weights), attention=attention)
-        return known
+        # What runs for real, on integers, leaves no trace: its shapes tell it apart.
+        shapes = () if trace else (getattr(function, "__name__", ""), *map(spelled, tensors))
+        return trace, shapes, flags, torch.is_grad_enabled(), attention
 
     def _measure(
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        weights: Sequence[torch.Tensor],
     ) -> LayerCounts:
         inputs: list[torch.Tensor] = []
-        own = list(weights)
+        own = [tensor for _, tensor in named_tensors(function)] if isinstance(function, nn.Module) else []
 
         def given(_: str, leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -196,6 +215,9 @@ class CountMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Count the operation and let it pass."""
+        device = device_asked(func, args)
+        if device is not None:
+            return device
         kwargs = kwargs or {}
         shape = grouped_shape(func, args, kwargs)
         result = args[0].new_empty(shape) if shape is not None else func(*args, **kwargs)

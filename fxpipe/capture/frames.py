@@ -42,12 +42,21 @@ class Frame:
     names: dict[str, int] = field(default_factory=dict)
 
     def name(self, operation: str) -> str:
-        """Give the next call of an operation its name, ``"transformer.h.0.attn.softmax_1"``."""
+        """Give the next call of an operation its name, ``"transformer.h.0.attn.softmax_1"``; never that of a module."""
         short = operation.strip("_") or operation
-        count = self.names.get(short, 0)
-        self.names[short] = count + 1
-        numbered = f"{short}_{count}" if count else short
-        return f"{self.fqn}.{numbered}" if self.fqn else numbered
+        while True:
+            count = self.names.get(short, 0)
+            self.names[short] = count + 1
+            numbered = f"{short}_{count}" if count else short
+            if numbered not in self.module._modules:
+                return f"{self.fqn}.{numbered}" if self.fqn else numbered
+
+    def clear(self) -> None:
+        """Forget what happened in the call: it is made again."""
+        self.functions.clear()
+        self.drew.clear()
+        self.inside.clear()
+        self.names.clear()
 
 
 class Frames:
@@ -89,7 +98,10 @@ class Frames:
 
     def push_named(self, fqn: str) -> Frame:
         """Begin something that is no module of the model (the loss function)."""
-        frame = Frame(fqn, self.stack[0].module)
+        taken = self.stack[0].module._modules
+        while fqn in taken:
+            fqn += "_"
+        frame = Frame(fqn, nn.Module())
         self.stack.append(frame)
         self.all.append(frame)
         return frame

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from fxpipe._torch import FakeTensor
 from fxpipe.errors import CaptureError, SpecError
 from fxpipe.ir.canonical import digest, spell
 from fxpipe.ir.tree import map_tree
@@ -35,6 +37,11 @@ class Inputs:
     target: Any
     tensors: Mapping[str, torch.Tensor]
     signature: tuple[Any, ...]
+
+    @property
+    def are_partly_fake(self) -> bool:
+        """Whether some tensors have no values."""
+        return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in self.tensors.values())
 
     def described(self) -> tuple[str, ...]:
         """Give name, dtype and shape of each tensor, as text."""
@@ -81,7 +88,8 @@ def name_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
         The tensors by name, and the signature.
 
     Raises:
-        CaptureError: An input is a numpy array, which would be taken for a constant.
+        CaptureError: An input is a numpy array, which would be taken for a constant, a tensor of a kind that cannot
+            be recorded, or one that takes a gradient.
 
     >>> inputs = name_inputs(("x",), (torch.zeros(2, 3),), {"options": {"mask": torch.ones(2), "scale": 2}})
     >>> inputs.described()
@@ -92,9 +100,11 @@ def name_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
 
     def take(path: str, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
+            _check_input(path, leaf)
             name = _identifier(path, tensors)
             tensors[name] = leaf
-            signature.append((name, tuple(leaf.shape), leaf.dtype))
+            strides = () if leaf.is_contiguous() else tuple(leaf.stride())
+            signature.append((name, tuple(leaf.shape), leaf.dtype, strides))
         else:
             signature.append((path, _comparable(path, leaf)))
         return leaf
@@ -106,6 +116,21 @@ def name_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
     if target is not None:
         map_tree(take, target, "target")
     return Inputs(tuple(args), kwargs, target, tensors, tuple(signature))
+
+
+def _check_input(path: str, tensor: torch.Tensor) -> None:
+    kind = type(tensor)
+    known = kind in (torch.Tensor, nn.Parameter, nn.Buffer) or isinstance(tensor, FakeTensor)
+    if not known or tensor.layout != torch.strided:
+        raise CaptureError(
+            f"input {path} is a {kind.__module__}.{kind.__qualname__} of layout {tensor.layout}, which cannot be "
+            "captured\n  pass plain dense tensors and make the others of them in the forward"
+        )
+    if tensor.requires_grad:
+        raise CaptureError(
+            f"input {path} takes a gradient, which a pipeline does not return\n"
+            "  pass it detached, or make it a parameter of the model"
+        )
 
 
 def _identifier(path: str, taken: Mapping[str, Any]) -> str:

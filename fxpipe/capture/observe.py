@@ -7,12 +7,10 @@ as one call of the user's own module; integers stay real, so that Python takes t
 from __future__ import annotations
 
 import functools
-import operator
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,22 +23,34 @@ from fxpipe._torch import (
     DynamicOutputShapeException,
     FakeTensor,
     functorch_is_active,
-    intercepted,
     replaced,
     without_functions,
     without_modes,
 )
 from fxpipe.capture.blocks import Leaves
+from fxpipe.capture.bypass import Bypasses
+from fxpipe.capture.calls import (
+    CPU,
+    attention_form,
+    canonical,
+    on_cpu,
+    spoken_name,
+    targets_of,
+    tensors_in,
+    versions_of,
+)
 from fxpipe.capture.count import LayerCounter, fused_attention_calls
+from fxpipe.capture.derive import is_derived, is_setting
 from fxpipe.capture.frames import Frame, Frames
+from fxpipe.capture.hidden import Hidden
 from fxpipe.capture.inputs import Inputs
-from fxpipe.capture.preserve import MISSING, Attributes, Change, python_random_state, random_states
-from fxpipe.capture.reads import READS, Guard, answer_of, shape_depends_on_values
+from fxpipe.capture.preserve import Attributes, Change, apply_changes, python_random_state, random_states
+from fxpipe.capture.reads import READS, Guard, answer_of, is_plain, shape_depends_on_values
 from fxpipe.capture.reals import LARGEST, Reals, is_random
 from fxpipe.capture.recorder import Ambient, Blocked, Recorder, describe, has_tensor, user_line
-from fxpipe.capture.skeleton import Skeleton
+from fxpipe.capture.skeleton import Skeleton, named_tensors
 from fxpipe.capture.watch import Watch
-from fxpipe.capture.zeros import as_fakes, on_zeros, run_on_zeros
+from fxpipe.capture.zeros import Zeros
 from fxpipe.errors import CaptureError
 from fxpipe.ir.program import CallContext
 from fxpipe.ir.tree import tree_leaves
@@ -59,6 +69,8 @@ class Observation:
         guards: What Python read from tensors that depend on inputs.
         output: What the model returned; its tensors have nodes.
         loss: The scalar that training differentiates, None if there is none.
+        results: By ``id`` of a tensor that is returned: the node that hands it out, where it is not its owner.
+        left: Attributes that the forward left behind in opened modules; the next forward may read them.
         notes: What the report should say.
     """
 
@@ -68,7 +80,13 @@ class Observation:
     guards: tuple[Guard, ...]
     output: Any
     loss: torch.Tensor | None
+    results: Mapping[int, fx.Node]
+    left: tuple[Change, ...]
     notes: tuple[str, ...]
+
+    def result_node(self, tensor: torch.Tensor) -> fx.Node:
+        """Give the node whose value a returned tensor is."""
+        return self.results.get(id(tensor)) or self.recorder.node_of(tensor, self.frames.all[0])
 
 
 def observe(
@@ -79,6 +97,8 @@ def observe(
     loss_fn: Callable[..., Any] | None = None,
     grad_enabled: bool = True,
     counter: LayerCounter | None = None,
+    left: Sequence[Change] = (),
+    progress: Callable[[str], None] | None = None,
 ) -> Observation:
     """Run the forward (and the loss function) once and record it.
 
@@ -89,6 +109,8 @@ def observe(
         loss_fn: Called as ``loss_fn(output, target)`` after the model.
         grad_enabled: Gradient mode around the forward.
         counter: Counts what each recorded call does; None leaves the calls uncounted.
+        left: What an earlier forward left behind, to begin with.
+        progress: Called with the FQN of each block whose call ends.
 
     Returns:
         What was observed.
@@ -99,15 +121,19 @@ def observe(
     """
     with ExitStack() as stack:
         stack.enter_context(random_states())
-        attributes = Attributes(skeleton.module)
-        stack.callback(attributes.restore)
+        before = Attributes(skeleton.module)
+        stack.callback(before.restore)
+        apply_changes(skeleton.module, left)
+        attributes = Attributes(skeleton.module) if left else before
         stack.enter_context(torch.set_grad_enabled(grad_enabled))
         stack.enter_context(skeleton.mode)
-        stack.enter_context(torch.device("cpu"))  # over a default device of the user's
-        observer = Observer(skeleton, leaves, Recorder(skeleton, Ambient.now()), counter)
-        fakes = {name: _input(tensor, skeleton) for name, tensor in inputs.tensors.items()}
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))  # over the user's default device; every call passes it
+        recorder = Recorder(skeleton, stack.enter_context(_ambient()))
+        observer = Observer(skeleton, leaves, recorder, counter, attributes, progress)
+        fakes = {name: _input(tensor) for name, tensor in inputs.tensors.items()}
         for name, tensor in fakes.items():
-            observer.recorder.placeholder(name, tensor)
+            recorder.placeholder(name, tensor)
         args, kwargs, target = inputs.with_tensors(fakes)
         stack.enter_context(observer.watch)
         stack.enter_context(observer.intercepting())
@@ -116,12 +142,21 @@ def observe(
         stack.enter_context(observer)
         output = skeleton.module(*args, **kwargs)
         loss = observer.loss(output, target, loss_fn)
-        observer.finish(attributes)
-    notes = tuple(dict.fromkeys(observer.notes))
-    return Observation(leaves, observer.recorder, observer.frames, tuple(observer.guards), output, loss, notes)
+        observer.finish(loss if loss is not None else output)
+    return Observation(
+        leaves,
+        recorder,
+        observer.frames,
+        tuple(observer.guards),
+        output,
+        loss,
+        observer.results,
+        tuple(observer.left),
+        tuple(dict.fromkeys(observer.notes)),
+    )
 
 
-def _input(tensor: torch.Tensor, skeleton: Skeleton) -> torch.Tensor:
+def _input(tensor: torch.Tensor) -> torch.Tensor:
     """Keep a small real integer tensor (a copy of it), fake anything else."""
     exact = not (tensor.is_floating_point() or tensor.is_complex())
     if exact and tensor.numel() <= LARGEST and not (tensor.is_meta or isinstance(tensor, FakeTensor)):
@@ -130,10 +165,46 @@ def _input(tensor: torch.Tensor, skeleton: Skeleton) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
+@contextmanager
+def _ambient() -> Iterator[Ambient]:
+    """Give the state around the forward; autocast of an accelerator is mirrored to the CPU, where capture runs.
+
+    A forward asks ``x.device.type`` which autocast to switch off, and hears ``"cpu"`` during capture.
+    """
+    mirrored = next((kind for kind in ("cuda", "xpu") if torch.is_autocast_enabled(kind)), None)
+    if mirrored is None or torch.is_autocast_enabled("cpu"):
+        yield Ambient.now()
+        return
+    dtype = torch.get_autocast_dtype(mirrored)
+    with torch.autocast("cpu", dtype=dtype, cache_enabled=torch.is_autocast_cache_enabled()):
+        yield Ambient.now()
+
+
+@dataclass(slots=True, eq=False)
+class _Uncounted:
+    """A call to be counted, and the nodes of all calls that do the same."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    trace: Any
+    attention: tuple[str, ...]
+    ambient: Ambient
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
 class Observer(TorchFunctionMode):
     """The function mode and the interception of module calls, for one forward."""
 
-    def __init__(self, skeleton: Skeleton, leaves: Leaves, recorder: Recorder, counter: LayerCounter | None) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        leaves: Leaves,
+        recorder: Recorder,
+        counter: LayerCounter | None,
+        attributes: Attributes,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
         super().__init__()
         self.skeleton = skeleton
         self.leaves = leaves
@@ -142,16 +213,24 @@ class Observer(TorchFunctionMode):
         self.watch = Watch()
         self.frames = Frames(skeleton.module, leaves.blocks)
         self.guards: list[Guard] = []
+        self.results: dict[int, fx.Node] = {}
+        self.left: list[Change] = []
         self.notes: list[str] = []
-        self._reals = Reals()
-        self._quiet = 0  # inside a leaf: nothing is recorded
-        self._counting = False  # a call is made again to be counted: nothing is noted at all
-        self._zeros: dict[Any, tuple[Any, Any]] = {}
+        self.quiet: str | None = None  # FQN of what is recorded whole and running: nothing inside is
+        self.counting = False  # a call is made again to be counted: nothing is noted at all
+        self._attributes = attributes
+        self._progress = progress
+        self._reals = Reals(self.watch)
+        self.hidden = Hidden(recorder)
+        self._zeros = Zeros(skeleton)
         self._opened: set[str] = set()
+        self._entered: set[str] = set()
+        self._uncounted: dict[Any, _Uncounted] = {}
         self._attention: list[str] = []
-        self._outside_vmap: set[int] | None = None
-        self._region = 0
+        self._has_read = False  # in what is recorded whole, Python looked at values
+        self._dtype = torch.get_default_dtype()
         self._python_random = python_random_state()
+        self._blocked: Blocked | None = None
 
     # --- torch functions ------------------------------------------------------------------------------------------
 
@@ -159,51 +238,85 @@ class Observer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """See one torch call."""
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        args, kwargs = on_cpu(name, args, kwargs or {})
+        if name in ("cuda", "xpu"):
+            func, name, args, kwargs = torch.Tensor.to, "to", (args[0], CPU), {}
         if name == "__get__":
             value = func(*args, **kwargs)
-            if self._quiet or self._counting or not isinstance(value, torch.Tensor):
+            if self.quiet is not None or self.counting or not isinstance(value, torch.Tensor):
                 return value
-        if self._counting:
-            return self._reals.run(func, name, args, kwargs, _tensors(args, kwargs))
+        if self.counting:
+            return self._reals.run(func, name, args, kwargs, tensors_in(args, kwargs))
         frame = self.frames.top
         frame.functions.append(name)
         if name == "scaled_dot_product_attention":
-            self._attention.append(_attention_form(args, kwargs))
-        if self._quiet:
-            return self._run(func, name, args, kwargs, _tensors(args, kwargs), frame)
+            self._attention.append(attention_form(args, kwargs))
         try:
+            if self.quiet is not None:
+                return self._run_quietly(func, name, args, kwargs, frame)
             return self._record(func, name, args, kwargs, frame)
         except Blocked as blocked:
-            blocked.where = blocked.where or user_line()
+            self._noted(blocked)
             raise
+
+    def _noted(self, blocked: Blocked) -> None:
+        """Complete an exception on its way out, and remember it: a bare ``except`` of the user's may swallow it."""
+        blocked.where = blocked.where or user_line()
+        self._blocked = self._blocked or blocked
+
+    def _run_quietly(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
+        """Run a call inside something that is recorded whole."""
+        tensors = tensors_in(args, kwargs)
+        self.hidden.check(tensors)
+        result = self._run(func, name, args, kwargs, tensors, frame)
+        self.hidden.made(result)
+        if name in READS and not isinstance(result, torch.Tensor):
+            self._has_read = True
+        return result
 
     def _run(
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], frame: Frame
     ) -> Any:
         """Run a call and note whether it drew random numbers."""
         self.watch.drew = False
-        if self._outside_vmap is not None:
-            for tensor in tensors:
-                if self.recorder.knows(tensor) and id(tensor) not in self._outside_vmap:
-                    raise Blocked("vmap over a function that reads tensors other than its arguments", frame.fqn)
-        args, kwargs = _on_cpu(func, name, args, kwargs)
-        result = self._reals.run(func, name, args, kwargs, tensors)
+        for target in targets_of(name, args, kwargs):
+            self._refuse_foreign(target, frame)
+        if self._zeros.is_running:
+            with self.watch:
+                result = func(*args, **kwargs)
+        else:
+            result = self._reals.run(func, name, args, kwargs, tensors)
         if self.watch.drew or is_random(name):
             frame.drew.append(len(frame.functions) - 1)
         return result
 
+    def _refuse_foreign(self, tensor: torch.Tensor, frame: Frame) -> None:
+        """Refuse a write to a real tensor that is none of ours: it would happen, now and to the user's own."""
+        if not isinstance(tensor, FakeTensor) and not self._zeros.is_running and not functorch_is_active():
+            if self.recorder.made_here(tensor) or self.hidden.knows(tensor):
+                return
+            place = self.skeleton.plain.get(id(tensor), ("a tensor kept outside of the model", None))[0]
+            raise Blocked(
+                f"the forward writes to {place}, which is no buffer",
+                frame.fqn,
+                way_out="register it with register_buffer, so that each stage and each checkpoint has it",
+            )
+
     def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
-        tensors = _tensors(args, kwargs)
+        tensors = tensors_in(args, kwargs)
         if tensors:
             self._refuse(func, name, tensors, frame)
         if functorch_is_active():
             raise Blocked(f"{name} is called inside a transform of torch.func", frame.fqn)
-        versions = [_version(tensor) for tensor in tensors]
+        if torch.get_default_dtype() != self._dtype:
+            raise Blocked("the forward changes torch's default dtype", frame.fqn)
+        versions = versions_of(tensors)
         trace: list[Any] = []
         self.watch.trace = trace
         self._attention.clear()
+        if name == "scaled_dot_product_attention":
+            self._attention.append(attention_form(args, kwargs))
         position = len(frame.functions) - 1
         try:
             result = self._run(func, name, args, kwargs, tensors, frame)
@@ -211,10 +324,10 @@ class Observer(TorchFunctionMode):
             result = self._result_of_unknown_values(func, name, args, kwargs, frame, error)
         finally:
             self.watch.trace = None
-        written = [tensor for tensor, version in zip(tensors, versions, strict=True) if _version(tensor) != version]
+        written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
+        written += [tensor for tensor in targets_of(name, args, kwargs) if tensor.is_inference()]
         if not has_tensor(result) and not written and name not in _KEPT:
-            if name in READS:
-                self._read(name, args, kwargs, result, tensors, frame)
+            self._read(func, name, args, kwargs, result, tensors, frame)
             return result
         if not tensors and not has_tensor(result):
             return result
@@ -225,13 +338,54 @@ class Observer(TorchFunctionMode):
             given,
             kwargs,
             frame,
-            layer=frame.name(_spoken(func, name, args)),
+            layer=frame.name(spoken_name(func, name)),
             call=frame.call,
             written=written,
         )
         self._finish(node, frame, position, func, args, kwargs, result, tuple(trace))
         if shape_depends_on_values(name, args, result):
             self._guard_shape(node, result)
+        return result
+
+    def record_whole(
+        self, function: Callable[..., Any], real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record one call of something whose inside is not looked at.
+
+        Args:
+            function: What the graph calls.
+            real: What is called now.
+            args: Arguments of both.
+            kwargs: Keyword arguments of both.
+        """
+        frame = self.frames.top
+        frame.functions.append(function.__name__)
+        position = len(frame.functions) - 1
+        with without_functions():
+            tensors = tensors_in(args, kwargs)
+            versions = versions_of(tensors)
+            self.hidden.begin(None, frame.fqn, args, kwargs)
+        trace: list[Any] = []
+        self.watch.drew, self.watch.trace = False, trace
+        self.quiet = frame.fqn
+        try:
+            result = real(*args, **kwargs)
+        except UNKNOWN_VALUES as error:
+            raise Blocked(f"{function.__name__} depends on values that are not known", frame.fqn) from error
+        finally:
+            self.quiet = None
+            self.watch.trace = None
+            self.hidden.stop()
+        del frame.functions[position + 1 :]
+        if self.watch.drew:
+            frame.drew.append(position)
+        with without_functions():
+            written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
+            node = self.recorder.call(
+                "call_function", function, args, kwargs, frame,
+                layer=frame.name(function.__name__), call=frame.call, written=written,
+            )  # fmt: skip
+        self._finish(node, frame, position, real, args, kwargs, result, tuple(trace))
         return result
 
     def _finish(
@@ -256,23 +410,32 @@ class Observer(TorchFunctionMode):
     def _count(
         self, node: fx.Node, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], trace: Any
     ) -> None:
-        """Run a recorded call again, alone, and count what it does."""
+        """Have a recorded call counted when the forward is over: it is made again, and may leave something behind."""
         attention = tuple(self._attention)
         if attention:
             node.meta["attention"] = attention
-        if self.counter is None:
-            return
-        self._counting = True
-        try:
-            with fused_attention_calls(self.counter) as replacement:
-                called = replacement if func is F.scaled_dot_product_attention and replacement else func
-                node.meta["counts"] = self.counter.counts(called, args, kwargs, trace, attention)
-        except UNKNOWN_VALUES:
-            with without_functions(), without_modes():
-                call = on_zeros(func, args, kwargs)
-                node.meta["counts"] = self.counter.counts(*call, trace, attention)
-        finally:
-            self._counting = False
+        if self.counter is not None and not is_setting(node):
+            key = self.counter.key(func, args, kwargs, trace, attention)
+            if key in self.counter.known:
+                node.meta["counts"] = self.counter.known[key]
+            else:
+                call = _Uncounted(func, args, kwargs, trace, attention, Ambient.now())
+                self._uncounted.setdefault(key, call).nodes.append(node)
+
+    def _count_all(self, counter: LayerCounter) -> None:
+        """Make every distinct call again, alone, and count what it does."""
+        self.counting = True
+        for call in self._uncounted.values():
+            given = call.func, call.args, call.kwargs, call.trace, call.attention
+            with call.ambient.entered(), fused_attention_calls(counter) as replacement:
+                called = replacement if call.func is F.scaled_dot_product_attention and replacement else call.func
+                try:
+                    counts = counter.counts(called, *given[1:])
+                except UNKNOWN_VALUES:
+                    counts = self._zeros.counts(counter, *given)
+            for node in call.nodes:
+                node.meta["counts"] = counts
+        self.counting = False
 
     def _refuse(self, func: Any, name: str, tensors: Sequence[torch.Tensor], frame: Frame) -> None:
         """Refuse what would silently lose something."""
@@ -288,9 +451,9 @@ class Observer(TorchFunctionMode):
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame, error: Exception
     ) -> Any:
         if name == "ctc_loss":  # only its inner shapes depend on values
-            return as_fakes(run_on_zeros(func, args, kwargs), self.skeleton.mode)
+            return self._zeros.run_function(func, args, kwargs)
         nodes = [
-            self.recorder.node_of(tensor, frame) for tensor in _tensors(args, kwargs) if self.recorder.knows(tensor)
+            self.recorder.node_of(tensor, frame) for tensor in tensors_in(args, kwargs) if self.recorder.knows(tensor)
         ]
         if any(node.meta.get("random") for node in nodes):
             raise Blocked(f"{name}() reads a random number: the path changes by chance", frame.fqn) from error
@@ -300,29 +463,55 @@ class Observer(TorchFunctionMode):
     # --- reads ----------------------------------------------------------------------------------------------------
 
     def _read(
-        self, name: str, args: Any, kwargs: Any, result: Any, tensors: Sequence[torch.Tensor], frame: Frame
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        result: Any,
+        tensors: Sequence[torch.Tensor],
+        frame: Frame,
     ) -> None:
         """Make a read of a value that depends on an input a guard."""
-        nodes = [self.recorder.node_of(tensor, frame) for tensor in tensors if self.recorder.knows(tensor)]
-        if any(node.meta.get("random") for node in nodes):
-            raise Blocked(f"{name}() reads a random number: the path changes by chance", frame.fqn)
-        if not any(node.meta.get("tainted") for node in nodes):
+        if name not in READS and (name != "__format__" or args[0].dim() > 0) and is_plain(result):
             return
-        op, target, given = canonical(getattr(torch.Tensor, name, None) or getattr(torch, name), name, args)
+        nodes = [self.recorder.node_of(tensor, frame) for tensor in tensors if self.recorder.knows(tensor)]
+        if name in READS and any(node.meta.get("random") for node in nodes):
+            raise Blocked(f"{name}() reads a random number: the path changes by chance", frame.fqn)
+        real = any(not isinstance(tensor, FakeTensor) for tensor in tensors)
+        if not real or not any(node.meta.get("tainted") for node in nodes):
+            return
+        if name not in READS and name != "__format__":
+            raise Blocked(f"{name}() hands out the memory of a tensor that depends on an input", frame.fqn)
+        self._refuse_unread(nodes)
+        op, target, given = canonical(func, name, args)
         node = self.recorder.call(op, target, given, kwargs, frame, layer="")
         node.meta["guard"] = True
-        self.guards.append(Guard(node, answer_of(result)))
+        self.guards.append(Guard(node, answer_of(result), user_line()))
+
+    def _refuse_unread(self, nodes: Sequence[fx.Node]) -> None:
+        """Refuse to guard what a module called as a whole computes: its inside must be known to be read again."""
+        todo, seen = list(nodes), set(nodes)
+        while todo:
+            node = todo.pop()
+            if node.op == "call_module":
+                fqn = str(node.target)
+                raise Blocked("the forward reads a value that it computes", fqn, opens=[fqn])
+            sources = {*node.all_input_nodes, *node.meta.get("after", ())} - seen
+            seen |= sources
+            todo += sources
 
     def _guard_shape(self, node: fx.Node, result: Any) -> None:
         if not node.meta.get("tainted"):
             return
         parts = result if isinstance(result, tuple | list) else (result,)
-        for index, part in enumerate(parts):
+        for part in parts:
             if isinstance(part, torch.Tensor) and not isinstance(part, FakeTensor):
                 source = self.recorder.node_of(part, self.frames.top)
+                self._refuse_unread([source])
                 guard = self.recorder.graph.create_node("call_function", getattr, (source, "shape"))
-                guard.meta.update(guard=True, layer="", tainted=True, index=index)
-                self.guards.append(Guard(guard, tuple(part.shape)))
+                guard.meta.update(guard=True, layer="", tainted=True)
+                self.guards.append(Guard(guard, tuple(part.shape), user_line()))
 
     # --- modules --------------------------------------------------------------------------------------------------
 
@@ -338,31 +527,30 @@ class Observer(TorchFunctionMode):
             )
             for owner in owners:
                 stack.enter_context(replaced(owner, "__call__", self._called(vars(owner)["__call__"])))
-            stack.enter_context(replaced(torch, "from_numpy", self._from_numpy(torch.from_numpy)))
-            for module in (torch, torch.random):
-                stack.enter_context(replaced(module, "manual_seed", self._reseeded))
-            stack.enter_context(intercepted(self._function, self._vmap, self._script, self._checkpoint))
+            stack.enter_context(Bypasses(self).intercepting())
             yield
 
     def _called(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            fqn = self.skeleton.module_fqns.get(id(module))
-            if fqn is None or self._counting or self.frames.top.module is module:
+            fqn = self.skeleton.module_fqns.get(id(module)) or self._zeros.fqn_of(module)
+            if fqn is None or self.counting or self.frames.top.module is module:
                 return original(module, *args, **kwargs)
             frame = self.frames.enter(fqn, module)
             try:
-                if self._quiet:
+                if self.quiet is not None:
                     return original(module, *args, **kwargs)
                 if fqn in self.leaves.closed and self._holds_its_own(module):
                     return self._leaf(original, frame, args, kwargs)
                 self._opened.add(fqn)
                 return original(module, *args, **kwargs)
             except Blocked as blocked:
-                blocked.where = blocked.where or user_line()
+                self._noted(blocked)
                 raise
             finally:
                 self.frames.leave()
+                if self._progress is not None and fqn in self.leaves.blocks:
+                    self._progress(fqn)
 
         return call
 
@@ -381,35 +569,40 @@ class Observer(TorchFunctionMode):
             found = self._derived(original, frame, args, kwargs)
             if found is not None:
                 return found[0]
-        self._check_python_random(frame)
+        self._check_outside(frame)
+        module = frame.module
         with without_functions():
-            tensors = _tensors(args, kwargs)
-            buffers = list(frame.module.buffers())
-            versions = [_version(tensor) for tensor in (*tensors, *buffers)]
+            watched = [*tensors_in(args, kwargs), *(tensor for _, tensor in named_tensors(module))]
+            versions = versions_of(watched)
+            self.hidden.begin(module, frame.fqn, args, kwargs)
         self._attention.clear()
         trace: list[Any] = []
         self.watch.trace = trace
-        self._quiet += 1
+        self.quiet, self._has_read = frame.fqn, False
         counts = None
         try:
-            result = original(frame.module, *args, **kwargs)
+            result = original(module, *args, **kwargs)
         except UNKNOWN_VALUES:
-            result, counts = self._on_zeros(frame.module, args, kwargs)
+            self._has_read = True
+            result, counts = self._zeros.run_module(self, frame, args, kwargs)
         finally:
-            self._quiet -= 1
+            self.quiet = None
             self.watch.trace = None
         with without_functions():
-            written = [
-                tensor
-                for tensor, version in zip((*tensors, *buffers), versions, strict=True)
-                if _version(tensor) != version
-            ]
-            node = self.recorder.call(
-                "call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call, written=written
-            )
+            self.hidden.end(result)
+            if self._has_read and any(isinstance(leaf, int | float | str) for _, leaf in tree_leaves(result)):
+                raise Blocked("it returns what Python read from a tensor", frame.fqn, opens=[frame.fqn])
+            written = [t for t, old, new in zip(watched, versions, versions_of(watched), strict=True) if old != new]
+            try:
+                node = self.recorder.call(
+                    "call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call, written=written
+                )
+            except Blocked as blocked:
+                blocked.opens = (frame.fqn,)  # then what it is given need not be recorded
+                raise
         node.meta["frame"] = frame
         if counts is None:
-            self._count(node, frame.module, args, kwargs, tuple(trace))
+            self._count(node, module, args, kwargs, tuple(trace))
         else:
             node.meta["counts"] = counts
         with without_functions():
@@ -417,19 +610,16 @@ class Observer(TorchFunctionMode):
         self._python_random = python_random_state()
         return result
 
-    def _on_zeros(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Run (and count) a module for real that looks at values which fake tensors do not have; once per kind."""
-        with without_functions(), without_modes():
-            shapes = [(tuple(t.shape), t.dtype) for t in (*_tensors(args, kwargs), *module.state_dict().values())]
-            key = (type(module), module.training, tuple(shapes))
-            if key not in self._zeros:
-                call, real_args, real_kwargs = on_zeros(module, args, kwargs)
-                counts = None
-                if self.counter is not None:
-                    counts = self.counter.counts(call, real_args, real_kwargs, ("zeros", key), ())
-                self._zeros[key] = call(*real_args, **real_kwargs), counts
-        result, counts = self._zeros[key]
-        return as_fakes(result, self.skeleton.mode), counts
+    def _check_outside(self, frame: Frame) -> None:
+        """Refuse what reached a module that is recorded whole by no argument."""
+        self._check_python_random(self.frames.stack[-2] if len(self.frames.stack) > 1 else frame)
+        if torch.get_default_dtype() != self._dtype:
+            raise Blocked("the forward changes torch's default dtype", self.frames.stack[-2].fqn)
+        if frame.fqn not in self._entered:
+            self._entered.add(frame.fqn)
+            for change in self._attributes.changes(frame.fqn):
+                reason = f"the attribute {change.path} was set from outside of its module"
+                raise Blocked(reason, frame.fqn, opens=[frame.fqn])
 
     def _may_be_derived(self, frame: Frame) -> bool:
         module = frame.module
@@ -447,14 +637,13 @@ class Observer(TorchFunctionMode):
         Such calls are recomputed where they are read; a module called as a whole would be tied to what it is given,
         which is often an activation whose dtype alone is looked at.
         """
-        last = self.recorder.begin_trial()
-        guards = len(self.guards)
+        self.recorder.begin_trial()
+        guards, blocked = len(self.guards), self._blocked
         try:
             result = original(frame.module, *args, **kwargs)
             with without_functions():
-                nodes = [
-                    self.recorder.node_of(tensor, frame) for _, tensor in tree_leaves(result) if _is_tensor(tensor)
-                ]
+                tensors = [leaf for _, leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+                nodes = [self.recorder.node_of(tensor, frame) for tensor in tensors]
             derived = bool(nodes) and not frame.drew and not frame.inside and is_derived(nodes)
         except (Blocked, *UNKNOWN_VALUES):
             derived = False
@@ -462,124 +651,15 @@ class Observer(TorchFunctionMode):
             self.recorder.end_trial()
             self._opened.add(frame.fqn)
             return (result,)
-        self.recorder.undo_trial(last)
+        self.recorder.undo_trial()
         del self.guards[guards:]
-        frame.functions.clear()
-        frame.drew.clear()
-        frame.inside.clear()
+        self._blocked = blocked
+        frame.clear()
         return None
-
-    # --- what passes the function mode by ---------------------------------------------------------------------------
-
-    def _function(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], real: Callable[..., Any]) -> Any:
-        """Record a call of a custom ``autograd.Function`` as one call: its backward belongs to it."""
-        if cls.__name__ == "CheckpointFunction":
-            raise CaptureError(
-                f"module {self.frames.top.fqn or '(the model)'} uses reentrant activation checkpointing, which gives "
-                "no gradients in a pipeline\n  pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
-            )
-        if self._quiet or self._counting or functorch_is_active():
-            return real(*args, **kwargs)
-        frame = self.frames.top
-        if cls.__name__ == "BackwardHookFunction":
-            raise Blocked("it has backward hooks", frame.fqn)
-
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return cls.apply(*args, **kwargs)  # type: ignore[attr-defined]
-
-        function.__name__ = function.__qualname__ = cls.__name__
-        return self._opaque(function, real, args, kwargs)
-
-    def _opaque(
-        self, function: Callable[..., Any], real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Record one call of something whose inside is not looked at."""
-        frame = self.frames.top
-        frame.functions.append(function.__name__)
-        position = len(frame.functions) - 1
-        with without_functions():
-            tensors = _tensors(args, kwargs)
-            versions = [_version(tensor) for tensor in tensors]
-        self.watch.drew, self.watch.trace = False, []
-        trace = self.watch.trace
-        self._quiet += 1
-        try:
-            result = real(*args, **kwargs)
-        except UNKNOWN_VALUES as error:
-            raise Blocked(f"{function.__name__} depends on values that are not known", frame.fqn) from error
-        finally:
-            self._quiet -= 1
-            self.watch.trace = None
-        del frame.functions[position + 1 :]
-        if self.watch.drew:
-            frame.drew.append(position)
-        with without_functions():
-            written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
-            node = self.recorder.call(
-                "call_function", function, args, kwargs, frame,
-                layer=frame.name(function.__name__), call=frame.call, written=written,
-            )  # fmt: skip
-        self._finish(node, frame, position, real, args, kwargs, result, tuple(trace or ()))
-        return result
-
-    def _vmap(self, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a call of ``vmap`` as one call, unless its function reads more than its arguments."""
-        func, in_dims, out_dims, randomness, chunk_size, *rest = args
-        if self._quiet or self._counting or functorch_is_active() or self._outside_vmap is not None:
-            return real(*args, **kwargs)
-
-        def vmapped(*inner: Any, **named: Any) -> Any:
-            return torch.vmap(func, in_dims, out_dims, randomness, chunk_size=chunk_size)(*inner, **named)
-
-        self._outside_vmap = {id(tensor) for tensor in _tensors(tuple(rest), kwargs)}
-        try:
-            return self._opaque(
-                vmapped,
-                lambda *inner, **named: real(func, in_dims, out_dims, randomness, chunk_size, *inner, **named),
-                tuple(rest),
-                kwargs,
-            )
-        finally:
-            self._outside_vmap = None
-
-    def _script(self, scripted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Callable[..., Any]) -> Any:
-        if self._quiet or self._counting:
-            with without_functions():
-                return real(scripted, *args, **kwargs)
-
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return scripted(*args, **kwargs)
-
-        function.__name__ = function.__qualname__ = scripted.name
-
-        def call(*inner: Any, **named: Any) -> Any:
-            with without_functions():
-                return real(scripted, *inner, **named)
-
-        return self._opaque(function, call, args, kwargs)
-
-    def _checkpoint(self, begins: bool) -> None:
-        if not self._quiet and not self._counting:
-            self._region += begins
-            self.recorder.region = self._region if begins else None
-
-    def _from_numpy(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def from_numpy(array: Any) -> Any:
-            with without_modes():
-                return real(array)
-
-        return from_numpy
-
-    def _reseeded(self, seed: Any) -> Any:
-        if not self._quiet:
-            raise Blocked("the forward reseeds torch's random generator", self.frames.top.fqn)
-        with without_modes():
-            return torch.default_generator.manual_seed(int(seed))
 
     def _check_python_random(self, frame: Frame) -> None:
         if python_random_state() != self._python_random:
-            outer = self.frames.stack[-2] if frame is self.frames.top and len(self.frames.stack) > 1 else frame
-            raise Blocked("the forward draws from Python's or numpy's random generator", outer.fqn)
+            raise Blocked("the forward draws from Python's or numpy's random generator", frame.fqn)
 
     # --- the end --------------------------------------------------------------------------------------------------
 
@@ -598,34 +678,53 @@ class Observer(TorchFunctionMode):
                 )
         return loss
 
-    def finish(self, attributes: Attributes) -> None:
-        """Check what the forward left behind in the opened modules."""
+    def finish(self, results: Any) -> None:
+        """Look at what the forward left behind, and give what it returns nodes of its own."""
+        if self._blocked is not None:  # swallowed by an ``except`` of the user's
+            raise self._blocked
         self._check_python_random(self.frames.top)
         with without_functions():
-            for change in attributes.changes(frozenset({*self._opened, ""})):
-                self._keep_or_refuse(change)
+            for change in self._attributes.changes():
+                if change.fqn in self._opened or not change.fqn:
+                    self._leave(change)
+            for _, leaf in tree_leaves(results):
+                if isinstance(leaf, torch.Tensor):
+                    self._hand_out(leaf)
             self.recorder.refresh()
+        if self.counter is not None:
+            self._count_all(self.counter)
 
-    def _keep_or_refuse(self, change: Change) -> None:
-        frame = Frame(change.fqn, self.skeleton.module.get_submodule(change.fqn))
-        name = f"{change.fqn}.{change.name}" if change.fqn else change.name
+    def _leave(self, change: Change) -> None:
+        """Record a buffer that was assigned anew; note any other attribute that was set."""
         before, now = change.before, change.now
         tensors = isinstance(now, torch.Tensor) and isinstance(before, torch.Tensor)
-        if change.buffer and tensors and now.shape == before.shape and self.recorder.knows(now):
+        if change.registry == "_buffers" and tensors and now.shape == before.shape and self.recorder.knows(now):
+            frame = Frame(change.fqn, self.skeleton.module.get_submodule(change.fqn))
             node = self.recorder.call(
-                "call_method", "copy_", (before, now), {}, frame, layer=f"{name}.copy_", written=[before]
+                "call_method", "copy_", (before, now), {}, frame, layer=f"{change.path}.copy_", written=[before]
             )
             node.meta["context"] = CallContext(grad_enabled=False)
             return
-        if change.before is MISSING and isinstance(change.now, bool | str | None):
-            return  # a flag that something was done once
-        if change.before is MISSING and not self.leaves.can_close(change.fqn):
-            self.notes.append(f"the forward sets {name}; the stages of a pipeline do not hand it out")
-            return
-        raise Blocked(f"the forward sets the attribute {name}", change.fqn)
+        self.left.append(change)
+        if isinstance(now, torch.Tensor) or has_tensor(now):
+            self.notes.append(f"the forward sets {change.path}; the stages of a pipeline do not hand it out")
+
+    def _hand_out(self, tensor: torch.Tensor) -> None:
+        """A parameter, buffer or constant that is returned as it is gets a call of its own: some layer must read it."""
+        root = self.frames.all[0]
+        source = self.recorder.node_of(tensor, root)
+        if source.op == "get_attr" and id(tensor) not in self.results:
+            node = self.recorder.call("call_function", itself, (tensor,), {}, root, layer=root.name("output"))
+            node.meta["tensor"] = source.meta["tensor"]
+            self.results[id(tensor)] = node
 
 
-_KEPT = frozenset({"register_hook", "requires_grad_"})
+_KEPT = frozenset({"register_hook", "requires_grad_", "__set__"})
+
+
+def itself(tensor: torch.Tensor) -> torch.Tensor:
+    """Give a tensor back: the call that hands out a parameter which a model returns."""
+    return tensor
 
 
 def find_loss(output: Any) -> torch.Tensor | None:
@@ -638,125 +737,3 @@ def find_loss(output: Any) -> torch.Tensor | None:
     with without_functions():
         floating = isinstance(found, torch.Tensor) and found.is_floating_point() and found.numel() == 1
     return found if floating else None
-
-
-def is_derived(nodes: Sequence[fx.Node]) -> bool:
-    """Whether nodes depend on inputs, buffers and constants alone, and take no gradient."""
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if not derives(node):
-            return False
-        todo += [*node.all_input_nodes, *node.meta.get("after", ())]
-    return True
-
-
-def derives(node: fx.Node) -> bool:
-    """Whether one call can be made again at any stage that has its arguments."""
-    meta = node.meta.get("tensor")
-    if node.op == "get_attr":
-        return not (meta is not None and meta.requires_grad) and "object" not in node.meta and not _is_parameter(node)
-    plain = "position" not in node.meta and "random" not in node.meta and "guard" not in node.meta
-    return node.op == "placeholder" or (
-        node.op in ("call_function", "call_method") and plain and not (meta is not None and meta.requires_grad)
-    )
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    module = node.graph.owning_module
-    owner, _, leaf = str(node.target).rpartition(".")
-    try:
-        return module is not None and leaf in module.get_submodule(owner)._parameters
-    except AttributeError:
-        return False
-
-
-def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _collect(args, found)
-    if kwargs:
-        _collect(kwargs, found)
-    return found
-
-
-def _collect(value: Any, found: list[torch.Tensor]) -> None:
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            _collect(item, found)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            _collect(item, found)
-    elif isinstance(value, slice):
-        _collect((value.start, value.stop, value.step), found)
-    elif hasattr(type(value), "__dataclass_fields__"):
-        _collect(vars(value), found) if hasattr(value, "__dict__") else None
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # inference tensors do not track theirs
-        return 0
-
-
-def _on_cpu(
-    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Send what names another device to the CPU, where everything is during capture."""
-    if kwargs.get("device") is not None:
-        kwargs = {**kwargs, "device": "cpu"}
-    if name == "cuda":
-        return args[:1], {}
-    if name == "to" and len(args) > 1 and isinstance(args[1], str | torch.device | int):
-        args = (args[0], "cpu", *args[2:])
-    return args, kwargs
-
-
-def _attention_form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    causal = kwargs.get("is_causal", args[5] if len(args) > 5 else False)
-    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-    return "causal" if causal else "full" if mask is None else "mask"
-
-
-_OPERATORS = {
-    f"__{name}__": getattr(operator, name if hasattr(operator, name) else f"{name}_")
-    for name in (
-        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "getitem", "setitem"),
-        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"),
-    )
-}
-_METHODS = (types.MethodDescriptorType, types.WrapperDescriptorType)
-
-
-def canonical(func: Any, name: str, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """Give a call the form that an fx graph can print: operation, target and arguments."""
-    if name in ("__get__", "__set__"):
-        access = getattr if name == "__get__" else setattr
-        return "call_function", access, (args[0], func.__self__.__name__, *args[1:])
-    if name in _OPERATORS:
-        return "call_function", _OPERATORS[name], args
-    if name.startswith("__r") and f"__{name[3:]}" in _OPERATORS and len(args) == 2:
-        return "call_function", _OPERATORS[f"__{name[3:]}"], (args[1], args[0])
-    qualified = str(getattr(func, "__qualname__", ""))
-    method = isinstance(func, _METHODS) or qualified.startswith(("Tensor.", "TensorBase."))
-    if method and hasattr(torch.Tensor, name):
-        return "call_method", name, args
-    return "call_function", func, args
-
-
-def _spoken(func: Any, name: str, args: tuple[Any, ...]) -> str:
-    if name in ("__get__", "__set__"):
-        return str(func.__self__.__name__)
-    overload = getattr(func, "_schema", None)
-    return str(overload.name.rpartition("::")[2]) if overload is not None else name or type(func).__name__

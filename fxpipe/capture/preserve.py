@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,21 +18,26 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """An attribute that a module's forward set anew.
+    """An attribute of a module that was set anew.
 
     Attributes:
         fqn: The module.
         name: The attribute.
         before: Its value before; ``MISSING`` where there was none.
         now: Its value now.
-        buffer: Whether it is a registered buffer.
+        registry: ``"_buffers"``, ``"_parameters"`` or ``"_modules"`` where it is registered there.
     """
 
     fqn: str
     name: str
     before: Any
     now: Any
-    buffer: bool = False
+    registry: str = ""
+
+    @property
+    def path(self) -> str:
+        """FQN of the module and name of the attribute."""
+        return f"{self.fqn}.{self.name}" if self.fqn else self.name
 
 
 MISSING = object()
@@ -42,29 +47,21 @@ class Attributes:
     """What the modules of a tree hold at one moment, to compare with and to go back to."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._saved = [(fqn, part, dict(vars(part)), _contents(part)) for fqn, part in root.named_modules()]
+        self._saved = {fqn: (part, dict(vars(part)), _contents(part)) for fqn, part in root.named_modules()}
 
-    def changes(self, fqns: frozenset[str]) -> list[Change]:
-        """List what changed in the modules named."""
-        found: list[Change] = []
-        for fqn, part, values, contents in self._saved:
-            if fqn not in fqns:
-                continue
-            for name, now in vars(part).items():
-                before = values.get(name, MISSING)
-                if name.startswith("_") and "_hooks" in name:
-                    continue  # they ran, and were recorded
-                if name in _REGISTRIES:
-                    found += _registry_changes(fqn, name, contents[name], now)
-                elif before is not now and not _same(before, now):
-                    found.append(Change(fqn, name, before, now))
-                elif name in contents and not _same_items(contents[name], now):
-                    found.append(Change(fqn, name, contents[name], now))
-        return found
+    def changes(self, within: str = "") -> list[Change]:
+        """List what changed in a module and those inside it."""
+        start = f"{within}." if within else ""
+        return [
+            change
+            for fqn, (part, values, contents) in self._saved.items()
+            if fqn == within or fqn.startswith(start)
+            for change in _changes(fqn, part, values, contents)
+        ]
 
     def restore(self) -> None:
         """Put everything back."""
-        for _, part, values, contents in self._saved:
+        for part, values, contents in self._saved.values():
             own = vars(part)
             if own.keys() != values.keys() or any(own[name] is not value for name, value in values.items()):
                 own.clear()
@@ -74,6 +71,28 @@ class Attributes:
                 if not _same_items(items, container):
                     container.clear()
                     container.extend(items) if isinstance(container, list) else container.update(items)
+
+
+def apply_changes(root: nn.Module, changes: Iterable[Change]) -> None:
+    """Set attributes as a forward has left them."""
+    for change in changes:
+        own = vars(root.get_submodule(change.fqn))
+        (own[change.registry] if change.registry else own)[change.name] = change.now
+
+
+def _changes(fqn: str, part: nn.Module, values: dict[str, Any], contents: dict[str, Any]) -> Iterator[Change]:
+    for name, now in vars(part).items():
+        before = values.get(name, MISSING)
+        if name.startswith("_") and "_hooks" in name:
+            continue  # they ran, and were recorded
+        if name in _REGISTRIES:
+            for key, value in now.items():
+                if contents[name].get(key, MISSING) is not value:
+                    yield Change(fqn, key, contents[name].get(key, MISSING), value, registry=name)
+        elif before is not now and not _same(before, now):
+            yield Change(fqn, name, before, copy.copy(now) if isinstance(now, list | dict | set) else now)
+        elif name in contents and not _same_items(contents[name], now):
+            yield Change(fqn, name, contents[name], copy.copy(now))
 
 
 def _contents(part: nn.Module) -> dict[str, Any]:
@@ -95,12 +114,6 @@ def _same_items(before: Any, now: Any) -> bool:
     return all(a is b for a, b in zip(before, now, strict=True))
 
 
-def _registry_changes(fqn: str, registry: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[Change]:
-    for name, value in now.items():
-        if before.get(name, MISSING) is not value:
-            yield Change(fqn, name, before.get(name, MISSING), value, buffer=registry == "_buffers")
-
-
 @contextmanager
 def random_states() -> Iterator[None]:
     """Give torch's, numpy's and Python's random states back as they were."""
@@ -114,11 +127,6 @@ def random_states() -> Iterator[None]:
 
 
 def python_random_state() -> tuple[Any, ...]:
-    """Give what changes when Python's or numpy's generator is drawn from."""
-    numpy_state = np.random.get_state(legacy=False)
-    return (
-        random.getstate()[1][-1],
-        random.getstate()[1][0],
-        numpy_state["state"]["pos"],
-        numpy_state["state"]["key"][0],
-    )
+    """Give what changes when Python's or numpy's global generator is drawn from."""
+    state, numpy_state = random.getstate()[1], np.random.get_state(legacy=False)["state"]
+    return state[-1], state[0], numpy_state["pos"], int(numpy_state["key"][0])

@@ -33,10 +33,17 @@ class Guard:
     Attributes:
         node: The call that reads; its value is what Python saw.
         answer: What it saw, in a form that can be compared.
+        where: File and line of the user's code.
     """
 
     node: fx.Node
     answer: Any
+    where: str = ""
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether the answers are few: a truth value."""
+        return isinstance(self.answer, bool)
 
 
 def answer_of(value: Any) -> Any:
@@ -53,6 +60,18 @@ def answer_of(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return ("shape", *value.shape)
     return value
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether what a call gave to Python says nothing of a tensor's values: a shape, a dtype, a flag.
+
+    >>> is_plain(torch.Size([2])), is_plain(iter([1]))
+    (True, False)
+    """
+    if isinstance(value, tuple | list):
+        return all(is_plain(item) for item in value)
+    kinds = (bool, int, float, complex, str, bytes, type(None), type)
+    return isinstance(value, kinds) or type(value).__module__.split(".")[0] == "torch" or callable(value)
 
 
 def shape_depends_on_values(name: str, args: tuple[Any, ...], result: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxpipe._torch import FakeTensor, without_modes
-from fxpipe.capture.watch import RANDOM
+from fxpipe.capture.watch import RANDOM, Watch
 
 LARGEST = 1 << 22
 """Elements of the largest tensor kept real."""
@@ -25,17 +25,26 @@ FACTORIES = frozenset(
 
 
 class Reals:
-    """Runs torch calls, for real where all their tensors are real and small, else with fake tensors."""
+    """Runs torch calls, for real where all their tensors are real and small, else with fake tensors.
 
-    def __init__(self) -> None:
+    Args:
+        watch: Sees the calls that run for real, too.
+    """
+
+    def __init__(self, watch: Watch) -> None:
         self._kept = 0
+        self._watch = watch
 
     def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
         """Call ``func``; ``tensors`` are the tensors among its arguments."""
         if not self._all_real(name, args, kwargs, tensors):
             return func(*_without_masks(name, args), **kwargs)
         with without_modes():
-            result = func(*args, **kwargs)
+            if any(tensor.is_floating_point() for tensor in tensors):  # only those are dropped out
+                with self._watch:
+                    result = func(*args, **kwargs)
+            else:
+                result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self._kept += result.numel()
         return result

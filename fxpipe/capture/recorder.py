@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import enum
+import functools
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from fxpipe._torch import FakeTensor, storage_key
+from fxpipe.capture.calls import held_by
 from fxpipe.capture.frames import Frame
 from fxpipe.capture.skeleton import Skeleton
 from fxpipe.ir.program import AutocastState, CallContext
@@ -21,18 +26,27 @@ from fxpipe.ir.tensor import TensorMeta
 from fxpipe.ir.tree import map_tree, tree_leaves
 
 CONSTANT = "_constant_"
+Role = Literal["aliases", "readers", "writers"]
 
 
 class Blocked(BaseException):
     """The forward does something here that cannot be recorded.
 
     Not an ``Exception``: the user's own ``except Exception`` must not turn it into another path through the model.
+
+    Args:
+        reason: What it is, as a clause.
+        fqn: The module it happens in.
+        opens: Modules, recorded as one call, to be opened; empty where one that is opened should be closed.
+        way_out: What the user can do about it, where neither helps.
     """
 
-    def __init__(self, reason: str, fqn: str) -> None:
+    def __init__(self, reason: str, fqn: str, *, opens: Sequence[str] = (), way_out: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
         self.fqn = fqn
+        self.opens = tuple(opens)
+        self.way_out = way_out
         self.where = ""
 
 
@@ -48,6 +62,16 @@ class Ambient:
     def now(cls) -> Ambient:
         """Read the current state."""
         return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast())
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make the gradient mode, and the CPU's autocast, as they were."""
+        cpu = self.autocast[0]
+        with (
+            torch.set_grad_enabled(self.grad_enabled),
+            torch.autocast("cpu", getattr(torch, cpu.dtype), cpu.enabled, cpu.cache_enabled),
+        ):
+            yield
 
     def difference(self) -> CallContext | None:
         """Give what is different now, None for nothing."""
@@ -95,11 +119,15 @@ class Recorder:
         self.constant_places: dict[str, str] = {}
         self.storages: dict[int, Storage] = {}
         self.region: int | None = None
+        self.left: dict[int, tuple[torch.Tensor, str]] = {}  # what calls recorded whole left behind, and their FQN
         self._node_of: dict[int, fx.Node] = {}
         self._kept: list[Any] = []  # an id names a tensor only while the tensor lives
         self._attributes: dict[str, fx.Node] = {}
         self._constant_of: dict[int, str] = {}
-        self._journal: list[tuple[int, fx.Node | None]] | None = None
+        self._copies: dict[int, tuple[Any, Any, Any]] = {}  # of objects: the object, what it held, a copy of it
+        self._trial: _Trial | None = None
+        with skeleton.mode:
+            self._usual_attributes = vars(torch.empty(0)).keys()
 
     # --- tensors and nodes ----------------------------------------------------------------------------------------
 
@@ -113,6 +141,19 @@ class Recorder:
         """Tell whether a node owns the tensor, or it is the model's own."""
         return id(tensor) in self._node_of or id(tensor) in self.skeleton.fqn_of
 
+    def made_here(self, tensor: torch.Tensor) -> bool:
+        """Tell whether the forward made a tensor (or was given it), in a call that was recorded."""
+        return id(tensor) in self._node_of
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """Say in words which tensor it is that a node owns, or the model."""
+        node = self._node_of.get(id(tensor))
+        if node is None:
+            return self.skeleton.fqn_of[id(tensor)]
+        if node.op == "placeholder":
+            return f"the input {node.target!r}"
+        return f"{describe(tensor)} of {node.meta.get('layer') or node.target}"
+
     def node_of(self, tensor: torch.Tensor, frame: Frame) -> fx.Node:
         """Give the node that owns a tensor; a parameter, buffer or constant gets one at its first use.
 
@@ -125,6 +166,10 @@ class Recorder:
         fqn = self.skeleton.fqn_of.get(id(tensor))
         if fqn is not None:
             return self._attribute(fqn, tensor)
+        if id(tensor) in self.left:
+            maker = self.left[id(tensor)][1]
+            what = f"a tensor {describe(tensor)} is read that module {maker} left behind"
+            raise Blocked(what, frame.fqn, opens=[maker])
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
             place = self.skeleton.plain.get(id(tensor), ("", tensor))[0]
             where = f"the plain attribute {place}" if place else f"a tensor {describe(tensor)}"
@@ -132,8 +177,9 @@ class Recorder:
         if tensor.requires_grad:
             place = self.skeleton.plain.get(id(tensor), ("a closure or a global", tensor))[0]
             raise Blocked(
-                f"a tensor {describe(tensor)} that takes a gradient is hidden in {place}: register it as a parameter",
+                f"a tensor {describe(tensor)} that takes a gradient is hidden in {place}",
                 frame.fqn,
+                way_out="register it as a parameter of the module that reads it",
             )
         return self.constant(tensor)
 
@@ -143,6 +189,8 @@ class Recorder:
             node = self.graph.create_node("get_attr", fqn)
             node.meta.update(tainted=False, layer="")
             self._attributes[fqn] = node
+            if self._trial is not None:
+                self._trial.attributes.append(fqn)
             self._describe(node, tensor)
         return node
 
@@ -159,6 +207,8 @@ class Recorder:
             node = self.graph.create_node("get_attr", name)
             node.meta.update(tainted=False, layer="")
             self._attributes[name] = node
+            if self._trial is not None:
+                self._trial.attributes.append(name)
             if isinstance(value, torch.Tensor):
                 self._describe(node, value)
             self._kept.append(value)
@@ -166,8 +216,8 @@ class Recorder:
 
     def bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """Make ``node`` the owner of a tensor: later readers read it."""
-        if self._journal is not None:
-            self._journal.append((id(tensor), self._node_of.get(id(tensor))))
+        if self._trial is not None:
+            self._trial.owners.append((id(tensor), self._node_of.get(id(tensor))))
         self._node_of[id(tensor)] = node
         self._kept.append(tensor)
         self._describe(node, tensor)
@@ -179,13 +229,22 @@ class Recorder:
         storage = storage_of(tensor)
         if storage is not None:
             node.meta["storage"] = storage
-            self.storages.setdefault(storage, Storage()).aliases.append(node)
+            self._append(storage, "aliases", node)
+
+    def _append(self, key: int, role: Role, node: fx.Node) -> None:
+        nodes = getattr(self.storages.setdefault(key, Storage()), role)
+        nodes.append(node)
+        if self._trial is not None:
+            self._trial.grown.append(nodes)
 
     def refresh(self) -> None:
         """Describe every tensor as it is at the end: a write may have made it, or its base, take a gradient."""
         for tensor in self._kept:
             if isinstance(tensor, torch.Tensor) and id(tensor) in self._node_of:
-                self._node_of[id(tensor)].meta["tensor"] = tensor_meta(tensor)
+                node = self._node_of[id(tensor)]
+                node.meta["tensor"] = tensor_meta(tensor)
+                if vars(tensor).keys() - self._usual_attributes:
+                    node.meta["object"] = True  # an attribute of the user's own is lost where it is sent
 
     # --- calls ----------------------------------------------------------------------------------------------------
 
@@ -227,14 +286,14 @@ class Recorder:
             storage = self.storages.get(read.meta.get("storage", -1))
             if storage is not None:
                 after.update(dict.fromkeys(storage.writers[-1:]))
-                storage.readers.append(node)
+                self._append(read.meta["storage"], "readers", node)
         keys = sorted({key for key in map(storage_of, written) if key is not None})
         before: dict[fx.Node, None] = {}
         for key in keys:
             storage = self.storages.setdefault(key, Storage())
             after.update(dict.fromkeys(storage.writers[-1:]))
             before.update(dict.fromkeys(storage.readers))
-            storage.writers.append(node)
+            self._append(key, "writers", node)
         if after:
             node.meta["after"] = tuple(after)
         if keys:
@@ -300,11 +359,39 @@ class Recorder:
             return slice(*(self.lift(part, frame, reads) for part in (value.start, value.stop, value.step)))
         if has_tensor(value):
             return self._rebuilt(value, frame, reads)
-        node = self.constant(value)
+        node = self.constant(self._checked(value, frame))
         reads.append(node)
-        if not is_harmless(value):
-            node.meta["object"] = True
+        if isinstance(value, torch.Generator):
+            node.meta["object"] = True  # whose state all that draw from it share
         return node
+
+    def _checked(self, value: Any, frame: Frame) -> Any:
+        """Give what may stand for an object in the graph: itself, or a copy of it as it is now.
+
+        Raises:
+            Blocked: It cannot be shared by all microbatches and stages.
+        """
+        if isinstance(value, torch.Generator):
+            if id(value) not in self.skeleton.generators:
+                raise Blocked("it makes a random generator of its own", frame.fqn)
+            return value
+        if isinstance(value, nn.Module):
+            raise Blocked(f"a {type(value).__qualname__} is passed on: modules cannot be recorded", frame.fqn)
+        held = held_by(value)
+        if held is not None:
+            what = f"a tensor {describe(held)}" if isinstance(held, torch.Tensor) else f"a {type(held).__qualname__}"
+            kind = "function" if callable(value) else type(value).__qualname__
+            raise Blocked(f"a {kind} is passed on that holds {what}", frame.fqn)
+        if is_harmless(value):
+            return value
+        known = self._copies.get(id(value))
+        now = repr(sorted(vars(value).items(), key=str)) if hasattr(value, "__dict__") else repr(value)
+        if known is None or known[1] != now:
+            try:
+                known = self._copies[id(value)] = (value, now, copy.deepcopy(value))
+            except Exception as error:  # whatever a foreign __deepcopy__ raises
+                raise Blocked(f"a {type(value).__qualname__} is passed on that cannot be copied", frame.fqn) from error
+        return known[2]
 
     def _rebuilt(self, value: Any, frame: Frame, reads: list[fx.Node]) -> fx.Node:
         """Add a call that puts a container of the user's own kind (a dataclass, a ``ModelOutput``) together."""
@@ -331,35 +418,41 @@ class Recorder:
 
     # --- undoing --------------------------------------------------------------------------------------------------
 
-    def begin_trial(self) -> fx.Node | None:
+    def begin_trial(self) -> None:
         """Remember this point; ``undo_trial`` goes back to it."""
-        self._journal = []
-        return next(iter(reversed(self.graph.nodes)), None)
+        self._trial = _Trial(next(iter(reversed(self.graph.nodes)), None))
 
     def end_trial(self) -> None:
         """Keep what was recorded since ``begin_trial``."""
-        self._journal = None
+        self._trial = None
 
-    def undo_trial(self, last: fx.Node | None) -> None:
+    def undo_trial(self) -> None:
         """Forget everything recorded since ``begin_trial``."""
-        assert self._journal is not None
-        for key, node in reversed(self._journal):
+        trial, self._trial = self._trial, None
+        assert trial is not None
+        for key, node in reversed(trial.owners):
             if node is None:
                 self._node_of.pop(key, None)
             else:
                 self._node_of[key] = node
-        self._journal = None
-        removed = set()
+        for name in trial.attributes:
+            del self._attributes[name]
+        for nodes in trial.grown:
+            nodes.pop()
         for node in reversed(self.graph.nodes):
-            if node is last:
+            if node is trial.last:
                 break
-            removed.add(node)
-        for node in [node for node in reversed(self.graph.nodes) if node in removed]:
             self.graph.erase_node(node)
-        self._attributes = {name: node for name, node in self._attributes.items() if node not in removed}
-        for storage in self.storages.values():
-            for nodes in (storage.aliases, storage.readers, storage.writers):
-                nodes[:] = [node for node in nodes if node not in removed]
+
+
+@dataclass(slots=True)
+class _Trial:
+    """What was added since a point that may be gone back to."""
+
+    last: fx.Node | None
+    owners: list[tuple[int, fx.Node | None]] = field(default_factory=list)
+    attributes: list[str] = field(default_factory=list)
+    grown: list[list[fx.Node]] = field(default_factory=list)
 
 
 def is_activation(node: fx.Node) -> bool:
@@ -393,8 +486,8 @@ LITERALS = (
 
 def is_harmless(value: Any) -> bool:
     """Whether an object argument can be shared by all stages: nothing in it changes from call to call."""
-    kinds = (enum.Enum, type, types.FunctionType, types.BuiltinFunctionType, range, frozenset, nn.Module)
-    return isinstance(value, kinds) or type(value).__module__ in ("builtins", "torch")
+    kinds = (enum.Enum, type, range, frozenset, np.generic, np.ndarray, functools.partial)
+    return isinstance(value, kinds) or callable(value) or type(value).__module__ in ("torch", "torch.torch_version")
 
 
 def has_tensor(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxpipe._torch import FakeTensor, FakeTensorMode
+from fxpipe._torch import FakeTensor, FakeTensorMode, storage_key
 from fxpipe.errors import CaptureError, TieError
 from fxpipe.ir.spec import TensorInfo
 
@@ -28,6 +29,7 @@ class Skeleton:
         fqn_of: First FQN by ``id`` of a fake tensor, and of the user's own tensor (closures may hold it).
         module_fqns: First FQN by ``id`` of a copied module, and of the user's own.
         plain: Tensors kept as plain attributes, by ``id``: the dotted place and the tensor.
+        generators: ``id`` of the random generators that the copied modules keep.
     """
 
     module: nn.Module
@@ -38,6 +40,7 @@ class Skeleton:
     fqn_of: Mapping[int, str]
     module_fqns: Mapping[int, str]
     plain: Mapping[int, tuple[str, torch.Tensor]]
+    generators: frozenset[int]
 
     def build_layer(self, fqn: str, device: Any, dtype: Any) -> nn.Module:
         """Make one module anew, without values: what a captured ``LayerSpec.build`` gives."""
@@ -75,6 +78,8 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     memo: dict[int, Any] = {id(tensor): fakes[aliases[fqn]] for fqn, tensor in named}
     plain = {id(tensor): (place, tensor) for place, tensor in _plain_tensors(model) if id(tensor) not in memo}
     _refuse_hidden(plain)
+    _refuse_hidden_modules(model)
+    _refuse_overlaps(aliases, originals)
     memo.update({key: tensor for key, (_, tensor) in plain.items()})
     module = _copied(model, memo)
     _switch_caches_off(module)
@@ -94,7 +99,8 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     }
     module_fqns = {id(part): fqn for fqn, part in model.named_modules()}
     module_fqns.update({id(part): fqn for fqn, part in module.named_modules()})
-    return Skeleton(module, mode, infos, aliases, originals, fqn_of, module_fqns, plain)
+    generators = frozenset(id(item) for _, item in _plain_items(module) if isinstance(item, torch.Generator))
+    return Skeleton(module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -137,11 +143,11 @@ def _first_names(
 def _declared_ties(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield ``(fqn, source)`` of ties that Hugging Face models declare by name (``_tied_weights_keys``)."""
     for prefix, part in model.named_modules():
-        declared = getattr(part, "_tied_weights_keys", None)
-        config = getattr(part, "config", None)
-        if isinstance(declared, Mapping) and getattr(config, "tie_word_embeddings", False):
-            start = f"{prefix}." if prefix else ""
-            yield from ((f"{start}{fqn}", f"{start}{source}") for fqn, source in declared.items())
+        expand = getattr(part, "get_expanded_tied_weights_keys", None)  # patterns as names, none where not wanted
+        if expand is None or not isinstance(getattr(part, "_tied_weights_keys", None), Mapping):
+            continue
+        start = f"{prefix}." if prefix else ""
+        yield from ((f"{start}{fqn}", f"{start}{source}") for fqn, source in expand().items())
 
 
 def _check_tie(fqn: str, tensor: torch.Tensor, source: str, other: torch.Tensor) -> None:
@@ -175,17 +181,22 @@ def _fake(fqn: str, tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dty
 
 def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield tensors that modules keep outside their parameters and buffers, with the place they lie at."""
+    yield from ((place, item) for place, item in _plain_items(model) if isinstance(item, torch.Tensor))
+
+
+def _plain_items(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what modules keep as plain attributes, and in lists and dictionaries there, with the place it lies at."""
     for prefix, part in model.named_modules():
         start = f"{prefix}." if prefix else ""
         for name, value in vars(part).items():
             if name in ("_parameters", "_buffers", "_modules"):
                 continue
-            if isinstance(value, torch.Tensor):
-                yield f"{start}{name}", value
-            elif isinstance(value, list | tuple):
-                yield from ((f"{start}{name}[{i}]", item) for i, item in enumerate(value) if _is_tensor(item))
+            if isinstance(value, list | tuple):
+                yield from ((f"{start}{name}[{i}]", item) for i, item in enumerate(value))
             elif isinstance(value, dict):
-                yield from ((f"{start}{name}[{key!r}]", item) for key, item in value.items() if _is_tensor(item))
+                yield from ((f"{start}{name}[{key!r}]", item) for key, item in value.items())
+            else:
+                yield f"{start}{name}", value
 
 
 def _refuse_hidden(plain: Mapping[int, tuple[str, torch.Tensor]]) -> None:
@@ -197,8 +208,45 @@ def _refuse_hidden(plain: Mapping[int, tuple[str, torch.Tensor]]) -> None:
             )
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
+def _refuse_hidden_modules(model: nn.Module) -> None:
+    registered = {id(part) for part in model.modules()}
+    for place, item in _plain_items(model):
+        if isinstance(item, nn.Module) and id(item) not in registered and next(item.parameters(), None) is not None:
+            raise CaptureError(
+                f"{place} is a {type(item).__qualname__} with parameters that its module does not register: no "
+                "optimiser and no checkpoint sees them\n  keep it as an attribute, or in an nn.ModuleList"
+            )
+
+
+def _refuse_overlaps(aliases: Mapping[str, str], originals: Mapping[str, torch.Tensor]) -> None:
+    """Refuse parameters that lie in the same memory without being one tensor: on stages each would have its own.
+
+    Views side by side in one memory (an LSTM's flattened weights) are separate tensors, and fine.
+    """
+    by_storage: dict[int, list[str]] = {}
+    for fqn, tensor in originals.items():
+        if tensor.layout == torch.strided and tensor.numel():
+            by_storage.setdefault(storage_key(tensor), []).append(fqn)
+    for fqns in by_storage.values():
+        for fqn, other in itertools.combinations(fqns, 2):
+            pair = originals[fqn], originals[other]
+            if any(tensor.requires_grad for tensor in pair) and _overlap(*pair):
+                raise TieError(
+                    f"{fqn} and {other} are different tensors in the same memory\n"
+                    "  let both names be one parameter (b.weight = a.weight), or give one a copy (.clone())"
+                )
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the stretches of memory that two tensors reach over have an element in common."""
+    (start, end), (other_start, other_end) = _reach(one), _reach(other)
+    return start < other_end and other_start < end
+
+
+def _reach(tensor: torch.Tensor) -> tuple[int, int]:
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (int(last) + 1) * tensor.element_size()
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx
 
 from fxpipe.capture.frames import draw_at, scope_at
-from fxpipe.capture.layers import Key, find_layers, layer_name, layer_of
+from fxpipe.capture.layers import layer_of
 from fxpipe.capture.observe import Observation
+from fxpipe.capture.placement import place_layers
 from fxpipe.capture.recorder import CONSTANT
 from fxpipe.capture.structure import Structure
-from fxpipe.errors import CaptureError
 from fxpipe.ir.program import BoundaryTensor, LossTerm, Program, StageProgram
 
 _CARRIED = ("layer", "context", "draw", "scope", "checkpoint")
@@ -56,43 +56,6 @@ def make_program(
         drawing=observation.frames.drawing(draw_names),
         draw_names=draw_names,
     )
-
-
-def place_layers(structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int) -> dict[Key, int]:
-    """Give the stage of every layer that is not derived.
-
-    Raises:
-        CaptureError: A layer reads what a later stage makes.
-    """
-    layers = find_layers(structure)
-    together: dict[int, set[int]] = {}
-    for group in structure.groups:
-        members = {layers.index_of[node] for node in group}
-        for index in members:
-            together.setdefault(index, set()).update(members)
-    stages: dict[int, int] = {}
-    for index, key in enumerate(layers.keys):
-        nodes = layers.nodes[index]
-        if all(node in structure.derived for node in nodes):
-            continue
-        sources = {
-            layers.index_of[source]
-            for node in nodes
-            for source in (*node.all_input_nodes, *node.meta.get("after", ()), *node.meta.get("before", ()))
-            if source in layers.index_of and source not in structure.derived
-        }
-        earliest = max((stages[source] for source in sources if source != index and source in stages), default=0)
-        planned = stage_of_layer.get(layer_name(key))
-        if planned is None:
-            planned = max(earliest, *(stages.get(other, 0) for other in together.get(index, ())), 0)
-        if planned < earliest:
-            late = next(layer_name(layers.keys[s]) for s in sorted(sources) if stages.get(s, 0) > planned)
-            raise CaptureError(
-                f"the model no longer follows its plan: {layer_name(key)} of stage {planned} reads what {late} of "
-                f"stage {earliest} makes\n  compile again with an example input that takes this path"
-            )
-        stages[index] = planned
-    return {layers.keys[index]: stage for index, stage in stages.items()}
 
 
 class _Cutter:

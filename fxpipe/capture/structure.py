@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxpipe.capture.observe import Observation, derives
+from fxpipe.capture.derive import derives, is_setting
+from fxpipe.capture.observe import Observation
 from fxpipe.capture.recorder import Slot, storage_of
+from fxpipe.capture.skeleton import Skeleton, named_tensors
 from fxpipe.errors import CaptureError
 from fxpipe.ir.tree import map_tree
 
@@ -49,25 +51,53 @@ def make_structure(observation: Observation, *, training: bool, summands: Sequen
     Raises:
         CaptureError: The forward writes to an input, or returns one.
     """
-    recorder, root = observation.recorder, observation.frames.all[0]
+    recorder = observation.recorder
     is_loss = training and observation.loss is not None
     if is_loss:
-        results = list(summands) or [recorder.node_of(observation.loss, root)]  # type: ignore[arg-type]
+        results = list(summands) or [observation.result_node(observation.loss)]  # type: ignore[arg-type]
         rebuild: Callable[[tuple[Any, ...]], Any] = _first
     else:
         results, rebuild = _outputs(observation)
     live = _live(recorder.graph, results, recorder.storages)
     derived = _derived(live, recorder.storages)
     _check_inputs(live, recorder.storages)
+    groups = [*_groups(live, derived, recorder.storages), *_shared_state(live, recorder.skeleton, recorder.storages)]
     return Structure(
         nodes=tuple(live),
         derived=frozenset(derived),
-        groups=_groups(live, derived, recorder.storages),
+        groups=_tidy(groups, live),
         before=tuple((reader, node) for node in live for reader in node.meta.get("before", ()) if reader in live),
         results=tuple(results),
         rebuild=rebuild,
         is_loss=is_loss,
     )
+
+
+def spelled(observation: Observation, training: bool) -> tuple[Any, ...]:
+    """Give what a forward computes in a form that is equal for two forwards that compute the same."""
+    structure = make_structure(observation, training=training)
+    place = {node: index for index, node in enumerate(structure.nodes)}
+    constants = observation.recorder.constants
+
+    def spell(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return ("node", place[argument])
+        if isinstance(argument, tuple | list):
+            return (type(argument).__name__, *map(spell, argument))
+        if isinstance(argument, dict):
+            return ("dict", *((key, spell(item)) for key, item in argument.items()))
+        if isinstance(argument, slice):
+            return ("slice", spell(argument.start), spell(argument.stop), spell(argument.step))
+        return repr(argument)
+
+    lines = []
+    for node in structure.nodes:
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", "")
+        if target in constants:
+            target = repr(constants[target])
+        lines.append((node.op, target, spell(node.args), spell(node.kwargs), node.meta.get("context")))
+    guards = tuple((guard.where, guard.answer) for guard in observation.guards)
+    return (*lines, guards, tuple(place[node] for node in structure.results))
 
 
 def _first(tensors: tuple[Any, ...]) -> Any:
@@ -76,7 +106,7 @@ def _first(tensors: tuple[Any, ...]) -> Any:
 
 def _outputs(observation: Observation) -> tuple[list[fx.Node], Callable[[tuple[Any, ...]], Any]]:
     """Give the nodes of the tensors that the model returns, and what puts them back into their containers."""
-    recorder, root = observation.recorder, observation.frames.all[0]
+    recorder = observation.recorder
     nodes: list[fx.Node] = []
     inputs = {node.meta.get("storage"): node for node in recorder.graph.nodes if node.op == "placeholder"}
 
@@ -89,7 +119,7 @@ def _outputs(observation: Observation) -> tuple[list[fx.Node], Callable[[tuple[A
                 f"{path or 'the output'} is the input {source.target!r} itself, or a view of it\n"
                 "  return a copy (.clone()), or leave it out of what the model returns"
             )
-        nodes.append(recorder.node_of(leaf, root))
+        nodes.append(observation.result_node(leaf))
         return Slot(len(nodes) - 1)
 
     template = map_tree(take, observation.output, "")
@@ -106,7 +136,7 @@ def _live(graph: fx.Graph, results: Sequence[fx.Node], storages: Mapping[int, An
     needed: set[fx.Node] = set()
     todo = [*results, *(node for node in graph.nodes if lasting.intersection(node.meta.get("writes", ())))]
     todo += [node for node in graph.nodes if node.op == "call_module" and "writes" in node.meta]
-    hooks = [node for node in graph.nodes if node.op == "call_method" and node.target == "register_hook"]
+    hooks = [node for node in graph.nodes if is_setting(node)]
     while todo:
         node = todo.pop()
         if node not in needed:
@@ -153,11 +183,9 @@ def _check_inputs(live: Iterable[fx.Node], storages: Mapping[int, Any]) -> None:
             )
 
 
-def _groups(
-    live: Mapping[fx.Node, None], derived: set[fx.Node], storages: Mapping[int, Any]
-) -> tuple[tuple[fx.Node, ...], ...]:
+def _groups(live: Mapping[fx.Node, None], derived: set[fx.Node], storages: Mapping[int, Any]) -> list[list[fx.Node]]:
     """Give the sets of calls that share a stage: a write with all that aliases what it writes to, hooks, objects."""
-    groups = []
+    groups: list[list[fx.Node]] = []
     order = {node: place for place, node in enumerate(live)}
     for storage in storages.values():
         writers = [node for node in storage.writers if node in live and node not in derived]
@@ -169,11 +197,37 @@ def _groups(
         touching += [node for node in storage.readers if node in live] if lasting else []
         groups.append(touching)
     for node in live:
-        if node.op == "call_method" and node.target == "register_hook":
-            groups.append([node, *node.all_input_nodes])
+        if is_setting(node) or node.target in ("as_strided", torch.as_strided):  # memory beyond the tensor's own
+            groups.append([node, *(source for source in node.all_input_nodes if source not in derived)])
         if "object" in node.meta:
-            groups.append(list(node.users))
-    kept = (tuple(sorted({n for n in group if _is_call(n)}, key=order.__getitem__)) for group in groups)
+            groups.append([node, *(user for user in node.users if user in live)])
+    return groups
+
+
+def _shared_state(
+    live: Mapping[fx.Node, None], skeleton: Skeleton, storages: Mapping[int, Any]
+) -> Iterator[list[fx.Node]]:
+    """Yield the calls of modules with a tensor of the model that some call writes to, with the writers."""
+    written = {key: [node for node in storage.writers if node in live] for key, storage in storages.items()}
+    written = {key: writers for key, writers in written.items() if writers}
+    if not written:
+        return
+    holders: dict[int, list[str]] = {}
+    for fqn, tensor in named_tensors(skeleton.module):
+        key = storage_of(tensor)
+        if key in written:
+            holders.setdefault(key, []).append(fqn)
+    for key, fqns in holders.items():
+        calls = [
+            node for node in live if node.op == "call_module" and any(fqn.startswith(f"{node.target}.") for fqn in fqns)
+        ]
+        yield [*written[key], *calls]
+
+
+def _tidy(groups: Sequence[Sequence[fx.Node]], live: Mapping[fx.Node, None]) -> tuple[tuple[fx.Node, ...], ...]:
+    """Leave only calls, in order, and each group once."""
+    order = {node: place for place, node in enumerate(live)}
+    kept = (tuple(sorted({node for node in group if _is_call(node)}, key=order.__getitem__)) for group in groups)
     return tuple(dict.fromkeys(group for group in kept if len(group) > 1))
 
 

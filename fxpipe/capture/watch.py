@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxpipe._torch import TorchDispatchMode
+from fxpipe._torch import TorchDispatchMode, device_asked
 
 RANDOM = frozenset(
     {
@@ -39,21 +39,27 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Note the operation and let it pass."""
+        device = device_asked(func, args)
+        if device is not None:
+            return device
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
             self.drew = True
         if self.trace is not None:
-            self.trace.append(
-                (func, *[(t.shape, t.dtype) if isinstance(t, torch.Tensor) else t for t in args if _key(t)])
-            )
+            self.trace.append((func, *map(spelled, args), *((name, spelled(arg)) for name, arg in kwargs.items())))
         shape = grouped_shape(func, args, kwargs)
         if shape is not None:
             return args[0].new_empty(shape, dtype=kwargs.get("out_dtype") or args[0].dtype)
         return func(*args, **kwargs)
 
 
-def _key(value: Any) -> bool:
-    return isinstance(value, torch.Tensor | int | float | bool | tuple)
+def spelled(value: Any) -> Any:
+    """Give what of an argument decides how much work a call is: shapes and dtypes of tensors, and plain values."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(spelled, value))
+    return value if isinstance(value, int | float | bool | str) else None
 
 
 def draws(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -4,37 +4,162 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor, without_functions, without_modes
-from fxpipe.capture.skeleton import named_tensors
-from fxpipe.ir.tree import map_tree
+from fxpipe.capture.calls import tensors_in
+from fxpipe.capture.frames import Frame
+from fxpipe.capture.skeleton import Skeleton, named_tensors
+from fxpipe.ir.cost import LayerCounts
+from fxpipe.ir.tree import map_tree, tree_leaves
+
+if TYPE_CHECKING:
+    from fxpipe.capture.count import LayerCounter
+    from fxpipe.capture.observe import Observer
 
 
-def run_on_zeros(function: nn.Module | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a module, or a function, on real zeros.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """What a module did on zeros: the same for every module of one kind.
 
-    Weights are one zero each, expanded, so they take no memory; only this module is computed.
-
-    Args:
-        function: What to call; its fake tensors are replaced in a copy.
-        args: Its arguments; fake tensors in them are replaced.
-        kwargs: Its keyword arguments, likewise.
-
-    Returns:
-        What it returns, with real tensors.
+    Attributes:
+        result: What it returned.
+        counts: What it does, None uncounted.
+        frames: The calls inside, with the FQN of the module at which the run was made.
+        fqn: That FQN.
     """
-    with without_modes(), without_functions():
-        call, args, kwargs = on_zeros(function, args, kwargs)
-        return call(*args, **kwargs)
+
+    result: Any
+    counts: LayerCounts | None
+    frames: tuple[Frame, ...]
+    fqn: str
+
+
+class Zeros:
+    """Runs modules that look at values which fake tensors do not have; each kind of module once.
+
+    Weights are one zero each, expanded, so they take no memory; only the module asked for is computed.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+        self._runs: dict[Any, _Run] = {}
+        self._fqns: dict[int, str] = {}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a module is computing on zeros now."""
+        return bool(self._fqns)
+
+    def fqn_of(self, module: nn.Module) -> str | None:
+        """Give the FQN that a copied module stands for while it runs."""
+        return self._fqns.get(id(module)) if self._fqns else None
+
+    def run_module(
+        self, observer: Observer, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, LayerCounts | None]:
+        """Run (and count) a module, and note the random numbers that it draws.
+
+        Args:
+            observer: Hears of the calls inside.
+            frame: The call, begun anew.
+            args: Arguments, with fake tensors.
+            kwargs: Keyword arguments, likewise.
+
+        Returns:
+            What the module returns, with fake tensors, and its counts.
+        """
+        frame.clear()
+        with without_functions(), without_modes():
+            key = _kind(frame.module, args, kwargs)
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = self._run(observer, frame, args, kwargs)
+        else:
+            _replay(observer, frame, run)
+        return as_fakes(run.result, self._skeleton.mode), run.counts
+
+    def _run(self, observer: Observer, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
+        with without_functions(), without_modes():
+            call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs)
+        self._fqns = {id(part): f"{frame.fqn}.{name}" for name, part in call.named_modules() if name}
+        self._fqns[id(call)] = frame.fqn
+        start = len(observer.frames.all)
+        frame.module = call  # so that its call is known for the one that has begun
+        try:
+            with without_modes():
+                result = call(*real_args, **real_kwargs)
+            counts = None
+            if observer.counter is not None:
+                with without_functions(), without_modes():
+                    counts = observer.counter.counts(call, real_args, real_kwargs, ("zeros", id(call)), ())
+        finally:
+            self._fqns = {}
+            frame.module = self._skeleton.module.get_submodule(frame.fqn)
+        frames = (frame, *observer.frames.all[start:])
+        return _Run(result, counts, tuple(map(copy.copy, frames)), frame.fqn)
+
+    def run_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a function and give what it returns, with fake tensors."""
+        with without_modes(), without_functions():
+            call, real_args, real_kwargs = on_zeros(function, args, kwargs)
+            result = call(*real_args, **real_kwargs)
+        return as_fakes(result, self._skeleton.mode)
+
+    def counts(
+        self,
+        counter: LayerCounter,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        trace: Any,
+        attention: tuple[str, ...],
+    ) -> LayerCounts:
+        """Count a call on zeros."""
+        with without_functions(), without_modes():
+            call, real_args, real_kwargs = on_zeros(function, args, kwargs)
+            return counter.counts(call, real_args, real_kwargs, trace, attention)
+
+
+def _kind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Give what decides how a module runs: its structure, plain attributes, and shapes."""
+    tensors = [*tensors_in(args, kwargs), *(tensor for _, tensor in named_tensors(module))]
+    literals = [leaf for _, leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, bool | int | float | str)]
+    attributes = [
+        (name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float | str)
+    ]
+    shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in tensors)
+    return type(module), repr(module), shapes, repr(literals), repr(attributes), torch.is_grad_enabled()
+
+
+def _replay(observer: Observer, frame: Frame, run: _Run) -> None:
+    """Note the draws of an earlier run of another module of the same kind."""
+    length = len(run.fqn)
+    first, *inside = run.frames
+    for earlier in inside:
+        fqn = frame.fqn + earlier.fqn[length:]
+        entered = observer.frames.enter(fqn, observer.skeleton.module.get_submodule(fqn))
+        _repeat(entered, earlier, frame.fqn, length)
+        observer.frames.leave()
+    _repeat(frame, first, frame.fqn, length)
+
+
+def _repeat(frame: Frame, earlier: Frame, fqn: str, length: int) -> None:
+    frame.functions[:] = earlier.functions
+    frame.drew[:] = earlier.drew
+    frame.inside.update({fqn + name[length:]: None for name in earlier.inside})
 
 
 def on_zeros(
     function: nn.Module | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Give a function and arguments in which real zeros stand for fake tensors; to be called without modes."""
     if isinstance(function, nn.Module):
         memo: dict[int, Any] = {id(tensor): _weight(tensor) for _, tensor in named_tensors(function)}
