@@ -1,0 +1,258 @@
+"""An independent judge of captured programs: runs the graphs node by node, each stage with modules of its own.
+
+Nothing of fxpipe's runtime is used. Between stages values are copied and gradients handed back by hand, so that
+whatever passes from stage to stage on another way is missed. Random numbers are drawn from the one global generator in
+the order of calls, as the model itself draws them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxpipe.ir.graph import LayerGraph
+from fxpipe.ir.program import CallContext, Program, StageProgram
+from fxpipe.ir.tree import tree_leaves
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one forward and backward gave.
+
+    Attributes:
+        output: The loss, or what the model returned.
+        gradients: By first FQN; only of parameters that got one.
+        buffers: By first FQN, after the forward.
+    """
+
+    output: Any
+    gradients: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+
+
+def tensors_of(value: Any) -> dict[str, torch.Tensor]:
+    return {path: leaf for path, leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)}
+
+
+def objective(output: Any) -> torch.Tensor:
+    """One number from whatever a model returns: the loss, or something of every tensor that takes a gradient."""
+    loss = output if isinstance(output, torch.Tensor) and output.dim() == 0 else None
+    parts = [t.float().abs() if t.is_complex() else t.float() for t in tensors_of(output).values() if t.requires_grad]
+    return loss if loss is not None else sum((part.pow(2).mean() for part in parts), torch.zeros(()))
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """First FQN of each tensor."""
+    found: dict[int, str] = {}
+    for fqn, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        found.setdefault(id(tensor), fqn)
+    return found
+
+
+def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int, loss: bool) -> Outcome:
+    """The model itself; its tensors are as before afterwards."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    args, kwargs = copy.deepcopy((args, dict(kwargs)))
+    output = model(*args, **kwargs)
+    if loss:
+        output = output if isinstance(output, torch.Tensor) else output["loss"] if _is_map(output) else output.loss
+    goal = objective(output)
+    if goal.requires_grad:
+        goal.backward()
+    gradients = {fqn: p.grad.to_dense() for fqn, p in model.named_parameters() if p.grad is not None}
+    return Outcome(detached(output), gradients, dict(model.named_buffers()))
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def detached(value: Any) -> Any:
+    return {path: tensor.detach() for path, tensor in tensors_of(value).items()}
+
+
+class _Stage:
+    """One stage's graph and its own copies of the modules and tensors that it uses."""
+
+    def __init__(
+        self, program: StageProgram, constants: Mapping[str, Any], model: nn.Module, names: Mapping[int, str]
+    ) -> None:
+        self.program = program
+        self.constants = constants
+        shared = (getattr(part, "config", None) for part in model.modules())
+        memo: dict[int, Any] = {id(config): config for config in shared if config is not None}
+        self.modules = {fqn: copy.deepcopy(model.get_submodule(fqn), memo) for fqn in program.modules}
+        self.attributes = {}
+        for fqn in program.attributes:
+            owner, _, leaf = fqn.rpartition(".")
+            self.attributes[fqn] = copy.deepcopy(getattr(model.get_submodule(owner), leaf), memo)
+        self.tensors = {names[key]: copied for key, copied in memo.items() if key in names}
+
+    def forward(self, received: list[torch.Tensor], inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        placeholders = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        self.received = [
+            tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(boundary.meta.requires_grad)
+            for tensor, boundary in zip(received, self.program.received, strict=True)
+        ]
+        given = [tensor + 0 if tensor.requires_grad else tensor for tensor in self.received]
+        values = dict(zip(placeholders, [*given, *(inputs[name] for name in self.program.inputs)], strict=True))
+        for node in self.program.graph.nodes:
+            if node.op == "output":
+                self.sent = [values[part] for part in node.args[0]]
+            elif node not in values:
+                values[node] = self._value(node, values)
+        for boundary, tensor in zip(self.program.sent, self.sent, strict=False):
+            assert (tuple(tensor.shape), str(tensor.dtype)) == (boundary.meta.shape, f"torch.{boundary.meta.dtype}")
+            assert tensor.requires_grad == boundary.meta.requires_grad, boundary.name
+        return self.sent
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self.constants[node.target] if node.target in self.constants else self.attributes[node.target]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: values[used])
+        with surrounded(node.meta.get("context")):
+            if node.op == "call_module":
+                return self.modules[node.target](*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)
+
+    def backward(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        pairs = [(t, g) for t, g in zip(self.sent, gradients, strict=True) if t.requires_grad and g is not None]
+        if pairs:
+            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+        return [tensor.grad for tensor in self.received]
+
+
+@contextlib.contextmanager
+def surrounded(context: CallContext | None) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if context is not None:
+            if context.inference:
+                stack.enter_context(torch.inference_mode())
+            elif context.grad_enabled is not None:
+                stack.enter_context(torch.set_grad_enabled(context.grad_enabled))
+            for state in context.autocast:
+                dtype = getattr(torch, state.dtype)
+                kind = state.device_type or "cpu"
+                stack.enter_context(torch.autocast(kind, dtype, state.enabled, state.cache_enabled))
+        yield
+
+
+def run_program(program: Program, model: nn.Module, inputs: Mapping[str, Any], seed: int) -> Outcome:
+    """The stages one after another, forward and backward; the model's tensors are not touched."""
+    names = names_of(model)
+    stages = [_Stage(part, program.constants, model, names) for part in program.stages]
+    inputs = copy.deepcopy(dict(inputs))
+    torch.manual_seed(seed)
+    random.seed(seed)
+    values: list[torch.Tensor] = []
+    for stage in stages:
+        values = stage.forward(values, inputs)
+    results = [value.detach().requires_grad_(value.requires_grad) for value in values]
+    output = sum(results) if program.loss_terms else program.rebuild(tuple(results))
+    goal = objective(output)
+    if goal.requires_grad:
+        goal.backward()
+    gradients: list[torch.Tensor | None] = [result.grad for result in results]
+    for stage in reversed(stages):
+        gradients = stage.backward(gradients)
+    return Outcome(detached(output), _summed(stages), _buffers(stages, model))
+
+
+def _summed(stages: list[_Stage]) -> dict[str, torch.Tensor]:
+    """The gradients of a tensor that several stages hold, added up from the last stage, as autograd would."""
+    found: dict[str, torch.Tensor] = {}
+    for stage in reversed(stages):
+        for fqn, tensor in stage.tensors.items():
+            if tensor.grad is not None:
+                found[fqn] = found[fqn] + tensor.grad.to_dense() if fqn in found else tensor.grad.to_dense()
+    return found
+
+
+def _buffers(stages: list[_Stage], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers after the forward; stages that changed one must agree."""
+    buffers = dict(model.named_buffers())
+    for fqn, before in list(buffers.items()):
+        held = [stage.tensors[fqn] for stage in stages if fqn in stage.tensors]
+        changed = [tensor for tensor in held if not torch.equal(tensor, before)]
+        assert all(torch.equal(tensor, changed[0]) for tensor in changed), f"stages disagree about {fqn}"
+        buffers[fqn] = changed[0] if changed else before
+    return buffers
+
+
+def ulps(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, in units of the last place of the larger tensor's largest element."""
+    if torch.equal(one, other):
+        return 0.0
+    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point():
+        return float("inf")
+    scale = max(float(one.abs().max()), float(other.abs().max()), torch.finfo(one.dtype).tiny)
+    return float((one.double() - other.double()).abs().max()) / (torch.finfo(one.dtype).eps * scale)
+
+
+def differences(expected: Outcome, found: Outcome) -> dict[str, float]:
+    """By name of everything that is not bit-equal: how many ulps it is off; infinite where it is missing."""
+    off = {}
+    for kind in ("output", "gradients", "buffers"):
+        wanted, given = getattr(expected, kind), getattr(found, kind)
+        for name in {**wanted, **given}:
+            both = name in wanted and name in given
+            distance = ulps(wanted[name], given[name]) if both else float("inf")
+            if distance:
+                off[f"{kind} {name}"] = distance
+    return off
+
+
+def one_stage(graph: LayerGraph) -> dict[str, int]:
+    return dict.fromkeys(graph.layer_names, 0)
+
+
+def every_boundary(graph: LayerGraph) -> tuple[dict[str, int], int]:
+    """As many stages as there can be: each layer its own, as far as groups and order allow."""
+    return _numbered(graph, list(range(len(graph.specs))))
+
+
+def cut(graph: LayerGraph, num_stages: int, numbers: random.Random) -> dict[str, int] | None:
+    """A random cut into ``num_stages``, None where the graph is too small."""
+    free = [index for index in range(len(graph.specs)) if index not in graph.recomputed]
+    for _ in range(50):
+        if len(free) < num_stages:
+            return None
+        cuts = sorted(numbers.sample(free[1:], num_stages - 1))
+        stages, found = _numbered(graph, [sum(index >= place for place in cuts) for index in range(len(graph.specs))])
+        if found == num_stages:
+            return stages
+    return None
+
+
+def _numbered(graph: LayerGraph, wanted: list[int]) -> tuple[dict[str, int], int]:
+    """Move layers to later stages until groups are together and the order holds; then number without gaps.
+
+    Calls stay in the model's order too, so that random numbers are drawn as the model draws them.
+    """
+    stage = list(wanted)
+    free = [index for index in range(len(stage)) if index not in graph.recomputed]
+    before = list(stage)
+    while True:
+        for group in graph.groups:
+            for index in group:
+                stage[index] = max(stage[i] for i in group)
+        for earlier, later in itertools.pairwise(free):
+            stage[later] = max(stage[earlier], stage[later])
+        if stage == before:
+            break
+        before = list(stage)
+    used = sorted({stage[index] for index in free})
+    place = {number: position for position, number in enumerate(used)}
+    return {name: place.get(stage[i], 0) for i, name in enumerate(graph.layer_names)}, len(used)
