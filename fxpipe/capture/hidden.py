@@ -66,6 +66,8 @@ class Hidden:
             if self._recorder.knows(tensor):
                 what = f"it reads {self._recorder.name_of(tensor)}, which is no argument of it"
                 raise Blocked(what, self._fqn, opens=self._opens)
+            if tensor.requires_grad and tensor.is_leaf and not isinstance(tensor, FakeTensor):
+                self._recorder.refuse_hidden(tensor, self._fqn)
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Tell whether the running call was given a tensor, or made it."""

@@ -242,6 +242,8 @@ class Observer(TorchFunctionMode):
         args, kwargs = on_cpu(name, args, kwargs or {})
         if name in ("cuda", "xpu"):
             func, name, args, kwargs = torch.Tensor.to, "to", (args[0], CPU), {}
+        elif name == "__deepcopy__" and not args[0].requires_grad:  # a fake tensor would warn of its missing memory
+            func, name, args = torch.Tensor.clone, "clone", args[:1]
         if name == "__get__":
             value = func(*args, **kwargs)
             if self.quiet is not None or self.counting or not isinstance(value, torch.Tensor):
@@ -268,7 +270,8 @@ class Observer(TorchFunctionMode):
     def _run_quietly(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
         """Run a call inside something that is recorded whole."""
         tensors = tensors_in(args, kwargs)
-        self.hidden.check(tensors)
+        if not self._zeros.is_running:
+            self.hidden.check(tensors)
         result = self._run(func, name, args, kwargs, tensors, frame)
         self.hidden.made(result)
         if name in READS and not isinstance(result, torch.Tensor):

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -175,13 +175,21 @@ class Recorder:
             where = f"the plain attribute {place}" if place else f"a tensor {describe(tensor)}"
             raise Blocked(f"{where} has no values and no node that makes it", frame.fqn)
         if tensor.requires_grad:
-            place = self.skeleton.plain.get(id(tensor), ("a closure or a global", tensor))[0]
-            raise Blocked(
-                f"a tensor {describe(tensor)} that takes a gradient is hidden in {place}",
-                frame.fqn,
-                way_out="register it as a parameter of the module that reads it",
-            )
+            self.refuse_hidden(tensor, frame.fqn)
         return self.constant(tensor)
+
+    def refuse_hidden(self, tensor: torch.Tensor, fqn: str) -> NoReturn:
+        """Refuse a tensor that takes a gradient and is none of the model's.
+
+        Raises:
+            Blocked: Always.
+        """
+        place = self.skeleton.plain.get(id(tensor), ("a closure or a global", tensor))[0]
+        raise Blocked(
+            f"a tensor {describe(tensor)} that takes a gradient is hidden in {place}",
+            fqn,
+            way_out="register it as a parameter of the module that reads it",
+        )
 
     def _attribute(self, fqn: str, tensor: torch.Tensor) -> fx.Node:
         node = self._attributes.get(fqn)

@@ -60,6 +60,7 @@ def names_of(model: nn.Module) -> dict[int, str]:
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int, loss: bool) -> Outcome:
     """The model itself; its tensors are as before afterwards."""
     model = copy.deepcopy(model)
+    buffers = dict(model.named_buffers())
     torch.manual_seed(seed)
     random.seed(seed)
     args, kwargs = copy.deepcopy((args, dict(kwargs)))
@@ -70,7 +71,7 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if goal.requires_grad:
         goal.backward()
     gradients = {fqn: p.grad.to_dense() for fqn, p in model.named_parameters() if p.grad is not None}
-    return Outcome(detached(output), gradients, dict(model.named_buffers()))
+    return Outcome(detached(output), gradients, {fqn: model.get_buffer(fqn) for fqn in buffers})
 
 
 def _is_map(value: Any) -> bool:
@@ -78,7 +79,8 @@ def _is_map(value: Any) -> bool:
 
 
 def detached(value: Any) -> Any:
-    return {path: tensor.detach() for path, tensor in tensors_of(value).items()}
+    """Every leaf of a result by its path, numbers and None among them."""
+    return {path: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for path, leaf in tree_leaves(value)}
 
 
 class _Stage:
@@ -127,6 +129,13 @@ class _Stage:
                 return getattr(args[0], node.target)(*args[1:], **kwargs)
             return node.target(*args, **kwargs)
 
+    def buffer(self, fqn: str) -> torch.Tensor | None:
+        """The buffer as it is now; a forward may have put another tensor there."""
+        for path, module in self.modules.items():
+            if fqn.startswith(f"{path}."):
+                return module.get_buffer(fqn.removeprefix(f"{path}."))
+        return self.tensors.get(fqn)
+
     def backward(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         pairs = [(t, g) for t, g in zip(self.sent, gradients, strict=True) if t.requires_grad and g is not None]
         if pairs:
@@ -152,7 +161,8 @@ def surrounded(context: CallContext | None) -> Iterator[None]:
 def run_program(program: Program, model: nn.Module, inputs: Mapping[str, Any], seed: int) -> Outcome:
     """The stages one after another, forward and backward; the model's tensors are not touched."""
     names = names_of(model)
-    stages = [_Stage(part, program.constants, model, names) for part in program.stages]
+    constants = {name: _fresh(constant) for name, constant in program.constants.items()}
+    stages = [_Stage(part, constants, model, names) for part in program.stages]
     inputs = copy.deepcopy(dict(inputs))
     torch.manual_seed(seed)
     random.seed(seed)
@@ -170,6 +180,11 @@ def run_program(program: Program, model: nn.Module, inputs: Mapping[str, Any], s
     return Outcome(detached(output), _summed(stages), _buffers(stages, model))
 
 
+def _fresh(constant: Any) -> Any:
+    """A random generator as it was: the next run draws the same."""
+    return constant.clone_state() if isinstance(constant, torch.Generator) else constant
+
+
 def _summed(stages: list[_Stage]) -> dict[str, torch.Tensor]:
     """The gradients of a tensor that several stages hold, added up from the last stage, as autograd would."""
     found: dict[str, torch.Tensor] = {}
@@ -184,15 +199,17 @@ def _buffers(stages: list[_Stage], model: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers after the forward; stages that changed one must agree."""
     buffers = dict(model.named_buffers())
     for fqn, before in list(buffers.items()):
-        held = [stage.tensors[fqn] for stage in stages if fqn in stage.tensors]
+        held = [tensor for stage in stages if (tensor := stage.buffer(fqn)) is not None]
         changed = [tensor for tensor in held if not torch.equal(tensor, before)]
         assert all(torch.equal(tensor, changed[0]) for tensor in changed), f"stages disagree about {fqn}"
         buffers[fqn] = changed[0] if changed else before
     return buffers
 
 
-def ulps(one: torch.Tensor, other: torch.Tensor) -> float:
+def ulps(one: Any, other: Any) -> float:
     """The largest difference, in units of the last place of the larger tensor's largest element."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return 0.0 if type(one) is type(other) and one == other else float("inf")
     if torch.equal(one, other):
         return 0.0
     if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point():
