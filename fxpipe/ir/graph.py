@@ -49,6 +49,24 @@ class Tie:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """A tensor between layers, or one that enters the model, that layers keep for their backward.
+
+    A stage keeps it once, however many of its layers do.
+
+    Attributes:
+        name: FX node that makes it: of a ``Value``, of a recomputed layer, or of a model input. Views of one tensor
+            are that tensor.
+        meta: Shape and dtype for one microbatch.
+        layers: Indices of the layers whose backward needs it, ascending.
+    """
+
+    name: str
+    meta: TensorMeta
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerGraph:
     """An ordered graph of layers.
 
@@ -60,9 +78,11 @@ class LayerGraph:
         free_edges: ``(earlier, later)`` pairs whose earlier layer is recomputed; nothing travels along them.
         recomputed: Layers (masks, position ids, rotary tables) that every stage which reads them runs for itself.
         groups: Layers that must share a stage (an in-place write and its target).
-        blocks: For each layer the FQN of the block it lies in, or ``""``.
+        blocks: For each layer the FQN of the block it lies in (its own where it is one), or ``""``; ``@1``, ``@2`` …
+            for later calls of one block, as layer names have it.
         ties: Shared tensors.
         counts: For each layer what it does for one microbatch; empty until counted.
+        saved: Tensors that layers keep for their backward besides their own; empty where ``counts`` alone tell.
         inputs: Name, shape and dtype of each input tensor of one microbatch, as text.
         batch_size: Samples per microbatch, None without an example.
         notes: What the report should say about the capture.
@@ -81,6 +101,7 @@ class LayerGraph:
     inputs: tuple[str, ...] = ()
     batch_size: int | None = None
     notes: tuple[str, ...] = field(default=())
+    saved: tuple[SavedTensor, ...] = ()
 
     @property
     def layer_names(self) -> tuple[str, ...]:

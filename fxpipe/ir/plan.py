@@ -29,8 +29,9 @@ class StagePlan:
         seconds: Forward and backward of one microbatch, transfers included.
         forward_s: Forward of one microbatch, without transfers.
         backward_s: Backward of one microbatch, without transfers.
-        transfer_s: Sends and receives of one microbatch.
-        peak_bytes: Most memory alive at once: weights, gradients, optimiser state, activations, buffers.
+        transfer_s: Sends and receives of one microbatch, and its share of adding up tied gradients.
+        peak_bytes: Most memory alive at once: weights, gradients, optimiser state, activations, buffers. Where a rank
+            has several stages, the stage's part of it when the rank needs most.
         activation_bytes: Activations kept per live microbatch.
         live_microbatches: Most microbatches alive at once under the plan's schedule.
         sends: Tensors sent to the next stage, one microbatch.
@@ -80,6 +81,29 @@ class TieGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Baseline:
+    """The same model, cut by someone else's rule, at the same costs and on the same links.
+
+    Attributes:
+        name: Whose rule.
+        source: Where it is written.
+        bottleneck: Seconds of the slowest stage (or rank), one microbatch; None where the rule makes no such cut.
+        balance: Bottleneck over the mean load of the ranks.
+        peak_bytes: Largest memory of a rank.
+        remark: What the reader should know, such as why there is no cut.
+        stages: Blocks of each stage.
+    """
+
+    name: str
+    source: str
+    bottleneck: float | None = None
+    balance: float = 0.0
+    peak_bytes: int = 0
+    remark: str = ""
+    stages: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PipelinePlan:
     """Which stage and rank runs what: pure data, identical on every rank, JSON both ways.
 
@@ -99,8 +123,11 @@ class PipelinePlan:
         hardware: What the seconds hold for.
         training: What memory holds for.
         seed: Of dropout and of initialisation.
-        bottleneck: Seconds of the slowest stage, one microbatch.
+        memory_limit: Bytes per rank the plan keeps; None for no limit.
+        bottleneck: Seconds of the slowest stage, one microbatch; of the slowest rank's stages together where ranks
+            have several.
         lower_bound: Seconds no partition into so many stages can beat (proven).
+        proven: Whether no partition has a smaller bottleneck.
         method: How the partition was searched.
         limited_by: What keeps the plan from being faster, in words.
         inputs: Name, shape and dtype of each input tensor of one microbatch, as text.
@@ -122,12 +149,21 @@ class PipelinePlan:
     hardware: Hardware = field(default_factory=lambda: Hardware.preset("h100"))
     training: Training = field(default_factory=Training)
     seed: int = 0
+    memory_limit: int | None = None
     bottleneck: float = 0.0
     lower_bound: float = 0.0
+    proven: bool = False
     method: str = ""
     limited_by: str = ""
     inputs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        """How far the bottleneck may be above the best possible, as a share of the lower bound; 0 if it is the best."""
+        if self.proven or not self.lower_bound:
+            return 0.0
+        return self.bottleneck / self.lower_bound - 1
 
     @property
     def num_stages(self) -> int:

@@ -162,23 +162,65 @@ def live_microbatches(name: str, num_stages: int, num_ranks: int, num_microbatch
     >>> live_microbatches("InterleavedZeroBubble", 8, 4, 8)
     (8, 8, 8, 8, 4, 4, 4, 4)
     """
-    schedule = schedule_named(name)
-    if name in ("GPipe", "LoopedBFS"):
-        return (num_microbatches,) * num_stages
-    if name in ("1F1B", "ZBVZeroBubble", "DualPipeV"):
-        return tuple(min(num_microbatches, num_stages - stage) for stage in range(num_stages))
+    ranks = placement(name, num_stages, num_ranks)
     peaks = [0] * num_stages
-    for rank in range(num_ranks):
-        for local, peak in enumerate(
-            _live_interleaved(schedule, num_stages // num_ranks, num_ranks, rank, num_microbatches)
-        ):
-            peaks[local * num_ranks + rank] = peak
+    for rank, sets in enumerate(live_sets(name, num_stages, num_ranks, num_microbatches)):
+        own = [stage for stage in range(num_stages) if ranks[stage] == rank]
+        for stage, counts in zip(own, zip(*sets, strict=True), strict=True):
+            peaks[stage] = max(counts)
     return tuple(peaks)
+
+
+def live_sets(
+    name: str, num_stages: int, num_ranks: int, num_microbatches: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Give for each rank the combinations of live microbatches of its stages, in order, that no other one contains.
+
+    The stages of a rank do not all keep most at the same time, so what the rank needs is the most over these.
+
+    >>> live_sets("ZBVZeroBubble", 4, 2, 8)
+    (((3, 1), (4, 0)), ((2, 2), (3, 1)))
+    >>> live_sets("LoopedBFS", 4, 2, 8)
+    (((8, 8),), ((8, 8),))
+    """
+    schedule = schedule_named(name)
+    local_stages = num_stages // num_ranks
+    found: list[set[tuple[int, ...]]] = []
+    for rank in range(num_ranks):
+        down, up = num_stages - rank, rank + 1  # microbatches that fit between a stage and the end of the pipeline
+        if name in ("GPipe", "LoopedBFS"):
+            found.append({(num_microbatches,) * local_stages})
+        elif name == "1F1B":
+            found.append({(min(num_microbatches, down),)})
+        elif name == "DualPipeV":
+            found.append({(min(num_microbatches, down), up)})
+        elif name == "ZBVZeroBubble":
+            # The last warm-up forward of the first stage takes the place of one of the second, if there is one left.
+            last = up - 1 if num_microbatches >= down else up
+            found.append({_clipped((down, last), num_microbatches), _clipped((down - 1, up), num_microbatches)})
+        else:
+            found.append(_live_interleaved(schedule, local_stages, num_ranks, rank, num_microbatches))
+    return tuple(map(_largest, found))
+
+
+def _clipped(counts: tuple[int, ...], most: int) -> tuple[int, ...]:
+    return tuple(min(count, most) for count in counts)
+
+
+def _largest(sets: set[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Leave out what another one contains."""
+    return tuple(
+        entry
+        for entry in sorted(sets)
+        if not any(
+            other != entry and all(more >= less for more, less in zip(other, entry, strict=True)) for other in sets
+        )
+    )
 
 
 def _live_interleaved(
     schedule: Schedule, local_stages: int, num_ranks: int, rank: int, num_microbatches: int
-) -> list[int]:
+) -> set[tuple[int, ...]]:
     """Follow one rank's order of work: warm-up forwards, then forward and backward by turns, then backwards.
 
     With a split backward the weight gradients trail the input gradients by ``rank`` backwards.
@@ -188,14 +230,15 @@ def _live_interleaved(
     ahead = (1 if schedule.splits_backward else 2) * (num_ranks - 1 - rank)
     warm_up = min((local_stages - 1) * round_size + ahead, total)
     delay = rank if schedule.splits_backward else 0
-    alive, peak = [0] * local_stages, [0] * local_stages
+    alive = [0] * local_stages
+    found = set()
     released = 0
     for step in range(total + warm_up):
         if step < total:
-            stage = step // round_size % local_stages
-            alive[stage] += 1
-            peak[stage] = max(peak[stage], alive[stage])
+            alive[step // round_size % local_stages] += 1
+            if step == total - 1 or step - warm_up >= delay:  # before, more is yet to come
+                found.add(tuple(alive))
         if step - warm_up >= delay:
             alive[local_stages - 1 - released // round_size % local_stages] -= 1
             released += 1
-    return peak
+    return found

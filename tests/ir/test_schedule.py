@@ -12,6 +12,7 @@ from fxpipe.ir.schedule import (
     fits_microbatches,
     least_microbatches,
     live_microbatches,
+    live_sets,
     placement,
     schedule_named,
 )
@@ -72,6 +73,25 @@ def test_live_microbatches_are_those_of_torchs_order(name, num_stages, num_ranks
                 peak[action.stage_index] = max(peak[action.stage_index], alive[action.stage_index])
         expected = tuple(peak[stage] for stage in range(num_stages))
         assert live_microbatches(name, num_stages, num_ranks, num_microbatches) == expected
+
+
+@pytest.mark.parametrize(("name", "num_stages", "num_ranks"), SHAPES)
+def test_no_rank_of_torchs_order_keeps_more_at_once_and_every_combination_occurs(name, num_stages, num_ranks):
+    ranks = placement(name, num_stages, num_ranks)
+    for num_microbatches in range(1, 14):
+        if not fits_microbatches(name, num_stages, num_ranks, num_microbatches):
+            continue
+        predicted = live_sets(name, num_stages, num_ranks, num_microbatches)
+        for rank, actions in torch_order(name, num_stages, num_ranks, num_microbatches).items():
+            own = [stage for stage in range(num_stages) if ranks[stage] == rank]
+            alive, seen = collections.Counter(), set()
+            for action in unfolded(actions):
+                kind = action.computation_type.name
+                alive[action.stage_index] += (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
+                seen.add(tuple(alive[stage] for stage in own))
+            assert set(predicted[rank]) <= seen
+            for entry in seen:
+                assert any(all(x <= y for x, y in zip(entry, most, strict=True)) for most in predicted[rank])
 
 
 def unfolded(actions):
