@@ -14,10 +14,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxpipe.planning.evaluate import Found
-from fxpipe.planning.instance import UNREACHABLE, Instance, Ints, Members
-from fxpipe.planning.request import Request
+from fxpipe.planning.instance import (
+    FAR_LOAD,
+    NEAR_LOAD,
+    RECEIVED,
+    RECEIVED_FIXED,
+    SENT,
+    SENT_FIXED,
+    TIE_FIXED,
+    TIE_LIVE,
+    TIE_LOAD,
+    UNREACHABLE,
+    Instance,
+    Ints,
+    Members,
+)
+from fxpipe.planning.request import FREE, NEAR, Request
 
 MOST_DOWNSETS = 150_000
+MOST_BITS = 40_000_000  # downsets times nodes: what their members take in bytes
+MOST_WORK = 400_000_000  # pairs of downsets, times words of 64 nodes, looked at in one search before it is given up
 BLOCK_ENTRIES = 4_000_000  # entries of one block of pairs, to bound memory
 NOTHING = np.zeros((1, 1), dtype=np.int64)
 
@@ -54,6 +70,10 @@ def enumerate_downsets(instance: Instance, limit: int) -> list[int] | None:
     return sorted(found)
 
 
+class TooManyPairsError(Exception):
+    """The search over all downsets was given up; nothing follows from that."""
+
+
 @dataclass(frozen=True, slots=True)
 class Downsets:
     """All downsets of an instance, ready to be searched."""
@@ -63,34 +83,54 @@ class Downsets:
     costs: DownsetCosts
 
     def best(self, request: Request, upper: int, *, objective: str = "load") -> Found | None:
-        """Give the best partition if its bottleneck (or memory) is below ``upper``."""
+        """Give the best partition if its bottleneck (or memory) is below ``upper``; one stage per rank.
+
+        Raises:
+            TooManyPairsError: It would take too long.
+        """
         chain = best_chain(self.costs, request, upper, objective=objective)
-        if chain is None:
-            return None
+        return None if chain is None else Found(chain[0], self.stages(chain[1]))
+
+    def stages(self, chain: Sequence[int]) -> Ints:
+        """Give each node's stage in a chain of downsets, from the empty one to the full one."""
         stage_of = np.zeros(self.instance.size, dtype=np.int64)
-        for position in chain[1][1:-1]:
-            mask = self.masks[position]
-            stage_of += np.asarray([not mask >> node & 1 for node in range(self.instance.size)], dtype=np.int64)
-        return Found(chain[0], stage_of)
+        for position in chain[1:-1]:
+            stage_of += 1 - self.costs.members[position].astype(np.int64)
+        return stage_of
 
 
-def all_downsets(instance: Instance, request: Request) -> Downsets | None:
+def all_downsets(instance: Instance, request: Request, limit: int = MOST_DOWNSETS) -> Downsets | None:
     """Enumerate the downsets and what lies between them; None if they are too many."""
-    if instance.size >= MOST_DOWNSETS:
-        return None
-    masks = enumerate_downsets(instance, MOST_DOWNSETS)
+    limit = min(limit, MOST_BITS // instance.size)
+    masks = enumerate_downsets(instance, limit) if instance.size < limit else None
     return None if masks is None else Downsets(instance, masks, DownsetCosts(instance, request.routing, masks))
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """How many nodes of each touching set every downset holds, and what the sets cost."""
+    """How many nodes of each touching set every downset holds, and what the sets cost.
+
+    ``partly``: load, live and static memory of a stage that holds some but not all; ``always``: live and static
+    memory of a stage that holds any.
+    """
 
     counts: NDArray[np.int32]
     sizes: Ints
+    partly: Ints
+    always: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """What a stage between two downsets costs: load, memory per live microbatch, static memory; which pairs make one.
+
+    Arrays over the left and the right downset; one of one entry stands for nothing.
+    """
+
     load: Ints
-    bytes: Ints
+    alive: Ints
     static: Ints
+    valid: NDArray[np.bool_]
 
 
 class DownsetCosts:
@@ -101,62 +141,86 @@ class DownsetCosts:
         raw = b"".join(downset.to_bytes(words * 8, "little") for downset in downsets)
         self._words = np.frombuffer(raw, dtype="<u8").reshape(len(downsets), words)
         members = np.unpackbits(self._words.view(np.uint8), axis=1, bitorder="little")[:, : instance.size]
+        self.members = members
         self.size = len(downsets)
         self.full = int(np.flatnonzero(members.all(axis=1))[0])
         self.empty = int(np.flatnonzero(~members.any(axis=1))[0])
         self.load = _sums(members, instance.load)
         self.static = _sums(members, instance.static)
         self.activation = _sums(members, instance.activation)
-        self.cross_load = np.zeros(self.size, dtype=np.int64)
-        self.cross_bytes = np.zeros(self.size, dtype=np.int64)
-        touching = []
+        self.anchors = _sums(members, instance.anchors)
+        values, ties = instance.values, instance.ties
+        self.crossing = np.zeros((values.amounts.shape[1], self.size), dtype=np.int64)
+        touching: list[tuple[Members, Ints | None, Ints | None]] = []
         if routing == "direct":
-            touching.append((instance.values, True))
-        else:
-            counts, sizes = _count(members, instance.values)
-            partial = (counts > 0) & (counts < sizes)
-            self.cross_load = _sums(partial, instance.values.load)
-            self.cross_bytes = _sums(partial, instance.values.bytes)
-        touching.append((instance.ties, False))
+            both = values.column(SENT) + values.column(RECEIVED)
+            fixed = values.column(SENT_FIXED) + values.column(RECEIVED_FIXED)
+            touching.append((values, np.column_stack([values.column(NEAR_LOAD), both, fixed]), None))
+        elif len(values):
+            partial = _partial(members, values)
+            for row, amounts in zip(self.crossing, values.amounts.T, strict=True):
+                row[:] = _sums(partial, amounts)
+        touching.append((ties, None, ties.amounts))
         self._touching = _touching(members, touching)
+
+    @property
+    def words(self) -> int:
+        """Words of 64 nodes that a downset takes."""
+        return self._words.shape[1]
+
+    def cross_load(self, kind: int) -> Ints:
+        """Give the load of what crosses between each downset and the rest, at a boundary of this kind."""
+        row: Ints = 0 * self.load if kind == FREE else self.crossing[NEAR_LOAD if kind == NEAR else FAR_LOAD]
+        return row
+
+    def between(self, request: Request, left: Ints, right: Ints, stage: int, *, memory: bool = True) -> Between:
+        """Give what this stage costs from each downset of ``left`` to each of ``right``."""
+        valid = np.ones((len(left), len(right)), dtype=bool)
+        for word in range(self._words.shape[1]):
+            valid &= (self._words[left, word][:, None] & ~self._words[right, word][None, :]) == 0
+        valid &= left[:, None] != right[None, :]
+        if request.exactly:
+            valid &= self.anchors[left][:, None] < self.anchors[right][None, :]
+        before, after = request.kinds[stage], request.kinds[stage + 1]
+        load, live, fixed = self._sharing(left, right, memory=memory)
+        load = load + _outer(self.load, left, right)
+        load += self.cross_load(before)[left][:, None] + self.cross_load(after)[right][None, :]
+        if not memory:
+            return Between(load, NOTHING, NOTHING, valid)
+        alive = live + _outer(self.activation, left, right)
+        static = fixed + _outer(self.static, left, right)
+        if before != FREE:
+            alive += self.crossing[RECEIVED][left][:, None]
+            static += self.crossing[RECEIVED_FIXED][left][:, None]
+        if after != FREE:
+            alive += self.crossing[SENT][right][None, :]
+            static += self.crossing[SENT_FIXED][right][None, :]
+        return Between(load, alive, static, valid)
 
     def block(self, request: Request, left: Ints, right: Ints, stage: int, objective: str) -> Ints:
         """Give the cost of this stage from each downset of ``left`` to each of ``right``, ``UNREACHABLE`` if none."""
-        pairs = np.zeros((len(left), len(right)), dtype=bool)
-        for word in range(self._words.shape[1]):
-            pairs |= (self._words[left, word][:, None] & ~self._words[right, word][None, :]) != 0
-        pairs |= left[:, None] == right[None, :]
-        paid, live = request.paid, request.live[stage]
-        sharing = self._sharing(left, right)
-        limit = request.memory_limit if objective == "load" else UNREACHABLE
-        if limit is not None:
-            alive = _outer(self.activation, left, right) + _both(
-                self.cross_bytes, left, right, paid[stage], paid[stage + 1]
-            )
-            memory: Ints = _outer(self.static, left, right) + live * (alive + sharing[1]) + sharing[2]
+        limit = request.memory_limit
+        between = self.between(request, left, right, stage, memory=objective == "memory" or limit is not None)
+        cost, valid = between.load, between.valid
+        if objective == "memory" or limit is not None:
+            memory = between.static + request.live[stage] * between.alive
             if objective == "memory":
-                memory[pairs] = UNREACHABLE
-                return memory
-            pairs |= memory > limit
-        cost: Ints = (
-            _outer(self.load, left, right)
-            + _both(self.cross_load, left, right, paid[stage], paid[stage + 1])
-            + sharing[0]
-        )
-        cost[pairs] = UNREACHABLE
-        return cost
+                cost = memory
+            elif limit is not None:
+                valid = valid & (memory <= limit)
+        return np.where(valid, cost, UNREACHABLE)
 
     def least(self, request: Request, objective: str) -> Ints:
         """Give per downset a number whose difference is at most what a stage between two of them costs."""
         return self.load if objective == "load" else self.static + min(request.live) * self.activation
 
-    def _sharing(self, left: Ints, right: Ints) -> tuple[Ints, Ints, Ints]:
-        """Give load, bytes and static bytes that touching sets add to each pair.
+    def _sharing(self, left: Ints, right: Ints, *, memory: bool) -> tuple[Ints, Ints, Ints]:
+        """Give load, memory per live microbatch and static memory that touching sets add to each pair.
 
-        A set is paid when the counts differ, except when it goes from none to all (time and buffers; a copy is held all
-        the same). Written with what is partly in, ``part``, and the products over sets partly in both downsets, so that
-        the pairs cost one matrix product: ``part(D1) + part(D2) - Σ over partly in both (1 + same count)``, and for
-        copies ``some(D2) - all(D1) - Σ same count``.
+        What a stage pays for holding some but not all of a set is written with what is partly in, ``part``, and the
+        products over sets partly in both downsets, so that the pairs cost one matrix product:
+        ``part(D1) + part(D2) - Σ over partly in both (1 + same count)``. What it pays for holding any of it:
+        ``some(D2) - all(D1) - Σ same count``.
         """
         touching = self._touching
         if touching is None:
@@ -170,22 +234,22 @@ class DownsetCosts:
             np.where(both_left, counts_left[:, used], 0), np.where(both_right, counts_right[:, used], -1)
         )
         results: list[Ints] = []
-        for amounts in (touching.load, touching.bytes):
-            if not amounts.any():
-                results.append(NOTHING)
-                continue
-            own = _sums(part_left, amounts)[:, None] + _sums(part_right, amounts)[None, :]
-            shared = _product(both_left, both_right, amounts[used]) + _product(
-                same_left, same_right, amounts[used[columns]]
-            )
-            results.append(own - shared)
-        if touching.static.any():
-            some = _sums(counts_right > 0, touching.static)[None, :]
-            whole = _sums(counts_left == touching.sizes, touching.static)[:, None]
-            results.append(some - whole - _product(same_left, same_right, touching.static[used[columns]]))
-        else:
-            results.append(NOTHING)
-        return results[0], results[1], results[2]
+        for index in range(3 if memory else 1):
+            total = NOTHING
+            amounts = touching.partly[:, index]
+            if amounts.any():
+                own = _sums(part_left, amounts)[:, None] + _sums(part_right, amounts)[None, :]
+                shared = _product(both_left, both_right, amounts[used]) + _product(
+                    same_left, same_right, amounts[used[columns]]
+                )
+                total = own - shared
+            amounts = touching.always[:, index]
+            if amounts.any():
+                some = _sums(counts_right > 0, amounts)[None, :]
+                whole = _sums(counts_left == touching.sizes, amounts)[:, None]
+                total = total + some - whole - _product(same_left, same_right, amounts[used[columns]])
+            results.append(total)
+        return (results[0], results[1], results[2]) if memory else (results[0], NOTHING, NOTHING)
 
 
 def _same_counts(
@@ -215,10 +279,16 @@ def _product(left: NDArray[np.bool_], right: NDArray[np.bool_], amounts: Ints) -
 
 
 def _sums(chosen: NDArray[np.bool_] | NDArray[np.uint8], amounts: Ints) -> Ints:
-    columns = chosen.astype(np.float64)
+    """Σ of the chosen columns' amounts for each row; some rows at a time, since float64 takes eight times the room."""
     total = np.zeros(len(chosen), dtype=np.int64)
-    for part, shift in _float_parts(amounts):
-        total += (columns @ part).astype(np.int64) << shift
+    if not amounts.any():
+        return total
+    parts = _float_parts(amounts)
+    step = max(1, BLOCK_ENTRIES // max(1, chosen.shape[1]))
+    for first in range(0, len(chosen), step):
+        columns = chosen[first : first + step].astype(np.float64)
+        for part, shift in parts:
+            total[first : first + step] += (columns @ part).astype(np.int64) << shift
     return total
 
 
@@ -233,28 +303,44 @@ def _outer(amounts: Ints, left: Ints, right: Ints) -> Ints:
     return amounts[right][None, :] - amounts[left][:, None]
 
 
-def _both(amounts: Ints, left: Ints, right: Ints, pays_left: int, pays_right: int) -> Ints:
-    total: Ints = pays_right * amounts[right][None, :] + pays_left * amounts[left][:, None]
-    return total
-
-
-def _count(members: NDArray[np.uint8], sets: Members) -> tuple[NDArray[np.int32], Ints]:
+def count_members(members: NDArray[np.uint8], sets: Members) -> tuple[NDArray[np.int32], Ints]:
+    """Give how many nodes of each set every downset holds, and how many there are."""
     if not len(sets):
         return np.zeros((len(members), 0), dtype=np.int32), np.zeros(0, dtype=np.int64)
     counts = np.add.reduceat(members[:, sets.nodes], sets.start[:-1], axis=1, dtype=np.int32)
     return counts, np.diff(sets.start)
 
 
-def _touching(members: NDArray[np.uint8], sources: Sequence[tuple[Members, bool]]) -> _Counts | None:
-    parts = [(*_count(members, sets), sets, moving) for sets, moving in sources if len(sets)]
-    if not parts:
+def _partial(members: NDArray[np.uint8], sets: Members) -> NDArray[np.bool_]:
+    """Tell for each downset and set whether some but not all of the set is in it."""
+    partial = np.empty((len(members), len(sets)), dtype=bool)
+    step = max(1, BLOCK_ENTRIES // max(1, len(sets.nodes)))
+    for first in range(0, len(members), step):
+        counts, sizes = count_members(members[first : first + step], sets)
+        partial[first : first + step] = (counts > 0) & (counts < sizes)
+    return partial
+
+
+def _touching(
+    members: NDArray[np.uint8], sources: Sequence[tuple[Members, Ints | None, Ints | None]]
+) -> _Counts | None:
+    found = [(*count_members(members, sets), partly, always) for sets, partly, always in sources if len(sets)]
+    if not found:
         return None
+    partly, always = [], []
+    for _, sizes, moving, shared in found:
+        nothing = np.zeros((len(sizes), 3), dtype=np.int64)
+        if moving is not None:
+            partly.append(moving)
+            always.append(nothing)
+        elif shared is not None:
+            partly.append(np.where(np.arange(3) == 0, shared[:, [TIE_LOAD, TIE_LIVE, TIE_FIXED]], 0))
+            always.append(np.where(np.arange(3) == 0, 0, shared[:, [TIE_LOAD, TIE_LIVE, TIE_FIXED]]))
     return _Counts(
-        counts=np.concatenate([part[0] for part in parts], axis=1),
-        sizes=np.concatenate([part[1] for part in parts]),
-        load=np.concatenate([part[2].load for part in parts]),
-        bytes=np.concatenate([part[2].bytes if part[3] else 0 * part[2].bytes for part in parts]),
-        static=np.concatenate([0 * part[2].bytes if part[3] else part[2].bytes for part in parts]),
+        counts=np.concatenate([part[0] for part in found], axis=1),
+        sizes=np.concatenate([part[1] for part in found]),
+        partly=np.concatenate(partly),
+        always=np.concatenate(always),
     )
 
 
@@ -274,14 +360,18 @@ def best_chain(
 
     Returns:
         The bottleneck and the downsets' positions from the empty to the full one; None if none is below ``upper``.
+
+    Raises:
+        TooManyPairsError: It would take too long.
     """
     base = costs.least(request, objective)
     by_base = np.argsort(base, kind="stable")
     most = upper - 1
     total = int(base[costs.full])
-    alike = request.one_live and all(request.paid) and not request.exactly
+    alike = len(set(request.live)) == 1 and request.one_kind not in (None, FREE) and not request.exactly
     settled = np.full(costs.size, upper, dtype=np.int64)  # the best value with fewer stages, where stages are alike
     reached, values = np.asarray([costs.empty]), np.zeros(1, dtype=np.int64)
+    budget = MOST_WORK
     parents: list[dict[int, int]] = []
     best: tuple[int, int] | None = None
     for stage in range(request.stages):
@@ -289,9 +379,11 @@ def best_chain(
         inside = by_base[(base[by_base] <= (stage + 1) * most) & (total - base[by_base] <= rest * most)]
         if request.exactly and rest:
             inside = inside[inside != costs.full]
-        value, parent = _step(
-            costs, request, reached, values, inside, base, stage, min(upper, best[0] if best else upper), objective
-        )
+        bound = min(upper, best[0] if best else upper)
+        budget -= _work(costs, reached, inside, base, bound)
+        if budget < 0:
+            raise TooManyPairsError
+        value, parent = _step(costs, request, reached, values, inside, base, stage, bound, objective)
         kept = value < (settled[inside] if alike else upper)
         inside, value, parent = inside[kept], value[kept], parent[kept]
         parents.append(dict(zip(inside.tolist(), parent.tolist(), strict=True)))
@@ -305,6 +397,14 @@ def best_chain(
         if not len(reached):
             break
     return None if best is None else (best[0], _trace(parents[: best[1]], costs.full))
+
+
+def _work(costs: DownsetCosts, reached: Ints, inside: Ints, base: Ints, upper: int) -> int:
+    """Count the pairs that the next stage makes, times what each costs."""
+    inside_base = base[inside]
+    low = np.searchsorted(inside_base, base[reached], side="left")
+    high = np.searchsorted(inside_base, base[reached] + upper, side="left")
+    return int(np.maximum(high - low, 0).sum()) * (4 + costs.words)
 
 
 def _trace(parents: Sequence[dict[int, int]], full: int) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any
 
@@ -64,11 +65,13 @@ def _values(
 ) -> tuple[TransferValue, ...]:
     producers = [index for index, data in enumerate(attributes) if "transfer" in data]
     if "transfers" not in graph.graph:
+        of_node = number.__getitem__
         return tuple(
-            TransferValue(
-                attributes[index]["transfer"], (index, *(number[reader] for reader in graph.successors(nodes[index])))
-            )
-            for index in producers
+            [
+                TransferValue(data["transfer"], (index, *map(of_node, readers)))
+                for index, (data, (_, readers)) in enumerate(zip(attributes, graph.adjacency(), strict=True))
+                if "transfer" in data
+            ]
         )
     if producers:
         raise PartitionError(
@@ -83,7 +86,7 @@ def _values(
             raise PartitionError(f"{where} is {entry!r}\n  expected a pair (seconds, nodes)")
         members = _sequence(pair[1], f"nodes of {where}")
         for member in members:
-            if member not in number:
+            if not isinstance(member, Hashable) or member not in number:
                 raise PartitionError(f"{where} names the unknown node {member}\n  use nodes of the graph")
         if not members:
             raise PartitionError(f"{where} has no nodes\n  give its producer and all its readers")
@@ -128,16 +131,28 @@ def check_problem(problem: PartitionProblem) -> None:
         if costs and len(costs) != count:
             raise PartitionError(f"{len(costs)} entries of {what} for {count} nodes\n  give one per node, or none")
         _check_costs(costs, lambda index, what=what: f"{what} of node {problem.name(index)}")
-    for what, members in (("transfer", problem.values), ("tie", problem.ties)):
-        _check_costs([member.seconds for member in members], lambda index, what=what: _member(problem, what, index))
-        _check_costs(
-            [member.bytes for member in members], lambda index, what=what: f"bytes, {_member(problem, what, index)}"
-        )
-        for member in members:
-            _check_nodes(member.nodes, count, what)
+    columns = dict(zip(TransferValue._fields, zip(*problem.values, strict=True), strict=False))
+    _check_members(problem, "transfer", columns, columns.get("nodes", ()))
+    shared = {name: tuple([getattr(tie, name) for tie in problem.ties]) for name in ("seconds", "bytes", "live_bytes")}
+    _check_members(problem, "tie", shared, tuple([tie.nodes for tie in problem.ties]))
+    _check_nodes(problem.anchors, count, "list of anchors")
     for group in problem.groups:
         _check_nodes(group, count, "group")
     _check_order(problem)
+
+
+def _check_members(
+    problem: PartitionProblem, what: str, columns: Mapping[str, Sequence[Any]], nodes: Sequence[tuple[int, ...]]
+) -> None:
+    for kind, column in columns.items():
+        if kind == "nodes":
+            continue
+        amounts = [0 if amount is None else amount for amount in column] if kind == "far_seconds" else column
+        named = "" if kind == "seconds" else f"{kind} of "
+        _check_costs(amounts, lambda index, named=named: f"{named}{_member(problem, what, index)}")
+    _check_nodes(list(chain.from_iterable(nodes)), len(problem.seconds), what)
+    if not all(nodes):
+        raise PartitionError(f"a {what} has no nodes\n  give its producer and all its readers")
 
 
 def _member(problem: PartitionProblem, what: str, index: int) -> str:
@@ -153,6 +168,8 @@ def _check_costs(costs: Sequence[Any], name: Any) -> None:
             raise PartitionError(
                 f"{name(index)} is {costs[index]!r}, a {kind.__name__}\n  expected a finite number >= 0"
             )
+    if not any(costs):
+        return
     try:
         array = np.asarray(costs, dtype=np.float64)
         wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0))).tolist()
@@ -163,6 +180,8 @@ def _check_costs(costs: Sequence[Any], name: Any) -> None:
 
 
 def _check_nodes(nodes: Sequence[int], count: int, what: str) -> None:
+    if not nodes or (min(nodes) >= 0 and max(nodes) < count):
+        return
     for node in nodes:
         if not 0 <= node < count:
             raise PartitionError(f"a {what} names the unknown node {node}\n  nodes are 0 to {count - 1}")

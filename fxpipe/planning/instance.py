@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from fxpipe.planning.problem import PartitionProblem
+from fxpipe.planning.problem import PartitionProblem, TransferValue
 
 Ints = NDArray[np.int64]
 
 LOAD_BUDGET = 2**52  # every sum of loads stays exact in float64 products, which the search over downsets uses
-LARGE_LOAD_BUDGET = 2**61  # for graphs of many nodes, whose rounding adds up: exact in int64
+LARGE_LOAD_BUDGET = 2**57  # for graphs of many nodes, whose rounding adds up: a rank's stages still fit into int64
 MANY_NODES = 5_000
-MEMORY_BUDGET = 2**60
+MEMORY_BUDGET = 2**57
 UNREACHABLE = np.iinfo(np.int64).max
+
+# Columns of what a moving value costs, and of what a shared tensor costs.
+NEAR_LOAD, FAR_LOAD, SENT, RECEIVED, SENT_FIXED, RECEIVED_FIXED = range(6)
+TIE_LOAD, TIE_FIXED, TIE_LIVE = range(3)
+MANY_SETS = 20_000  # beyond, equal sets are not looked for
 
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """A list of node sets with a weight each, flat: set ``i`` is ``nodes[start[i]:start[i + 1]]``, ascending."""
+    """A list of node sets with amounts, flat: set ``i`` is ``nodes[start[i]:start[i + 1]]``, ascending."""
 
     nodes: Ints
     start: Ints
-    load: Ints
-    bytes: Ints
+    amounts: Ints
 
     def __len__(self) -> int:
-        return len(self.load)
+        return len(self.amounts)
 
     def sets(self) -> list[list[int]]:
         """Give the node sets as lists."""
         flat = self.nodes.tolist()
         bounds = self.start.tolist()
         return [flat[low:high] for low, high in pairwise(bounds)]
+
+    def column(self, index: int) -> Ints:
+        """Give one kind of amount of every set."""
+        amounts: Ints = self.amounts[:, index]
+        return amounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +60,12 @@ class Instance:
         load: Load of each merged node.
         static: Static memory of each merged node.
         activation: Memory per live microbatch of each merged node.
+        anchors: Anchors in each merged node; all of its nodes where none are named.
         successors: Successors of each merged node, ascending; the graph has no cycle.
         predecessors: Predecessors of each merged node, ascending.
-        values: What moves: load and bytes per payment.
-        ties: Tied tensors: load of a holder where there are several, bytes per holder.
+        is_path: Whether the nodes' numbers are their only topological order.
+        values: What moves: columns ``NEAR_LOAD`` to ``RECEIVED_FIXED``.
+        ties: What is shared: columns ``TIE_LOAD`` to ``TIE_LIVE``.
         load_exponent: Loads are seconds · 2**load_exponent.
         memory_exponent: Memory is bytes · 2**memory_exponent.
         load_error: Largest difference, in load units, that rounding to whole numbers may make to a sum; 0 if exact.
@@ -64,8 +75,10 @@ class Instance:
     load: Ints
     static: Ints
     activation: Ints
+    anchors: Ints
     successors: tuple[tuple[int, ...], ...]
     predecessors: tuple[tuple[int, ...], ...]
+    is_path: bool
     values: Members
     ties: Members
     load_exponent: int
@@ -80,6 +93,10 @@ class Instance:
     def seconds(self, load: int) -> float:
         """Give a load in seconds."""
         return math.ldexp(float(load), -self.load_exponent)
+
+    def load_units(self, seconds: float) -> int:
+        """Give seconds as a load, rounded down."""
+        return math.floor(Fraction(seconds) * Fraction(2) ** self.load_exponent) if math.isfinite(seconds) else 0
 
     def bytes(self, memory: int) -> int:
         """Give a memory in bytes, rounded up."""
@@ -100,7 +117,7 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
 
     Args:
         problem: A valid problem.
-        max_live: Most live microbatches of any stage.
+        max_live: Most live microbatches of any rank's stages together.
 
     Returns:
         The merged graph.
@@ -108,41 +125,57 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
     num_nodes = len(problem.seconds)
     merged_of, count = _merge(num_nodes, problem.edges, problem.groups)
     seconds = np.asarray(problem.seconds, dtype=np.float64)
-    value_seconds = np.asarray([value.seconds for value in problem.values], dtype=np.float64)
+    columns = list(zip(*problem.values, strict=True)) or [()] * len(TransferValue._fields)
+    near, far = columns[0], columns[2]
+    links = np.asarray(
+        [near, near if not any(far) else [n if f is None else f for n, f in zip(near, far, strict=True)]]
+    )
+    links = links.T.astype(np.float64)
     tie_seconds = np.asarray([tie.seconds for tie in problem.ties], dtype=np.float64)
-    total = float(seconds.sum() + 2 * value_seconds.sum() + tie_seconds.sum())
+    total = float(seconds.sum() + 2 * links.max(axis=1, initial=0).sum() + tie_seconds.sum())
     budget = LOAD_BUDGET if num_nodes <= MANY_NODES else LARGE_LOAD_BUDGET
-    load_exponent, exact = _exponent(np.concatenate([seconds, value_seconds, tie_seconds]), total, budget)
+    load_exponent, exact = _exponent(np.concatenate([seconds, links.ravel(), tie_seconds]), total, budget)
     static = np.asarray(problem.memory or (0,) * num_nodes, dtype=np.float64)
     activation = np.asarray(problem.activation or (0,) * num_nodes, dtype=np.float64)
-    value_bytes = np.asarray([value.bytes for value in problem.values], dtype=np.float64)
-    tie_bytes = np.asarray([tie.bytes for tie in problem.ties], dtype=np.float64)
-    most = float(static.sum() + tie_bytes.sum() + max_live * (activation.sum() + 2 * value_bytes.sum()))
-    memory_exponent, _ = _exponent(np.concatenate([static, activation, value_bytes, tie_bytes]), most, MEMORY_BUDGET)
+    moved = np.asarray(columns[3:], dtype=np.float64).T
+    shared = np.asarray([(tie.bytes, tie.live_bytes) for tie in problem.ties], dtype=np.float64).reshape(-1, 2)
+    most = float(
+        static.sum()
+        + shared[:, 0].sum()
+        + moved[:, 2:].sum()
+        + max(max_live, 1) * (activation.sum() + moved[:, :2].sum() + shared[:, 1].sum())
+    )
+    memory_exponent, _ = _exponent(
+        np.concatenate([static, activation, moved.ravel(), shared.ravel()]), most, MEMORY_BUDGET
+    )
 
     index = np.asarray(merged_of, dtype=np.int64)
-    load_units = _whole(seconds, load_exponent)
-    tie_load, tie_units = _whole(tie_seconds, load_exponent), _whole_up(tie_bytes, memory_exponent)
-    static_units = _summed(index, _whole_up(static, memory_exponent), count)
-    tie_sets = [sorted({merged_of[node] for node in tie.nodes}) for tie in problem.ties]
-    for nodes, extra in zip(tie_sets, tie_units.tolist(), strict=True):
-        if len(nodes) == 1:
-            static_units[nodes[0]] += extra
-    successors, predecessors = _adjacency(index, problem.edges, count)
-    values = _members(
-        (_merged_set(value.nodes, merged_of) for value in problem.values),
-        _whole(value_seconds, load_exponent),
-        _whole_up(value_bytes, memory_exponent),
+    anchors = np.zeros(num_nodes, dtype=np.int64)
+    anchors[list(problem.anchors) if problem.anchors else slice(None)] = 1
+    successors, predecessors, is_path = _adjacency(index, problem.edges, count)
+    ties, within = _members(
+        [tie.nodes for tie in problem.ties],
+        index,
+        count,
+        np.column_stack([_whole(tie_seconds, load_exponent), _whole_up(shared, memory_exponent)]),
+    )
+    values, _ = _members(
+        columns[1],
+        index,
+        count,
+        np.column_stack([_whole(links, load_exponent), _whole_up(moved, memory_exponent)]),
     )
     return Instance(
         merged_of=merged_of,
-        load=_summed(index, load_units, count),
-        static=static_units,
-        activation=_summed(index, _whole_up(activation, memory_exponent), count),
+        load=_summed(index, _whole(seconds, load_exponent), count),
+        static=_summed(index, _whole_up(static, memory_exponent), count) + within[:, TIE_FIXED],
+        activation=_summed(index, _whole_up(activation, memory_exponent), count) + within[:, TIE_LIVE],
+        anchors=_summed(index, anchors, count),
         successors=successors,
         predecessors=predecessors,
+        is_path=is_path,
         values=values,
-        ties=_members(tie_sets, tie_load, tie_units),
+        ties=ties,
         load_exponent=load_exponent,
         memory_exponent=memory_exponent,
         load_error=0 if exact else num_nodes + 2 * len(problem.values) + len(problem.ties),
@@ -151,45 +184,66 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
 
 def without_memory(instance: Instance) -> Instance:
     """Give the instance with all memory set to nothing, for a search that no limit concerns."""
-    values, ties = instance.values, instance.ties
     return replace(
         instance,
         static=0 * instance.static,
         activation=0 * instance.activation,
-        values=_members(values.sets(), values.load, 0 * values.bytes),
-        ties=_members(ties.sets(), ties.load, 0 * ties.bytes),
+        values=_only(instance.values, (NEAR_LOAD, FAR_LOAD)),
+        ties=_only(instance.ties, (TIE_LOAD,)),
     )
+
+
+def without_tie_loads(instance: Instance) -> Instance:
+    """Give the instance with ties that cost no time."""
+    return replace(instance, ties=_only(instance.ties, (TIE_FIXED, TIE_LIVE)))
+
+
+def only_live_ties(instance: Instance) -> Instance:
+    """Give the instance with ties that cost nothing but memory per live microbatch."""
+    return replace(instance, ties=_only(instance.ties, (TIE_LIVE,)))
+
+
+def _only(members: Members, columns: tuple[int, ...]) -> Members:
+    """Keep some columns, and the sets that cost something in them."""
+    amounts = np.zeros_like(members.amounts)
+    amounts[:, columns] = members.amounts[:, columns]
+    kept = amounts.any(axis=1)
+    if kept.all():
+        return Members(members.nodes, members.start, amounts)
+    sizes = np.diff(members.start)
+    return Members(members.nodes[np.repeat(kept, sizes)], _starts(sizes[kept]), amounts[kept])
 
 
 def merged(instance: Instance, node_of: Ints, count: int) -> Instance:
     """Give the instance with its nodes merged into ``count`` nodes; merging must not make a cycle."""
     edges = [(before, after) for before, afters in enumerate(instance.successors) for after in afters]
-    successors, predecessors = _adjacency(node_of, edges, count)
+    successors, predecessors, is_path = _adjacency(node_of, edges, count)
     node_list = node_of.tolist()
-    static = _summed(node_of, instance.static, count)
-    tie_sets = [_merged_set(nodes, node_list) for nodes in instance.ties.sets()]
-    for nodes, extra in zip(tie_sets, instance.ties.bytes.tolist(), strict=True):
-        if len(nodes) == 1:
-            static[nodes[0]] += extra
-    values = (_merged_set(nodes, node_list) for nodes in instance.values.sets())
+    ties, within = _flat_members(
+        instance.ties.nodes, np.diff(instance.ties.start), node_of, count, instance.ties.amounts
+    )
+    values, _ = _flat_members(
+        instance.values.nodes, np.diff(instance.values.start), node_of, count, instance.values.amounts
+    )
     return replace(
         instance,
-        merged_of=tuple(node_list[node] for node in instance.merged_of),
+        merged_of=tuple([node_list[node] for node in instance.merged_of]),
         load=_summed(node_of, instance.load, count),
-        static=static,
-        activation=_summed(node_of, instance.activation, count),
+        static=_summed(node_of, instance.static, count) + within[:, TIE_FIXED],
+        activation=_summed(node_of, instance.activation, count) + within[:, TIE_LIVE],
+        anchors=_summed(node_of, instance.anchors, count),
         successors=successors,
         predecessors=predecessors,
-        values=_members(values, instance.values.load, instance.values.bytes),
-        ties=_members(tie_sets, instance.ties.load, instance.ties.bytes),
+        is_path=is_path,
+        values=values,
+        ties=ties,
     )
 
 
-def _merged_set(nodes: Sequence[int], merged_of: Sequence[int]) -> list[int]:
-    if len(nodes) == 2:
-        first, second = merged_of[nodes[0]], merged_of[nodes[1]]
-        return [first, second] if first < second else [second, first] if second < first else [first]
-    return sorted({merged_of[node] for node in nodes})
+def count_anchored(problem: PartitionProblem) -> int:
+    """Give how many of the merged nodes have an anchor: the most stages there can be."""
+    merged_of, count = _merge(len(problem.seconds), problem.edges, problem.groups)
+    return len({merged_of[node] for node in problem.anchors}) if problem.anchors else count
 
 
 def _merge(
@@ -199,51 +253,116 @@ def _merge(
     if not any(len(group) > 1 for group in groups):
         return tuple(range(num_nodes)), num_nodes
     head = list(range(num_nodes))
-    for group in groups:
+
+    def find(node: int) -> int:
+        while head[node] != node:
+            head[node] = head[head[node]]
+            node = head[node]
+        return node
+
+    for group in groups:  # groups may overlap
         for node in group:
-            head[node] = group[0]
-    graph: nx.DiGraph[int] = nx.DiGraph()
-    graph.add_nodes_from(head)
-    graph.add_edges_from((head[before], head[after]) for before, after in edges)
-    component_of: dict[int, int] = {}
-    for number, component in enumerate(nx.strongly_connected_components(graph)):
-        component_of.update(dict.fromkeys(component, number))
+            one, other = find(group[0]), find(node)
+            head[max(one, other)] = min(one, other)
+    heads = [find(node) for node in range(num_nodes)]
+    pairs = {(heads[before], heads[after]) for before, after in edges if heads[before] != heads[after]}
+    if not _is_acyclic(num_nodes, pairs):
+        graph: nx.DiGraph[int] = nx.DiGraph(sorted(pairs))
+        graph.add_nodes_from(heads)
+        component_of: dict[int, int] = {}
+        for number, component in enumerate(nx.strongly_connected_components(graph)):
+            component_of.update(dict.fromkeys(component, number))
+        heads = [component_of[node] for node in heads]
     numbers: dict[int, int] = {}
-    merged = tuple(numbers.setdefault(component_of[head[node]], len(numbers)) for node in range(num_nodes))
+    merged = tuple(numbers.setdefault(node, len(numbers)) for node in heads)
     return merged, len(numbers)
+
+
+def _is_acyclic(num_nodes: int, pairs: Collection[tuple[int, int]]) -> bool:
+    """Tell whether taking away nodes without predecessors, again and again, leaves nothing."""
+    after: dict[int, list[int]] = {}
+    waiting = [0] * num_nodes
+    for before, behind in pairs:
+        after.setdefault(before, []).append(behind)
+        waiting[behind] += 1
+    ready = [node for node, count in enumerate(waiting) if not count]
+    taken = 0
+    while ready:
+        taken += 1
+        for behind in after.get(ready.pop(), ()):
+            waiting[behind] -= 1
+            if not waiting[behind]:
+                ready.append(behind)
+    return taken == num_nodes
 
 
 def _adjacency(
     merged_of: Ints, edges: Sequence[tuple[int, int]], count: int
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], bool]:
+    """Give successors, predecessors, and whether every edge goes up and every node reaches the next by an edge."""
     if not edges:
-        return ((),) * count, ((),) * count
-    ends = merged_of[np.asarray(edges, dtype=np.int64)]
+        return ((),) * count, ((),) * count, count == 1
+    ends = merged_of[np.fromiter(chain.from_iterable(edges), dtype=np.int64, count=2 * len(edges))].reshape(-1, 2)
     ends = ends[ends[:, 0] != ends[:, 1]]
-    keys = np.unique(ends[:, 0] * count + ends[:, 1])
+    keys = _unique(ends[:, 0] * count + ends[:, 1])
     before, after = keys // count, keys % count
+    steps = int((after == before + 1).sum())
+    is_path = steps == count - 1 and bool((before < after).all())
     backwards = np.argsort(after, kind="stable")
-    return _rows(before, after, count), _rows(after[backwards], before[backwards], count)
+    return _rows(before, after, count), _rows(after[backwards], before[backwards], count), is_path
+
+
+def _unique(keys: Ints) -> Ints:
+    """Sort and drop repeats; several times as fast as ``np.unique``, which hashes."""
+    keys = np.sort(keys)
+    unique: Ints = keys[np.concatenate([np.ones(min(len(keys), 1), dtype=bool), keys[1:] != keys[:-1]])]
+    return unique
 
 
 def _rows(keys: Ints, items: Ints, count: int) -> tuple[tuple[int, ...], ...]:
     bounds = np.searchsorted(keys, np.arange(count + 1)).tolist()
-    flat = items.tolist()
-    return tuple(tuple(flat[low:high]) for low, high in pairwise(bounds))
+    flat = tuple(items.tolist())
+    return tuple([flat[low:high] for low, high in pairwise(bounds)])
 
 
-def _members(sets: Iterable[list[int]], load: Ints, size: Ints) -> Members:
-    """Keep the sets of two nodes or more that cost something; equal sets are added up."""
-    kept: dict[tuple[int, ...], list[int]] = {}
-    for nodes, seconds, extra in zip(sets, load.tolist(), size.tolist(), strict=True):
-        if len(nodes) > 1 and (seconds or extra):
-            entry = kept.setdefault(tuple(nodes), [0, 0])
-            entry[0] += seconds
-            entry[1] += extra
-    start = np.cumsum([0, *(len(nodes) for nodes in kept)], dtype=np.int64)
-    flat = np.fromiter((node for nodes in kept for node in nodes), dtype=np.int64, count=int(start[-1]))
-    sums = np.asarray(list(kept.values()), dtype=np.int64).reshape(-1, 2)
-    return Members(flat, start, sums[:, 0].copy(), sums[:, 1].copy())
+def _members(sets: Sequence[Sequence[int]], merged_of: Ints, count: int, amounts: Ints) -> tuple[Members, Ints]:
+    sizes = np.fromiter(map(len, sets), dtype=np.int64, count=len(sets))
+    flat = np.fromiter(chain.from_iterable(sets), dtype=np.int64, count=int(sizes.sum()))
+    return _flat_members(flat, sizes, merged_of, count, amounts)
+
+
+def _flat_members(flat: Ints, sizes: Ints, merged_of: Ints, count: int, amounts: Ints) -> tuple[Members, Ints]:
+    """Keep the sets of two merged nodes or more that cost something; equal sets are added up.
+
+    Returns:
+        The sets, and for each merged node the amounts of the sets that lie wholly inside it.
+    """
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    keys = _unique(owner * count + merged_of[flat])
+    owner, nodes = keys // count, keys % count
+    sizes = np.bincount(owner, minlength=len(sizes))
+    single = sizes == 1
+    within = np.zeros((count, amounts.shape[1]), dtype=np.int64)
+    np.add.at(within, nodes[single[owner]], amounts[single])
+    kept = (sizes > 1) & amounts.any(axis=1)
+    members = Members(nodes[kept[owner]], _starts(sizes[kept]), amounts[kept])
+    return (_added_up(members) if len(members) <= MANY_SETS else members), within
+
+
+def _added_up(members: Members) -> Members:
+    kept: dict[tuple[int, ...], Ints] = {}
+    for nodes, amounts in zip(members.sets(), members.amounts, strict=True):
+        key = tuple(nodes)
+        kept[key] = kept[key] + amounts if key in kept else amounts
+    if len(kept) == len(members):
+        return members
+    flat = np.asarray([node for nodes in kept for node in nodes], dtype=np.int64)
+    sizes = np.asarray([len(nodes) for nodes in kept], dtype=np.int64)
+    return Members(flat, _starts(sizes), np.asarray(list(kept.values()), dtype=np.int64))
+
+
+def _starts(sizes: Ints) -> Ints:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
 
 
 def _summed(index: Ints, amounts: Ints, count: int) -> Ints:
@@ -261,7 +380,7 @@ def _exponent(numbers: NDArray[np.float64], total: float, budget: int) -> tuple[
     digits = (mantissa * 2.0**53).astype(np.int64)
     lowest = np.frexp((digits & -digits).astype(np.float64))[1] - 1
     needed = int((53 - exponent - lowest).max())
-    allowed = math.frexp(budget / total)[1] - 1
+    allowed = math.frexp(budget)[1] - 1 - math.frexp(total)[1]  # total < 2**its exponent
     return min(needed, allowed), needed <= allowed
 
 

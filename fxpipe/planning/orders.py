@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 from itertools import pairwise
 
-from fxpipe.planning.instance import Instance
+from fxpipe.planning.instance import NEAR_LOAD, Instance
 
 
 def by_priority(instance: Instance, priority: Sequence[float]) -> list[int]:
@@ -34,13 +34,15 @@ def by_priority(instance: Instance, priority: Sequence[float]) -> list[int]:
 
 def given_order(instance: Instance) -> list[int]:
     """Give the order in which the nodes were added, as far as the edges allow it."""
-    if all(not after or after[0] > node for node, after in enumerate(instance.successors)):
+    if instance.is_path or all(not after or after[0] > node for node, after in enumerate(instance.successors)):
         return list(range(instance.size))
     return by_priority(instance, range(instance.size))
 
 
 def has_one_order(instance: Instance) -> bool:
     """Tell whether only one topological order exists: each node in it is a predecessor of the next."""
+    if instance.is_path:
+        return True
     order = given_order(instance)
     return all(after in instance.successors[before] for before, after in pairwise(order))
 
@@ -84,7 +86,7 @@ def small_front_order(instance: Instance) -> list[int]:
     """
     values = instance.values
     sets = values.sets()
-    amounts = values.load.tolist()
+    amounts = values.column(NEAR_LOAD).tolist()
     of_node: list[list[int]] = [[] for _ in range(instance.size)]
     for index, nodes in enumerate(sets):
         for node in nodes:

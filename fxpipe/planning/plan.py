@@ -1,83 +1,35 @@
-"""From costed layers and their stages to the frozen plan."""
+"""From layers and their stages to the frozen plan."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-from fxpipe.ir.cost import LayerCost
 from fxpipe.ir.graph import LayerGraph, Tie, Value
-from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
 from fxpipe.ir.spec import TensorInfo
-from fxpipe.ir.tensor import TensorMeta
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the user asked for, checked: everything a plan depends on besides the graph and its costs."""
-
-    stages: int
-    ranks: int
-    schedule: str
-    rank_of_stage: tuple[int, ...]
-    live_microbatches: tuple[int, ...]
-    num_microbatches: int
-    hardware: Hardware
-    training: Training
-    cost: str
-    grain: str
-    opened: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    memory_limit: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StageMemory:
-    """Bytes of one stage: the most alive at once, and the activations kept per live microbatch."""
-
-    peak_bytes: int
-    activation_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How a partition was found: the method in words, and a bottleneck (seconds) proven to be unbeatable."""
-
-    method: str
-    lower_bound: float
-
-
-def transfer_s(meta: TensorMeta, hardware: Hardware) -> float:
-    """Give the seconds one link is busy with a tensor in one microbatch: forward, and its gradient back.
-
-    >>> link = Hardware({"float32": 1e12}, 1e9, 1e9, link_bandwidth=1e9)
-    >>> transfer_s(TensorMeta((1000,), "float32", requires_grad=True), link)
-    8e-06
-    """
-    once = meta.nbytes / hardware.link_bandwidth + hardware.link_latency
-    return once * (2 if meta.requires_grad else 1)
-
-
-def tie_s(nbytes: int, holders: int, hardware: Hardware) -> float:
-    """Give the seconds of a ring all-reduce of ``nbytes`` over ``holders`` ranks, once per step.
-
-    Source: Thakur, Rabenseifner, Gropp 2005, Int. J. High Perform. Comput. Appl. 19(1), 49-66.
-    """
-    if holders < 2:
-        return 0.0
-    share = (holders - 1) / holders
-    return 2 * share * nbytes / hardware.link_bandwidth + 2 * (holders - 1) * hardware.link_latency
+from fxpipe.ir.tensor import dtype_bytes
+from fxpipe.planning.blocks import block_names
+from fxpipe.planning.layout import Layout, tie_seconds
+from fxpipe.planning.memory import gradient_bytes
+from fxpipe.planning.precision import Precision
+from fxpipe.planning.problem import Measured, measure
 
 
 def crossing(graph: LayerGraph, stage_of: Sequence[int], boundary: int) -> tuple[Value, ...]:
-    """Give the values that cross from stage ``boundary`` to ``boundary + 1``, passed on ones included."""
+    """Give the values that cross from stage ``boundary`` to ``boundary + 1``, passed on ones included.
+
+    Recomputed layers send nothing; what ``stage_of`` says of them is not looked at.
+    """
+    free = frozenset(graph.recomputed)
     return tuple(
         value
         for value in graph.values
-        if stage_of[value.producer] <= boundary < max((stage_of[r] for r in value.readers), default=-1)
+        if value.producer not in free
+        and stage_of[value.producer]
+        <= boundary
+        < max((stage_of[reader] for reader in value.readers if reader not in free), default=-1)
     )
 
 
@@ -101,34 +53,45 @@ def recomputed_by_stage(graph: LayerGraph, stage_of: Sequence[int], num_stages: 
 
 
 def make_plan(
-    graph: LayerGraph,
-    costs: Sequence[LayerCost],
-    stage_of: Sequence[int],
-    settings: Settings,
-    memory: Sequence[StageMemory],
-    search: Search,
+    layout: Layout,
+    stage_of_node: Sequence[int],
+    *,
+    method: str = "",
+    proven: bool = False,
+    lower_bound: float = 0.0,
+    limited_by: str = "",
+    notes: Sequence[str] = (),
 ) -> PipelinePlan:
-    """Put a partition into the plan's form.
+    """Put a partition into the plan's form; seconds and bytes are those of ``problem.measure``.
 
     Args:
-        graph: The layers.
-        costs: Seconds of each layer for one microbatch.
-        stage_of: Stage of each layer; what it says of recomputed layers is not looked at.
-        settings: What the user asked for.
-        memory: Bytes of each stage.
-        search: How the partition was found and how good it is.
+        layout: The layers, laid out.
+        stage_of_node: Stage of each node of the layout's problem.
+        method: How the partition was searched, in words.
+        proven: Whether no partition is better.
+        lower_bound: Seconds no partition can beat.
+        limited_by: What keeps the plan from being faster.
+        notes: What the report should say besides the graph's own notes.
 
     Returns:
-        The plan. Every layer stands in exactly one stage's ``layers``; a recomputed one in the first that needs it.
+        The plan. A stage's ``layers`` names every block that lies in it whole by its FQN, and the layers of blocks that
+        a cut crosses one by one; each stands in exactly one stage, a recomputed one in the first that needs it.
     """
+    graph, settings = layout.graph, layout.settings
+    stage_of = layout.stages(stage_of_node)
+    measured = measure(layout.problem, stage_of_node, placement=layout.placement)
+    idle = replace(layout.problem, seconds=(0.0,) * len(layout.layers))
+    moved_s = measure(idle, stage_of_node, placement=layout.placement).loads
     repeats = recomputed_by_stage(graph, stage_of, settings.stages)
     home = _homes(graph, stage_of, repeats, settings.stages)
+    opened = tuple(dict.fromkeys(block.fqn for block in layout.cut_blocks(stage_of_node)))
+    units = _unit_names(layout, opened)
     stages = tuple(
-        _stage_plan(index, graph, costs, home, repeats[index], stage_of, settings, memory[index])
+        _stage_plan(index, layout, home, repeats[index], units, stage_of, measured, moved_s[index])
         for index in range(settings.stages)
     )
-    ties = tuple(_tie_group(graph, tie, home, settings) for tie in graph.ties)
-    slowest = max(stages, key=lambda stage: stage.seconds)
+    ties = tuple(_tie_group(layout, tie, home, repeats) for tie in graph.ties)
+    bottleneck = max(measured.rank_loads)
     return PipelinePlan(
         model=graph.name,
         model_fingerprint=graph.fingerprint,
@@ -139,18 +102,20 @@ def make_plan(
         num_microbatches=settings.num_microbatches,
         microbatch_size=graph.batch_size,
         grain=settings.grain,
-        opened=settings.opened,
+        opened=opened,
         leaves=settings.leaves,
         cost=settings.cost,
         hardware=settings.hardware,
         training=settings.training,
         seed=settings.seed,
-        bottleneck=slowest.seconds,
-        lower_bound=min(search.lower_bound, slowest.seconds),
-        method=search.method,
-        limited_by=_limit(graph, costs, slowest, settings),
+        memory_limit=settings.memory_limit,
+        bottleneck=bottleneck,
+        lower_bound=min(lower_bound, bottleneck),
+        proven=proven,
+        method=method,
+        limited_by=limited_by,
         inputs=graph.inputs,
-        notes=graph.notes,
+        notes=(*graph.notes, *notes),
     )
 
 
@@ -164,40 +129,58 @@ def _homes(
     return tuple(home)
 
 
+def _unit_names(layout: Layout, opened: Sequence[str]) -> tuple[str, ...]:
+    """Give for each layer the name it stands under in the plan: its block's where that is not opened."""
+    graph = layout.graph
+    free = frozenset(graph.recomputed)
+    names = []
+    for layer, (name, block) in enumerate(zip(graph.layer_names, block_names(graph), strict=True)):
+        if layer in free and graph.blocks:  # a whole block runs its own masks and tables
+            block = graph.blocks[layer]
+        names.append(block if block and block.partition("@")[0] not in opened else name)
+    return tuple(names)
+
+
 def _stage_plan(
     index: int,
-    graph: LayerGraph,
-    costs: Sequence[LayerCost],
+    layout: Layout,
     home: Sequence[int],
     needed: tuple[int, ...],
+    units: Sequence[str],
     stage_of: Sequence[int],
-    settings: Settings,
-    memory: StageMemory,
+    measured: Measured,
+    moved_s: float,
 ) -> StagePlan:
-    names = graph.layer_names
-    own = [layer for layer in range(len(names)) if home[layer] == index]
+    graph, settings = layout.graph, layout.settings
+    free = frozenset(graph.recomputed)
+    own = [layer for layer in range(len(units)) if home[layer] == index]
+    working = [layer for layer in own if layer not in free]
     tensors = _weights(graph, (*own, *needed))
-    forward_s = sum(costs[layer].forward_s for layer in own)
-    backward_s = sum(costs[layer].backward_s for layer in own)
+    forward_s = math.fsum(layout.costs[layer].forward_s for layer in working)
+    backward_s = math.fsum(layout.costs[layer].backward_s for layer in working)
     sends = crossing(graph, stage_of, index) if index < settings.stages - 1 else ()
-    receives = crossing(graph, stage_of, index - 1) if index else ()
-    moved_s = sum(transfer_s(value.meta, settings.hardware) for value in (*sends, *receives))
+    elsewhere = [layer for layer in needed if home[layer] != index and units[layer] == graph.layer_names[layer]]
     return StagePlan(
         index=index,
         rank=settings.rank_of_stage[index],
-        layers=tuple(names[layer] for layer in own),
+        layers=tuple(dict.fromkeys(units[layer] for layer in own)),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
-        bytes=sum(tensor.nbytes for tensor in tensors),
-        seconds=forward_s + backward_s + moved_s,
+        bytes=sum(weight_bytes(tensor, layout.precision) for tensor in tensors),
+        seconds=measured.loads[index],
         forward_s=forward_s,
         backward_s=backward_s,
         transfer_s=moved_s,
-        peak_bytes=memory.peak_bytes,
-        activation_bytes=memory.activation_bytes,
+        peak_bytes=math.ceil(measured.stage_memory[index]),
+        activation_bytes=math.ceil(measured.per_live[index]),
         live_microbatches=settings.live_microbatches[index],
-        sends=tuple(value.meta for value in sends),
-        recomputed=tuple(names[layer] for layer in needed if home[layer] != index),
+        sends=tuple(layout.precision.meta(value.meta) for value in sends),
+        recomputed=tuple(graph.layer_names[layer] for layer in elsewhere),
     )
+
+
+def weight_bytes(info: TensorInfo, precision: Precision) -> int:
+    """Give the bytes of a weight in the dtype it is trained in."""
+    return math.prod(info.shape) * dtype_bytes(precision.parameter(info))
 
 
 def _weights(graph: LayerGraph, layers: Iterable[int]) -> list[TensorInfo]:
@@ -210,20 +193,16 @@ def _weights(graph: LayerGraph, layers: Iterable[int]) -> list[TensorInfo]:
     return list(found.values())
 
 
-def _tie_group(graph: LayerGraph, tie: Tie, home: Sequence[int], settings: Settings) -> TieGroup:
-    stages = tuple(sorted({home[layer] for layer in tie.layers}))
-    ranks = {settings.rank_of_stage[stage] for stage in stages}
-    seconds = tie_s(tie.nbytes, len(ranks), settings.hardware) if tie.trainable else 0.0
-    return TieGroup(tie.key, tie.fqns, stages, tie.nbytes, seconds, tie.trainable)
-
-
-def _limit(graph: LayerGraph, costs: Sequence[LayerCost], slowest: StagePlan, settings: Settings) -> str:
-    """Say what keeps the slowest stage from being faster: one layer, a link, or the mean load."""
-    names = graph.layer_names
-    seconds = {names[i]: costs[i].seconds for i in range(len(names)) if names[i] in slowest.layers}
-    largest = max(seconds, key=lambda name: seconds[name], default="")
-    if slowest.transfer_s > 0.5 * slowest.seconds:
-        return f"links of stage {slowest.index}"
-    if largest and seconds[largest] > 0.5 * slowest.seconds:
-        return f"layer {largest} of stage {slowest.index}, which is not split"
-    return f"stage {slowest.index}"
+def _tie_group(layout: Layout, tie: Tie, home: Sequence[int], repeats: Sequence[tuple[int, ...]]) -> TieGroup:
+    graph, settings = layout.graph, layout.settings
+    holders = {home[layer] for layer in tie.layers}
+    holders |= {stage for stage, needed in enumerate(repeats) if not set(tie.layers).isdisjoint(needed)}
+    ranks = sorted({settings.rank_of_stage[stage] for stage in holders})
+    infos = {info.fqn: info for layer in tie.layers for info in graph.specs[layer].parameters}
+    info = next((infos[fqn] for fqn in tie.fqns if fqn in infos), None)
+    nbytes = tie.nbytes if info is None else weight_bytes(info, layout.precision)
+    gradient = 0
+    if tie.trainable:
+        gradient = tie.nbytes if info is None else gradient_bytes(info, settings.training, layout.precision)
+    seconds = tie_seconds(gradient, ranks, settings)
+    return TieGroup(tie.key, tie.fqns, tuple(sorted(holders)), nbytes, seconds, tie.trainable)

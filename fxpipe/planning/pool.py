@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from fxpipe.planning.chain import TABLE_ENTRIES, coarsened, fast_cuts, general_cuts, order_costs
-from fxpipe.planning.evaluate import Found, evaluate
+from fxpipe.planning.chain import TABLE_ENTRIES, OrderCosts, coarsened, fast_cuts, general_cuts, order_costs
+from fxpipe.planning.evaluate import Found, evaluate, has_all_stages
 from fxpipe.planning.instance import UNREACHABLE, Instance, Ints
 from fxpipe.planning.orders import (
     by_priority,
@@ -21,17 +22,19 @@ from fxpipe.planning.orders import (
 from fxpipe.planning.request import Request
 
 NODE_BUDGET = 600_000  # nodes ordered and cut in improvement rounds of the fast programme
-GENERAL_BUDGET = 60_000  # the same for the general programme
+GENERAL_BUDGET = 20_000  # the same for the general programme
 ROUNDS = 200
+FEW_ROUNDS = 10  # where an exact search follows, or a quick answer is wanted
+COARSE_UNITS = 400  # units of the coarse cut that comes before a fine one of which no bound is known
 
 
 def search_pool(instance: Instance, request: Request, lower: int, start: Sequence[Found] = ()) -> Found | None:
-    """Cut several topological orders exactly, then reorder within the stages of the best and cut again.
+    """Cut several topological orders exactly.
 
     Args:
         instance: The merged graph.
         request: Stages and limits; one stage per rank.
-        lower: A proven lower bound: the search stops there.
+        lower: A bottleneck that is good enough: the search stops there.
         start: Partitions known to be feasible, the first to be beaten.
 
     Returns:
@@ -42,9 +45,7 @@ def search_pool(instance: Instance, request: Request, lower: int, start: Sequenc
         if best is not None and best.value <= lower:
             return best
         best = _better(best, cut_order(instance, request, make_order(), lower, best.value if best else None))
-    if best is None or best.value <= lower:
-        return best
-    return _improved(instance, request, lower, best)
+    return best
 
 
 def orders(instance: Instance) -> list[Callable[[], list[int]]]:
@@ -66,49 +67,50 @@ def cut_order(
 ) -> Found | None:
     """Cut one order exactly; None if nothing below ``upper`` is feasible."""
     costs = order_costs(instance, order, request.routing)
-    plain = objective == "load" and not costs.sets and all(request.paid)
-    if plain:
-        cut = fast_cuts(costs, request.stages, lower, upper)
+    kind = request.one_kind
+    if objective == "load" and not costs.sets and kind is not None:
+        cut = fast_cuts(costs, request.stages, kind, lower, upper)
         if cut is None:
             return None
         found = _found(instance, request, costs.order, costs.starts, cut[1])
-        if _fits(instance, request, found.stage_of, cut[1]):
+        if _fits(instance, request, found.stage_of):
             return found
     if (request.stages + 1) * (costs.size + 1) > TABLE_ENTRIES:
         costs = coarsened(instance, costs, TABLE_ENTRIES // (request.stages + 1), request.routing)
     if upper is None:
-        upper = _some_upper(instance, request, costs.order, costs.starts, objective)
-    cut = general_cuts(costs, request, upper, objective=objective)
+        upper = _some_upper(instance, request, costs, objective)
+    units = max(COARSE_UNITS, 4 * request.stages)
+    if upper is None and costs.size > units:  # a coarse cut makes the windows of the fine one short
+        coarse = coarsened(instance, costs, units, request.routing)
+        cut = general_cuts(coarse, request, UNREACHABLE // 4, objective=objective)
+        upper = None if cut is None else cut[0] + 1
+    cut = general_cuts(costs, request, UNREACHABLE // 4 if upper is None else upper, objective=objective)
     return None if cut is None else _found(instance, request, costs.order, costs.starts, cut[1], objective)
 
 
-def _fits(instance: Instance, request: Request, stage_of: Ints, cuts: Sequence[int]) -> bool:
-    if request.exactly and len(cuts) - 1 != request.stages:
+def _fits(instance: Instance, request: Request, stage_of: Ints) -> bool:
+    if not has_all_stages(instance, request, stage_of):
         return False
     if request.memory_limit is None:
         return True
-    return int(evaluate(instance, request, stage_of).rank_memory.max()) <= request.memory_limit
+    return evaluate(instance, request, stage_of).memory <= request.memory_limit
 
 
-def _some_upper(instance: Instance, request: Request, order: Sequence[int], starts: Ints, objective: str) -> int:
-    """A bottleneck that the best cut is surely below: of even cuts if they are feasible, else of one stage with all."""
-    units = len(starts) - 1
-    loads = np.concatenate([[0], np.cumsum(instance.load[np.asarray(order)])])[starts]
-    goals = np.linspace(0, loads[-1], request.stages + 1)[1:-1]
-    cuts = np.searchsorted(loads, goals)
+def _some_upper(instance: Instance, request: Request, costs: OrderCosts, objective: str) -> int | None:
+    """Give a bottleneck that the best cut is surely below: that of even cuts, None where they are not feasible."""
+    goals = np.linspace(0, costs.load[-1], request.stages + 1)[1:-1]
+    cuts = np.searchsorted(costs.load, goals)
     if request.exactly:
         steps = np.arange(1, request.stages)
-        cuts = np.minimum(np.maximum.accumulate(cuts - steps) + steps, units - request.stages + steps)
+        cuts = np.minimum(np.maximum.accumulate(cuts - steps) + steps, costs.size - request.stages + steps)
         cuts = np.maximum(cuts, steps)
-    cuts = np.unique(np.concatenate([[0], cuts, [units]]))
-    stage_of = _stages(order, starts, cuts.tolist())
-    costs = evaluate(instance, request, stage_of)
-    memory = int(costs.rank_memory.max())
-    if objective == "memory":
-        return memory + 1
-    if request.memory_limit is None or memory <= request.memory_limit:
-        return costs.bottleneck + 1
-    return UNREACHABLE // 4
+    cuts = np.unique(np.concatenate([[0], cuts, [costs.size]]))
+    stage_of = _stages(costs.order, costs.starts, cuts.tolist())
+    found = evaluate(instance, request, stage_of)
+    free = replace(request, memory_limit=None) if objective == "memory" else request
+    if not _fits(instance, free, stage_of):
+        return None
+    return (found.memory if objective == "memory" else found.bottleneck) + 1
 
 
 def _stages(order: Sequence[int], starts: Ints, cuts: Sequence[int]) -> Ints:
@@ -128,7 +130,7 @@ def _found(
 ) -> Found:
     stage_of = _stages(order, starts, cuts)
     costs = evaluate(instance, request, stage_of)
-    return Found(costs.bottleneck if objective == "load" else int(costs.rank_memory.max()), stage_of)
+    return Found(costs.bottleneck if objective == "load" else costs.memory, stage_of)
 
 
 def _better(best: Found | None, other: Found | None) -> Found | None:
@@ -137,13 +139,25 @@ def _better(best: Found | None, other: Found | None) -> Found | None:
     return best
 
 
-def _improved(instance: Instance, request: Request, lower: int, best: Found) -> Found:
-    """Shuffle within stages and cut again: every prefix of the best partition stays a prefix, so nothing is lost."""
+def improved(instance: Instance, request: Request, lower: int, best: Found, rounds: int = ROUNDS) -> Found:
+    """Reorder within the stages and cut again: every prefix of the best partition stays a prefix, so nothing is lost.
+
+    Args:
+        instance: The merged graph.
+        request: Stages and limits; one stage per rank.
+        lower: A bottleneck that is good enough: the search stops there.
+        best: A feasible partition.
+        rounds: Most orders tried; fewer on large graphs.
+
+    Returns:
+        ``best``, or a better one.
+    """
     if has_one_order(instance):
         return best
     numbers = random.Random(0)  # the same in every process
     fast = request.routing == "adjacent" and not len(instance.ties) and request.memory_limit is None
-    rounds = min(ROUNDS, (NODE_BUDGET if fast else GENERAL_BUDGET) // instance.size)
+    fast = fast and request.one_kind is not None
+    rounds = min(rounds, (NODE_BUDGET if fast else GENERAL_BUDGET) // instance.size)
     for _ in range(rounds):
         if best.value <= lower:
             break

@@ -9,38 +9,55 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ROUTINGS = ("adjacent", "direct")
 
 
-@dataclass(frozen=True, slots=True)
-class TransferValue:
+class TransferValue(NamedTuple):
     """One value that may have to move: its producer and all its readers, and what moving it over one link costs.
+
+    A tuple, since graphs have a hundred thousand of them, and a data class takes five times as long to make.
 
     Attributes:
         seconds: Seconds on one link, forward and backward together.
         nodes: Producer and readers, in any order.
-        bytes: Bytes of the buffer a stage holds for it, per live microbatch and per link it pays.
+        far_seconds: The same on a far link; None: as ``seconds``.
+        sent_bytes: Bytes a stage that sends it on keeps for it, per live microbatch.
+        received_bytes: Bytes a stage that received it keeps for it, per live microbatch.
+        sent_buffer_bytes: Bytes of fixed buffers at a stage that sends it on (its gradient comes back into them).
+        received_buffer_bytes: Bytes of fixed buffers at a stage that receives it.
     """
 
     seconds: float
     nodes: tuple[int, ...]
-    bytes: float = 0
+    far_seconds: float | None = None
+    sent_bytes: float = 0
+    received_bytes: float = 0
+    sent_buffer_bytes: float = 0
+    received_buffer_bytes: float = 0
+
+    def link_s(self, far: bool) -> float:
+        """Give the seconds on a near or a far link."""
+        return self.far_seconds if far and self.far_seconds is not None else self.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class TiedNodes:
-    """Nodes that share one tensor.
+    """Nodes that share one tensor: a tied weight, or what each stage that uses it must hold once.
 
     Attributes:
         nodes: The nodes that use the tensor.
-        bytes: Static bytes of one copy (weights, gradient, optimiser state); not part of the nodes' own ``memory``.
+        bytes: Static bytes of one copy (weights, gradient, optimiser state), one per rank that uses it; not part of
+            the nodes' own ``memory``.
         seconds: What summing its gradient over the holders adds to each of them, as a share of one microbatch.
+        live_bytes: Bytes per live microbatch of each stage that uses it.
     """
 
     nodes: tuple[int, ...]
     bytes: float = 0
     seconds: float = 0.0
+    live_bytes: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +73,7 @@ class PartitionProblem:
         groups: Nodes of one group share a stage.
         ties: Tensors shared by several nodes, one copy per rank that uses them.
         names: Names for messages; empty means the numbers.
+        anchors: With a fixed number of stages, each stage holds at least one of these nodes; empty means any node.
     """
 
     seconds: tuple[float, ...]
@@ -66,10 +84,84 @@ class PartitionProblem:
     groups: tuple[tuple[int, ...], ...] = ()
     ties: tuple[TiedNodes, ...] = ()
     names: tuple[str, ...] = ()
+    anchors: tuple[int, ...] = ()
 
     def name(self, node: int) -> str:
         """Give the name of a node for a message."""
         return self.names[node] if self.names else str(node)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where stages run and what they keep alive.
+
+    Attributes:
+        rank_of_stage: Rank of each stage.
+        live: For each rank, the numbers of live microbatches its stages (in order) can have at the same time; only
+            the largest combinations matter.
+        far: For each boundary between two stages, whether it is a far link.
+
+    >>> Placement.simple(2).live
+    (((1,),), ((1,),))
+    """
+
+    rank_of_stage: tuple[int, ...]
+    live: tuple[tuple[tuple[int, ...], ...], ...]
+    far: tuple[bool, ...]
+
+    @classmethod
+    def simple(
+        cls,
+        stages: int,
+        *,
+        live: Sequence[int] = (),
+        rank_of_stage: Sequence[int] = (),
+        live_sets: Sequence[Sequence[Sequence[int]]] = (),
+        far: Sequence[bool] = (),
+    ) -> Placement:
+        """Fill in what is left out: one stage per rank, one live microbatch, near links.
+
+        Args:
+            stages: Number of stages.
+            live: Live microbatches of each stage, all at the same time.
+            rank_of_stage: Rank of each stage.
+            live_sets: As the attribute ``live``; takes the place of the argument ``live``.
+            far: As the attribute ``far``.
+        """
+        ranks = tuple(rank_of_stage) or tuple(range(stages))
+        sets = tuple(tuple(tuple(entry) for entry in entries) for entries in live_sets)
+        if not sets:
+            alive: list[list[int]] = [[] for _ in range(max(ranks) + 1)]
+            for rank, count in zip(ranks, tuple(live) or (1,) * stages, strict=True):
+                alive[rank].append(count)
+            sets = tuple((tuple(entry),) for entry in alive)
+        return cls(ranks, sets, tuple(far) or (False,) * (stages - 1))
+
+    @property
+    def stages_of_rank(self) -> tuple[tuple[int, ...], ...]:
+        """Stages of each rank, ascending."""
+        found: list[list[int]] = [[] for _ in self.live]
+        for stage, rank in enumerate(self.rank_of_stage):
+            found[rank].append(stage)
+        return tuple(map(tuple, found))
+
+    @property
+    def most_live(self) -> tuple[int, ...]:
+        """Most live microbatches of each stage."""
+        most = [0] * len(self.rank_of_stage)
+        for stages, sets in zip(self.stages_of_rank, self.live, strict=True):
+            for place, stage in enumerate(stages):
+                most[stage] = max(entry[place] for entry in sets)
+        return tuple(most)
+
+    def first(self, stages: int) -> Placement:
+        """Give the placement of the first ``stages`` stages."""
+        kept = [sum(stage < stages for stage in own) for own in self.stages_of_rank]
+        sets = tuple(
+            tuple(dict.fromkeys(entry[:count] for entry in entries))
+            for entries, count in zip(self.live, kept, strict=True)
+        )
+        return Placement(self.rank_of_stage[:stages], sets, self.far[: stages - 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +172,18 @@ class Measured:
         loads: Seconds of each stage, transfers and ties included.
         rank_loads: Sum of the loads of each rank's stages.
         rank_memory: Bytes of each rank.
+        static: Bytes of each stage that do not depend on microbatches; what ranks hold once counts with their first
+            stage that uses it.
+        per_live: Bytes of each stage per live microbatch.
+        stage_memory: Bytes of each stage at the moment its rank needs most; they add up to ``rank_memory``.
     """
 
     loads: tuple[float, ...]
     rank_loads: tuple[float, ...]
     rank_memory: tuple[float, ...]
+    static: tuple[float, ...]
+    per_live: tuple[float, ...]
+    stage_memory: tuple[float, ...]
 
 
 def measure(
@@ -92,82 +191,94 @@ def measure(
     stage_of: Sequence[int],
     *,
     routing: str = "adjacent",
-    live: Sequence[int] = (),
-    rank_of_stage: Sequence[int] = (),
-    num_stages: int | None = None,
+    placement: Placement | None = None,
 ) -> Measured:
     """Give the loads and memory of a partition: the definition that every search follows.
 
-    A value ``v`` is paid ``m(v, s)`` times by stage ``s``:
+    A value is paid by stages as follows:
 
-    - ``routing="direct"``: once if some but not all of its nodes lie in ``s``, else not at all;
+    - ``routing="direct"``: once by every stage that holds some but not all of its nodes; each such stage keeps its
+      sent and received bytes and buffers;
     - ``routing="adjacent"``: it passes every boundary between its first and its last stage, and each boundary is paid
-      once on either side. A boundary between two stages of one rank is free.
+      once on either side, at the price of its link. The stage before keeps the sent, the one behind the received
+      bytes and buffers. A boundary between two stages of one rank is free and keeps nothing.
 
-    ``load(s) = Σ seconds + Σ v.seconds · m(v, s) + ties``. A tie whose nodes lie on one rank costs no time; on several,
-    its seconds are added to the first stage of each rank that holds it. ``memory(r) = Σ over its stages of
-    (Σ memory + live[s] · (Σ activation + Σ v.bytes · m(v, s))) + Σ bytes of the ties it holds``, each once.
+    ``load(s) = Σ seconds + values paid + ties``. A tie whose nodes lie on one rank costs no time; on several, its
+    seconds are added to the first stage of each rank that holds it. ``memory(r) = Σ static bytes of its stages + the
+    most, over what can be alive at once, of Σ live(s) · bytes per live microbatch of s``; a rank holds each tie's
+    bytes once.
 
     Args:
         problem: Costs and structure.
         stage_of: Stage of each node.
         routing: ``"adjacent"`` or ``"direct"``.
-        live: Live microbatches of each stage; empty means 1.
-        rank_of_stage: Rank of each stage; empty means one stage per rank.
-        num_stages: Number of stages; None means up to the last one used.
+        placement: Ranks, live microbatches and links; None for one stage per rank and one live microbatch.
 
     Returns:
-        Seconds of each stage and rank, bytes of each rank.
+        Seconds of each stage and rank, bytes of each stage and rank.
 
     >>> chain = PartitionProblem(seconds=(1.0, 2.0), edges=((0, 1),), values=(TransferValue(0.5, (0, 1)),))
     >>> measure(chain, (0, 1)).loads
     (1.5, 2.5)
     """
-    stages = max(stage_of) + 1 if num_stages is None else num_stages
-    ranks = list(rank_of_stage) or list(range(stages))
-    live = list(live) or [1] * stages
-    load_terms: list[list[float]] = [[] for _ in range(stages)]
-    memory_terms: list[list[float]] = [[] for _ in range(max(ranks) + 1)]
+    placement = placement or Placement.simple(max(stage_of) + 1)
+    ranks = placement.rank_of_stage
+    stages = len(ranks)
+    loads: list[list[float]] = [[] for _ in range(stages)]
+    static: list[list[float]] = [[] for _ in range(stages)]
+    alive: list[list[float]] = [[] for _ in range(stages)]
     for node, stage in enumerate(stage_of):
-        load_terms[stage].append(problem.seconds[node])
+        loads[stage].append(problem.seconds[node])
         if problem.memory:
-            memory_terms[ranks[stage]].append(problem.memory[node])
+            static[stage].append(problem.memory[node])
         if problem.activation:
-            memory_terms[ranks[stage]].append(live[stage] * problem.activation[node])
+            alive[stage].append(problem.activation[node])
     for value in problem.values:
-        for stage in payers(sorted({stage_of[node] for node in value.nodes}), ranks, routing):
-            load_terms[stage].append(value.seconds)
-            memory_terms[ranks[stage]].append(live[stage] * value.bytes)
+        places = sorted({stage_of[node] for node in value.nodes})
+        if len(places) < 2:
+            continue
+        if routing == "direct":
+            for stage in places:
+                loads[stage].append(value.seconds)
+                static[stage] += (value.sent_buffer_bytes, value.received_buffer_bytes)
+                alive[stage] += (value.sent_bytes, value.received_bytes)
+            continue
+        for stage in range(places[0], places[-1]):
+            if ranks[stage] != ranks[stage + 1]:
+                seconds = value.link_s(placement.far[stage])
+                loads[stage].append(seconds)
+                loads[stage + 1].append(seconds)
+                static[stage].append(value.sent_buffer_bytes)
+                static[stage + 1].append(value.received_buffer_bytes)
+                alive[stage].append(value.sent_bytes)
+                alive[stage + 1].append(value.received_bytes)
     for tie in problem.ties:
         first_stage: dict[int, int] = {}
         for stage in sorted({stage_of[node] for node in tie.nodes}):
+            alive[stage].append(tie.live_bytes)
             first_stage.setdefault(ranks[stage], stage)
-        for rank, stage in first_stage.items():
-            memory_terms[rank].append(tie.bytes)
+        for stage in first_stage.values():
+            static[stage].append(tie.bytes)
             if len(first_stage) > 1:
-                load_terms[stage].append(tie.seconds)
-    loads = [math.fsum(terms) for terms in load_terms]
-    rank_terms: list[list[float]] = [[] for _ in memory_terms]
-    for stage, load in enumerate(loads):
-        rank_terms[ranks[stage]].append(load)
-    return Measured(
-        tuple(loads),
-        tuple(math.fsum(terms) for terms in rank_terms),
-        tuple(math.fsum(terms) for terms in memory_terms),
+                loads[stage].append(tie.seconds)
+    return _totals(
+        placement, [math.fsum(t) for t in loads], [math.fsum(t) for t in static], [math.fsum(t) for t in alive]
     )
 
 
-def payers(stages: Sequence[int], ranks: Sequence[int], routing: str) -> list[int]:
-    """List the stages that pay for a value with nodes in ``stages`` (ascending), one entry per payment.
-
-    >>> payers([0, 2], [0, 1, 2], "adjacent")
-    [0, 1, 1, 2]
-    >>> payers([0, 2], [0, 1, 2], "direct")
-    [0, 2]
-    """
-    if len(stages) < 2:
-        return []
-    if routing == "direct":
-        return list(stages)
-    crossed = [stage for stage in range(stages[0], stages[-1]) if ranks[stage] != ranks[stage + 1]]
-    return [side for stage in crossed for side in (stage, stage + 1)]
+def _totals(placement: Placement, loads: list[float], static: list[float], alive: list[float]) -> Measured:
+    rank_loads, rank_memory = [], []
+    stage_memory = [0.0] * len(loads)
+    for stages, sets in zip(placement.stages_of_rank, placement.live, strict=True):
+        rank_loads.append(math.fsum(loads[stage] for stage in stages))
+        fixed = math.fsum(static[stage] for stage in stages)
+        totals = [fixed + math.fsum(n * alive[s] for n, s in zip(entry, stages, strict=True)) for entry in sets]
+        most = max(totals, default=0.0)
+        rank_memory.append(most)
+        if stages:
+            entry = sets[totals.index(most)]
+            for count, stage in zip(entry, stages, strict=True):
+                stage_memory[stage] = static[stage] + count * alive[stage]
+    return Measured(
+        tuple(loads), tuple(rank_loads), tuple(rank_memory), tuple(static), tuple(alive), tuple(stage_memory)
+    )

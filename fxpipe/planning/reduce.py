@@ -22,9 +22,12 @@ def reduced(instance: Instance) -> Reduced:
 
     Moving such a node ``u`` to the stage of its only predecessor ``p`` saves, at every stage on the way, what the
     values of just ``p`` and ``u`` cost there, and adds at most what the values that hold ``u`` but not ``p`` cost.
-    Where the first is at least the second, in seconds and in bytes, some best partition has both in one stage. The
-    same holds for the only successor. (With a fixed number of stages the bound of the smaller instance stays true.)
+    Where the first is at least the second, in every kind of seconds and bytes, some best partition has both in one
+    stage. The same holds for the only successor. (With a fixed number of stages the bound of the smaller instance
+    stays true.)
     """
+    if not ((instance.load == 0) & (instance.static == 0) & (instance.activation == 0)).any():
+        return Reduced(instance, np.arange(instance.size))
     work = _Merging(instance)
     waiting = list(range(instance.size))
     while waiting:
@@ -42,13 +45,15 @@ class _Merging:
         self._before = [set(nodes) for nodes in instance.predecessors]
         self._after = [set(nodes) for nodes in instance.successors]
         self._members = [set(nodes) for nodes in instance.values.sets()]
-        self._cost = list(zip(instance.values.load.tolist(), instance.values.bytes.tolist(), strict=True))
+        self._amounts = instance.values.amounts
         self._values: list[set[int]] = [set() for _ in range(size)]
         for value, nodes in enumerate(self._members):
             for node in nodes:
                 self._values[node].add(value)
         free = (instance.load == 0) & (instance.static == 0) & (instance.activation == 0)
         free[instance.ties.nodes] = False
+        if not instance.anchors.all():  # named anchors must stay apart: every stage needs one
+            free &= instance.anchors == 0
         self._free = free.tolist()
         self._into = list(range(size))
 
@@ -64,13 +69,12 @@ class _Merging:
         return None
 
     def _never_worse(self, node: int, neighbour: int) -> bool:
-        balance_load = balance_bytes = 0
+        balance = np.zeros(self._amounts.shape[1], dtype=np.int64)
         for value in self._values[node]:
-            members, (load, size) = self._members[value], self._cost[value]
+            members = self._members[value]
             sign = (1 if len(members) == 2 else 0) if neighbour in members else -1
-            balance_load += sign * load
-            balance_bytes += sign * size
-        return balance_load >= 0 and balance_bytes >= 0
+            balance += sign * self._amounts[value]
+        return bool((balance >= 0).all())
 
     def merge(self, node: int, host: int) -> list[int]:
         """Put ``node`` into ``host``; give the nodes whose neighbourhood changed."""

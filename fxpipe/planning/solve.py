@@ -1,0 +1,216 @@
+"""Partition a layout: which blocks are opened, and stages that have parameters where the model allows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from fxpipe.errors import InfeasibleError, PartitionError
+from fxpipe.planning.blocks import Block
+from fxpipe.planning.layout import Layout
+from fxpipe.planning.partition import Partition, most_stages, partition_nodes
+from fxpipe.planning.problem import PartitionProblem
+
+LEAST_GAIN = 0.02  # share of the bottleneck that opening blocks must save
+EVENNESS = 0.02  # share that a rank of several stages may have more, so that its stages are more alike
+ROUNDING = 1e-9  # two searches of one problem round differently
+CLOSING_NODES = 40_000  # layers looked at in vain while blocks are closed again
+COLOCATION_NODES = 3_000  # largest problem for which co-locating ties is tried
+COLOCATION_TIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A partition of a layout.
+
+    Attributes:
+        problem: What was partitioned, groups included.
+        partition: Stage of each node, and how good that is.
+        opened: Calls of blocks that a cut crosses.
+        bare: Whether some stage has no parameters, since the model or the limit forces it.
+    """
+
+    problem: PartitionProblem
+    partition: Partition
+    opened: tuple[Block, ...] = ()
+    bare: bool = False
+
+    @property
+    def bottleneck(self) -> float:
+        """Seconds of the slowest rank."""
+        return self.partition.bottleneck
+
+
+def solve(layout: Layout) -> Solution:
+    """Partition a layout at its grain.
+
+    ``"block"`` keeps all blocks whole, ``"op"`` opens any; ``"auto"`` opens as few as come within two per cent of
+    what opening all of them gives, and none where that saves less than two per cent.
+
+    Raises:
+        PartitionError: There are fewer parts than stages; the message says how many stages are possible.
+        InfeasibleError: No partition keeps the memory limit.
+    """
+    grain = layout.settings.grain
+    if grain == "auto":
+        solution = _fewest_opened(layout)
+    elif grain == "block":
+        solution = _solved(layout, layout.grouped())
+    else:
+        solution = _solved(layout, layout.problem)
+    return _with_ties_together(layout, solution)
+
+
+def _fewest_opened(layout: Layout) -> Solution:
+    """Open blocks only where it pays."""
+    whole = _tried(layout, layout.grouped())
+    if not any(len(block.layers) > 1 for block in layout.blocks):
+        return whole if isinstance(whole, Solution) else _raised(whole)
+    if isinstance(whole, Solution) and whole.bottleneck * (1 - LEAST_GAIN) <= _least_load(layout):
+        return _bounded(whole, _least_load(layout))  # no cut at all can save so much
+    fine = _tried(layout, layout.problem, whole if isinstance(whole, Solution) else None)
+    if not isinstance(fine, Solution):
+        return whole if isinstance(whole, Solution) else _raised(fine)
+    reference = whole.bottleneck if isinstance(whole, Solution) else math.inf
+    if fine.bottleneck > reference * (1 - LEAST_GAIN):
+        assert isinstance(whole, Solution)
+        return _bounded(whole, fine.partition.lower_bound, fine)
+    bound = min(fine.bottleneck * (1 + LEAST_GAIN), reference * (1 - LEAST_GAIN))
+    best = _closed(layout, fine.opened, bound) or fine
+    budget = CLOSING_NODES
+    chunks = [best.opened]
+    while chunks and budget > 0:
+        chunk = tuple(block for block in chunks.pop() if block in best.opened)
+        if not chunk:
+            continue
+        rest = [block for block in best.opened if block not in chunk]
+        closed = _closed(layout, rest, bound) if rest or not isinstance(whole, Solution) else None
+        budget -= len(layout.layers) if closed is None else 0
+        best = closed or best
+        if closed is None and len(chunk) > 1:
+            half = len(chunk) // 2
+            chunks += [chunk[half:], chunk[:half]]
+    names = [block.name for block in best.opened]
+    polished = _tried(layout, layout.grouped(names), best)
+    if isinstance(polished, Solution) and polished.bottleneck <= best.bottleneck:
+        best = polished
+    return _bounded(best, fine.partition.lower_bound, fine)
+
+
+def _bounded(solution: Solution, lower_bound: float, fine: Solution | None = None) -> Solution:
+    """Give the solution with a bound that holds for every way of opening blocks, not just for this one.
+
+    Args:
+        solution: With some blocks open.
+        lower_bound: For any blocks open.
+        fine: With any blocks open; where that is proven the best, so is what is as fast.
+    """
+    bound = min(lower_bound, solution.bottleneck)
+    proven = solution.bottleneck <= bound or (
+        fine is not None and fine.partition.proven and solution.bottleneck <= fine.bottleneck * (1 + ROUNDING)
+    )
+    return replace(solution, partition=replace(solution.partition, lower_bound=bound, proven=proven))
+
+
+def _least_load(layout: Layout) -> float:
+    """Give what no partition at any grain is below: the mean load and the largest layer."""
+    seconds = layout.problem.seconds
+    return max(math.fsum(seconds) / layout.settings.ranks, max(seconds))
+
+
+def _closed(layout: Layout, opened: Collection[Block], bound: float) -> Solution | None:
+    """Partition with only these blocks open; None if no partition found keeps the bound."""
+    found = _tried(layout, layout.grouped([block.name for block in opened]), goal=bound)
+    return found if isinstance(found, Solution) and found.bottleneck <= bound else None
+
+
+def _tried(
+    layout: Layout, problem: PartitionProblem, start: Solution | None = None, goal: float = 0.0
+) -> Solution | PartitionError:
+    try:
+        return _solved(layout, problem, start, goal)
+    except PartitionError as error:
+        return error
+
+
+def _raised(error: PartitionError) -> Solution:
+    raise error
+
+
+def _solved(layout: Layout, problem: PartitionProblem, start: Solution | None = None, goal: float = 0.0) -> Solution:
+    """Partition into stages that all have parameters; if there is none, into stages that need not."""
+    stages = layout.settings.stages
+    anchored = replace(problem, anchors=layout.anchors)
+    bare = not layout.anchors or most_stages(anchored) < stages
+    if bare and most_stages(problem) < stages:
+        raise PartitionError(_too_many(layout, problem))
+    known = () if start is None else start.partition.stage_of
+    if least_memory(layout) > (layout.settings.memory_limit or math.inf):
+        bare = True  # the limit is too low for either; what is the least one, without that wish?
+
+    def found(chosen: PartitionProblem) -> Partition:
+        return partition_nodes(
+            chosen,
+            stages,
+            memory_limit=layout.settings.memory_limit,
+            exactly=True,
+            placement=layout.placement,
+            start=known,
+            goal=goal,
+            slack=EVENNESS,
+        )
+
+    try:
+        partition = found(problem if bare else anchored)
+    except InfeasibleError:
+        if bare:
+            raise
+        bare = True
+        partition = found(problem)
+    return Solution(problem, partition, layout.cut_blocks(partition.stage_of), bare)
+
+
+def _too_many(layout: Layout, problem: PartitionProblem) -> str:
+    most = most_stages(problem)
+    graph, settings = layout.graph, layout.settings
+    finer = most_stages(layout.problem)
+    ways = [f"stages={most} or fewer"]
+    if finer > most:
+        ways.append(f'grain="op" (up to {finer})')
+    elif not any(len(block.layers) > 1 for block in layout.blocks) and settings.grain != "op":
+        ways.append('grain="op"')
+    return (
+        f"cannot cut {graph.name} into {settings.stages} stages: its {len(layout.layers)} layers can be separated into "
+        f"{most} at most\n  use {', or '.join(ways)}"
+    )
+
+
+def _with_ties_together(layout: Layout, solution: Solution) -> Solution:
+    """Put the layers that share a tensor into one stage where the bottleneck stays the same."""
+    ranks = layout.settings.rank_of_stage
+    spread = [
+        tie
+        for tie in solution.problem.ties
+        if (tie.seconds or tie.bytes) and len({ranks[solution.partition.stage_of[node]] for node in tie.nodes}) > 1
+    ]
+    if len(layout.layers) > COLOCATION_NODES or len(spread) > COLOCATION_TIES:
+        return solution
+    for tie in spread:
+        problem = replace(solution.problem, groups=(*solution.problem.groups, tie.nodes))
+        closed = [block for block in layout.blocks if block not in solution.opened]
+        problem = replace(problem, groups=(*problem.groups, *(block.layers for block in closed)))
+        other = _tried(layout, problem)
+        if isinstance(other, Solution) and other.bottleneck <= solution.bottleneck and other.bare <= solution.bare:
+            bound = solution.partition.lower_bound
+            partition = replace(other.partition, lower_bound=bound, proven=solution.partition.proven)
+            solution = replace(other, partition=partition)
+    return solution
+
+
+def least_memory(layout: Layout) -> float:
+    """Give bytes that some rank needs whatever the partition: the mean of what does not depend on it."""
+    problem = layout.problem
+    least_live = min(min(entry) for sets in layout.placement.live for entry in sets)
+    static = math.fsum(problem.memory) + math.fsum(tie.bytes for tie in problem.ties)
+    return (static + least_live * math.fsum(problem.activation)) / layout.settings.ranks
