@@ -39,6 +39,15 @@ def functorch_is_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+GROUPED_MM = torch.ops.aten._grouped_mm.default
+"""A matrix product per group of rows: what mixtures of experts compute with."""
+
+
+def is_loss_module(module: torch.nn.Module) -> bool:
+    """Tell whether a module is one of torch's own losses."""
+    return isinstance(module, torch.nn.modules.loss._Loss)
+
+
 def device_asked(func: Any, args: tuple[Any, ...]) -> torch.device | None:
     """Answer a fake tensor's question for its device, more than half of what a dispatch mode sees; None for others."""
     if func is not torch.ops.prim.device.default or not isinstance(args[0], FakeTensor):
@@ -154,7 +163,10 @@ def backward_for_inputs(
     """Compute the gradients of ``inputs``, and keep what ``backward_for_weights`` needs; detaches the roots."""
     from torch.distributed.pipelining._backward import stage_backward_input
 
-    computed = stage_backward_input(roots, gradients, inputs, iter(weights))
+    try:
+        computed = stage_backward_input(roots, gradients, inputs, iter(weights))
+    except RuntimeError as error:
+        raise error.__cause__ or error from None  # torch wraps the cause in a dump of its arguments
     return computed[0], computed[1]
 
 
@@ -162,7 +174,9 @@ def backward_for_weights(weights: list[Any], groups: list[Any]) -> None:
     """Compute and accumulate the gradients of ``weights``."""
     from torch.distributed.pipelining._backward import stage_backward_weight
 
-    stage_backward_weight(iter(weights), groups)
+    # A weight used at two depths is reached through what lies between, which other weights' backward needs as well.
+    retain = any(len(group["intermediates"]) > 1 for group in groups)
+    stage_backward_weight(iter(weights), groups, retain)
 
 
 def compiled_in_place(module: torch.nn.Module) -> bool:
@@ -191,8 +205,15 @@ def default_store() -> Any:
 
 
 @contextmanager
-def watched_checkpoints(called: Callable[[Callable[..., Any], bool], None]) -> Iterator[None]:
-    """Hear of every call of ``torch.utils.checkpoint`` with its function and whether it is reentrant."""
+def watched_checkpoints(
+    called: Callable[[Callable[..., Any], bool], AbstractContextManager[Any] | None],
+) -> Iterator[None]:
+    """Hear of every call of ``torch.utils.checkpoint``.
+
+    Args:
+        called: Gets the checkpointed function and whether the call is reentrant. What it returns is entered around
+            every recomputation of a call that is not.
+    """
     module = torch.utils.checkpoint
     real_function, real_region = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
 
@@ -200,15 +221,34 @@ def watched_checkpoints(called: Callable[[Callable[..., Any], bool], None]) -> I
         called(function, True)
         return real_function.apply(function, *args)  # type: ignore[no-untyped-call]
 
-    def region(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        called(function, False)
-        return real_region(function, *args, **kwargs)
+    def region(function: Callable[..., Any], preserve: bool, contexts: Any, *args: Any, **kwargs: Any) -> Any:
+        around = called(function, False)
+        if around is None:
+            return real_region(function, preserve, contexts, *args, **kwargs)
+        forward, recompute = contexts()
+        both = _Both(around, recompute)
+        return real_region(function, preserve, lambda: (forward, both), *args, **kwargs)
 
     with (
         replaced(module, "CheckpointFunction", SimpleNamespace(apply=apply)),
         replaced(module, "_checkpoint_without_reentrant_generator", region),
     ):
         yield
+
+
+class _Both:
+    """Two context managers as one that can be entered again and again."""
+
+    def __init__(self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> None:
+        self._managers = outer, inner
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        for manager in self._managers:
+            self._stack.enter_context(manager)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 def reduce_sharded_gradients(module: Any) -> None:

@@ -47,6 +47,38 @@ def canonical(func: Any, name: str, args: tuple[Any, ...]) -> tuple[str, Any, tu
     return "call_function", func, args
 
 
+SHAPED_LIKE = {
+    "zeros_like": torch.zeros,
+    "new_zeros": torch.zeros,
+    "ones_like": torch.ones,
+    "new_ones": torch.ones,
+    "empty_like": torch.empty,
+    "new_empty": torch.empty,
+    "full_like": torch.full,
+    "new_full": torch.full,
+}
+"""Functions that look at the shape, dtype and device of their tensor alone, and what makes the same without it."""
+
+
+def without_source(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Give function and arguments that make a result without the tensor it is shaped like; None for other calls.
+
+    So it need not be sent where that tensor is not, and can be made anywhere.
+
+    >>> without_source("ones_like", (torch.zeros(2, 3),), {}, torch.ones(2, 3))[1]
+    ((2, 3),)
+    """
+    factory = SHAPED_LIKE.get(name)
+    if factory is None or not isinstance(result, torch.Tensor) or not result.is_contiguous() or result.requires_grad:
+        return None
+    if kwargs.keys() - {"dtype", "device", "size", "fill_value"} or len(tensors_in(args, kwargs)) != 1:
+        return None
+    filling = (kwargs["fill_value"] if "fill_value" in kwargs else args[-1],) if factory is torch.full else ()
+    return factory, (tuple(result.shape), *filling), {"dtype": result.dtype, "device": result.device}
+
+
 def spoken_name(func: Any, name: str) -> str:
     """Give the word for a call that layers are named after.
 

@@ -18,11 +18,13 @@ from fxpipe.capture.layers import layer_of, make_layer_graph
 from fxpipe.capture.loss import Term, describe_terms, find_terms, loss_terms
 from fxpipe.capture.observe import Observation, observe
 from fxpipe.capture.preserve import Change
+from fxpipe.capture.progress import shown_progress
 from fxpipe.capture.reads import Guard
 from fxpipe.capture.recorder import Blocked
 from fxpipe.capture.skeleton import Skeleton, make_skeleton
 from fxpipe.capture.slices import make_program, reader_of
 from fxpipe.capture.structure import Structure, make_structure, spelled
+from fxpipe.capture.trace import trace_layers
 from fxpipe.errors import CaptureError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.program import Program
@@ -203,12 +205,24 @@ class Capture:
         """Turn a recorded forward into the graph of layers that is planned."""
         return make_layer_graph(
             self.skeleton,
-            captured.observation,
             captured.structure,
+            closed=captured.observation.leaves.closed,
+            storages=captured.observation.recorder.storages,
             inputs=captured.inputs.described(),
             batch_size=batch_size,
             notes=(*captured.notes, *notes),
         )
+
+    def trace(self, *, notes: Sequence[str] = ()) -> LayerGraph:
+        """Give the model's graph of layers without an example: a plain symbolic trace at block grain.
+
+        Nothing is known of the tensors between the layers, and nothing is counted: layers can be costed by their
+        parameters alone. Arguments with defaults keep them.
+
+        Raises:
+            CaptureError: The forward cannot be traced symbolically; an example is needed.
+        """
+        return trace_layers(self.skeleton, self._leaves("block", ()), notes=notes)
 
     def _leaves(self, grain: str, opened: Sequence[str]) -> Leaves:
         wanted = (*opened, *self._opened)
@@ -226,15 +240,17 @@ class Capture:
         left: Sequence[Change] = (),
     ) -> Observation:
         try:
-            return observe(
-                self.skeleton,
-                leaves,
-                inputs,
-                loss_fn=self.loss_fn if with_loss else None,
-                grad_enabled=grad_enabled,
-                counter=counter,
-                left=left,
-            )
+            with shown_progress(f"capturing {self.name}", len(leaves.blocks)) as progress:
+                return observe(
+                    self.skeleton,
+                    leaves,
+                    inputs,
+                    loss_fn=self.loss_fn if with_loss else None,
+                    grad_enabled=grad_enabled,
+                    counter=counter,
+                    left=left,
+                    progress=progress,
+                )
         except (Blocked, CaptureError):
             raise
         except Exception as error:

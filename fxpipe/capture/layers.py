@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from fxpipe.capture.observe import Observation
-from fxpipe.capture.recorder import CONSTANT, is_activation
+from fxpipe.capture.recorder import CONSTANT, Storage, is_activation
 from fxpipe.capture.skeleton import Skeleton, named_tensors
 from fxpipe.capture.structure import Structure
 from fxpipe.ir.canonical import import_path
@@ -62,9 +61,10 @@ def find_layers(structure: Structure) -> Layers:
 
 def make_layer_graph(
     skeleton: Skeleton,
-    observation: Observation,
     structure: Structure,
     *,
+    closed: Collection[str],
+    storages: Mapping[int, Storage],
     inputs: Sequence[str] = (),
     batch_size: int | None = None,
     notes: Sequence[str] = (),
@@ -76,8 +76,9 @@ def make_layer_graph(
 
     Args:
         skeleton: The copy of the model.
-        observation: What its forward did.
-        structure: What of that is needed.
+        structure: What its forward did, as far as it is needed.
+        closed: FQNs of the modules recorded as one call.
+        storages: The memory that the values of nodes lie in, by ``meta["storage"]``.
         inputs: Description of each input of one microbatch.
         batch_size: Samples per microbatch.
         notes: What the report should say.
@@ -87,7 +88,7 @@ def make_layer_graph(
     """
     layers = find_layers(structure)
     uses = [_tensors_used(skeleton, nodes) for nodes in layers.nodes]
-    unused = _unused(skeleton, uses, observation.leaves.closed)
+    unused = _unused(skeleton, uses, closed)
     ties = _ties(skeleton, [*uses, *unused.values()])
     tie_of = {fqn: tie.key for tie in ties if len(tie.fqns) > 1 or len(tie.layers) > 1 for fqn in tie.fqns}
     specs = [_spec(skeleton, key, layers.nodes[i][0], uses[i], tie_of) for i, key in enumerate(layers.keys)]
@@ -108,7 +109,7 @@ def make_layer_graph(
         blocks=tuple(_block(nodes[0]) for nodes in layers.nodes) + ("",) * len(unused),
         ties=tuple(tie for tie in ties if tie.key in tie_of),
         counts=tuple(_counts(nodes) for nodes in layers.nodes) + (LayerCounts(),) * len(unused),
-        saved=_saved(observation, layers),
+        saved=_saved(storages, layers),
         inputs=tuple(inputs),
         batch_size=batch_size,
         notes=tuple(notes),
@@ -124,7 +125,7 @@ def _counts(nodes: Sequence[fx.Node]) -> LayerCounts:
     return found if found is not None else LayerCounts()
 
 
-def _saved(observation: Observation, layers: Layers) -> tuple[SavedTensor, ...]:
+def _saved(storages: Mapping[int, Storage], layers: Layers) -> tuple[SavedTensor, ...]:
     """Give the tensors between layers that layers keep for their backward, views as what they are views of."""
     keepers: dict[fx.Node, dict[int, None]] = {}
     for index, nodes in enumerate(layers.nodes):
@@ -132,15 +133,15 @@ def _saved(observation: Observation, layers: Layers) -> tuple[SavedTensor, ...]:
             counts = node.meta.get("counts")
             for kind, position in counts.saved_values if counts is not None else ():
                 source = node.meta["reads" if kind == "input" else "made"][position]
-                root = _storage_root(observation, source)
+                root = _storage_root(storages, source)
                 if is_activation(root):
                     keepers.setdefault(root, {})[index] = None
     return tuple(SavedTensor(node.name, node.meta["tensor"], tuple(found)) for node, found in keepers.items())
 
 
-def _storage_root(observation: Observation, node: fx.Node) -> fx.Node:
+def _storage_root(storages: Mapping[int, Storage], node: fx.Node) -> fx.Node:
     """Give the node that made the memory a value lies in."""
-    storage = observation.recorder.storages.get(node.meta.get("storage", -1))
+    storage = storages.get(node.meta.get("storage", -1))
     return storage.aliases[0] if storage is not None and storage.aliases else node
 
 

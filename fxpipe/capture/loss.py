@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxpipe._torch import is_loss_module
 from fxpipe.capture.observe import Observation
 from fxpipe.capture.recorder import CONSTANT
 from fxpipe.capture.skeleton import Skeleton
@@ -174,7 +175,7 @@ class _Analysis:
                 "weight": None if weight is None else self._values_of(weight),
             }
             return self._classes(node, given)
-        if isinstance(module, nn.modules.loss._Loss) and reduction == "sum":
+        if is_loss_module(module) and reduction == "sum":
             return Term(node, "sum", None, f"{type(module).__name__}, a sum")
         return self._samples(node, type(module).__name__)
 

@@ -38,6 +38,7 @@ from fxpipe.capture.calls import (
     targets_of,
     tensors_in,
     versions_of,
+    without_source,
 )
 from fxpipe.capture.count import LayerCounter, fused_attention_calls
 from fxpipe.capture.derive import is_derived, is_setting
@@ -335,16 +336,11 @@ class Observer(TorchFunctionMode):
         if not tensors and not has_tensor(result):
             return result
         op, target, given = canonical(func, name, args)
-        node = self.recorder.call(
-            op,
-            target,
-            given,
-            kwargs,
-            frame,
-            layer=frame.name(spoken_name(func, name)),
-            call=frame.call,
-            written=written,
-        )
+        alone = without_source(name, args, kwargs, result)
+        if alone is not None:
+            op, (target, given, kwargs) = "call_function", alone
+        layer = frame.name(spoken_name(func, name))
+        node = self.recorder.call(op, target, given, kwargs, frame, layer=layer, call=frame.call, written=written)
         self._finish(node, frame, position, func, args, kwargs, result, tuple(trace))
         if shape_depends_on_values(name, args, result):
             self._guard_shape(node, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -47,21 +48,22 @@ class Attributes:
     """What the modules of a tree hold at one moment, to compare with and to go back to."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._saved = {fqn: (part, dict(vars(part)), _contents(part)) for fqn, part in root.named_modules()}
+        self._saved = [(fqn, part, dict(vars(part)), _contents(part)) for fqn, part in root.named_modules()]
+        self._place = {fqn: place for place, (fqn, *_) in enumerate(self._saved)}
 
     def changes(self, within: str = "") -> list[Change]:
         """List what changed in a module and those inside it."""
         start = f"{within}." if within else ""
-        return [
-            change
-            for fqn, (part, values, contents) in self._saved.items()
-            if fqn == within or fqn.startswith(start)
-            for change in _changes(fqn, part, values, contents)
-        ]
+        found: list[Change] = []
+        for fqn, part, values, contents in itertools.islice(self._saved, self._place[within], None):
+            if fqn != within and not fqn.startswith(start):
+                break  # those inside come right after it
+            found += _changes(fqn, part, values, contents)
+        return found
 
     def restore(self) -> None:
         """Put everything back."""
-        for part, values, contents in self._saved.values():
+        for _, part, values, contents in self._saved:
             own = vars(part)
             if own.keys() != values.keys() or any(own[name] is not value for name, value in values.items()):
                 own.clear()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fxpipe._torch import FakeTensor, without_modes
+from fxpipe.capture.calls import SHAPED_LIKE
 from fxpipe.capture.watch import RANDOM, Watch
 
 LARGEST = 1 << 22
@@ -18,8 +19,8 @@ BUDGET = 1 << 26
 
 FACTORIES = frozenset(
     {
-        *("arange", "zeros", "ones", "full", "tensor", "linspace", "logspace", "eye", "as_tensor", "asarray", "range"),
-        *("scalar_tensor", "tril_indices", "triu_indices", "meshgrid", "cartesian_prod", "combinations"),
+        *("empty", "arange", "zeros", "ones", "full", "tensor", "linspace", "logspace", "eye", "as_tensor", "asarray"),
+        *("range", "scalar_tensor", "tril_indices", "triu_indices", "meshgrid", "cartesian_prod", "combinations"),
     }
 )
 
@@ -37,6 +38,10 @@ class Reals:
 
     def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
         """Call ``func``; ``tensors`` are the tensors among its arguments."""
+        if name in SHAPED_LIKE and tensors and isinstance(tensors[0], FakeTensor) and tensors[0] is args[0]:
+            stand_in = self._stand_in(name, args, kwargs)
+            if stand_in is not None:
+                args, tensors = (stand_in, *args[1:]), [stand_in, *tensors[1:]]
         if not self._all_real(name, args, kwargs, tensors):
             return func(*_without_masks(name, args), **kwargs)
         with without_modes():
@@ -47,13 +52,25 @@ class Reals:
                 result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self._kept += result.numel()
+            if name in ("empty", "empty_like", "new_empty"):  # the same bits in every process
+                result.zero_()
         return result
+
+    def _stand_in(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Give a real tensor to make integers and booleans from that are shaped like a fake one."""
+        dtype = kwargs.get("dtype") or args[0].dtype
+        if dtype.is_floating_point or dtype.is_complex or args[0].numel() > LARGEST:
+            return None
+        with without_modes():
+            return torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype, device="cpu")
 
     def _all_real(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[torch.Tensor]
     ) -> bool:
         if not tensors:
             size = _factory_size(name, args, kwargs)
+            if name == "empty" and _is_floating(kwargs):
+                return False
             return name in FACTORIES and size <= LARGEST and self._kept + size <= BUDGET
         for tensor in tensors:
             if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.requires_grad:
@@ -62,9 +79,14 @@ class Reals:
         return size <= LARGEST and self._kept + size <= BUDGET
 
 
+def _is_floating(kwargs: Mapping[str, Any]) -> bool:
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return bool(dtype.is_floating_point or dtype.is_complex)
+
+
 def _factory_size(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Give (an upper bound of) the elements that a factory makes."""
-    if name in ("zeros", "ones", "full"):
+    if name in ("zeros", "ones", "full", "empty"):
         sizes = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
         return math.prod(size for size in sizes if isinstance(size, int))
     if name in ("arange", "range", "linspace", "logspace", "eye"):

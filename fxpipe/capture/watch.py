@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxpipe._torch import TorchDispatchMode, device_asked
+from fxpipe._torch import GROUPED_MM, TorchDispatchMode, device_asked
 
 RANDOM = frozenset(
     {
@@ -76,7 +76,7 @@ def grouped_shape(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
     Source: ``torch._grouped_mm``: a ragged dimension of either operand is cut by the offsets.
     """
-    if func is not torch.ops.aten._grouped_mm.default:
+    if func is not GROUPED_MM:
         return None
     left, right = args[0], args[1]
     offsets = args[2] if len(args) > 2 else kwargs.get("offs", right)

@@ -167,7 +167,7 @@ def speech(seed: int) -> Batch:
     return {"input_features": features, "labels": ids(seed, LENGTH - 4)}
 
 
-# --- plain torch ------------------------------------------------------------------------------------------------------
+# --- plain torch ---
 
 
 class Translator(nn.Module):
@@ -357,7 +357,7 @@ def options(seed: int) -> Batch:
     return {"args": (part, part * 2), "scale": 0.5, "mask": mask, "extra": {"goal": goal, "shift": part.flip(1)}}
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ---
 
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _VISION = {

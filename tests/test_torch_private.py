@@ -1,0 +1,158 @@
+"""Each private name of torch in ``fxpipe._torch`` does what it is used for; these fail when torch changes one."""
+
+import inspect
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, schedules
+from torch.utils.checkpoint import checkpoint
+
+from fxpipe import _torch
+
+# --- runtime ---
+
+
+def parameters_of(function):
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_warmup_forward_vote", ["self", "has_backward", "received_acc"]),
+        ("_warmup_backward_result", ["self", "received_result"]),
+        ("_prepare_forward_infra", ["self", "num_microbatches", "args", "kwargs", "has_backward"]),
+        (
+            "_prepare_backward_infra",
+            ["self", "num_microbatches", "loss_fn", "target", "received_grad_meta", "loss_kwargs"],
+        ),
+        ("_post_metadata_inference_cleanup", ["self"]),
+    ],
+)
+def test_torch_s_stage_prepares_itself_in_these_methods(name, expected):
+    assert parameters_of(getattr(PipelineStage, name)) == expected
+    assert name in vars(_torch.WithoutMetadata)
+    assert name in inspect.getsource(schedules)
+
+
+def test_torch_s_schedules_read_these_of_a_stage_that_skipped_preparing():
+    source = inspect.getsource(schedules)
+    assert "stage.args_recv_info[0]" in source
+    assert "stage.act_send_info.values()" in source
+
+
+def test_a_split_backward_gives_the_gradients_of_the_whole():
+    weight, x = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
+    (weight * x).sum().backward()
+    expected = weight.grad.clone(), x.grad.clone()
+    weight.grad = x.grad = None
+    gradients, groups = _torch.backward_for_inputs([(weight * x).sum()], [torch.ones(())], [x], [weight])
+    assert torch.equal(gradients[0], expected[1])
+    assert weight.grad is None
+    assert [set(group) for group in groups] == [{"params", "intermediates", "grads"}]
+    _torch.backward_for_weights([weight], groups)
+    assert torch.equal(weight.grad, expected[0])
+
+
+def test_an_error_in_a_split_backward_is_the_user_s_own():
+    x = torch.randn(3, requires_grad=True)
+    y = (x * 2).sum()
+    y.grad_fn.register_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _torch.backward_for_inputs([y], [torch.ones(())], [x], [])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_compiled_modules_are_told_apart():
+    plain, in_place = nn.Linear(1, 1), nn.Linear(1, 1)
+    in_place.compile(backend="eager")
+    wrapped = torch.compile(nn.Linear(1, 1), backend="eager")
+    assert [_torch.compiled_in_place(module) for module in (plain, in_place, wrapped)] == [False, True, False]
+    assert [_torch.is_compiled(module) for module in (plain, in_place, wrapped)] == [False, True, True]
+
+
+def test_accumulation_hooks_are_seen():
+    parameter = nn.Parameter(torch.ones(1))
+    assert not _torch.has_accumulation_hooks(parameter)
+    handle = parameter.register_post_accumulate_grad_hook(lambda _: None)
+    assert _torch.has_accumulation_hooks(parameter)
+    handle.remove()
+    assert not _torch.has_accumulation_hooks(parameter)
+
+
+def test_both_kinds_of_checkpointing_are_heard_of_and_recomputation_is_surrounded():
+    heard, entered = [], []
+
+    class Around:
+        def __enter__(self):
+            entered.append("in")
+
+        def __exit__(self, *_):
+            entered.append("out")
+
+    def called(function, reentrant):
+        heard.append((function, reentrant))
+        return Around()
+
+    x = torch.ones(2, requires_grad=True)
+    with _torch.watched_checkpoints(called):
+        one = checkpoint(torch.sin, x, use_reentrant=True)
+        two = checkpoint(torch.cos, x, use_reentrant=False)
+    assert heard == [(torch.sin, True), (torch.cos, False)]
+    assert entered == []
+    (one + two).sum().backward()
+    assert entered == ["in", "out"]
+    checkpoint(torch.sin, x, use_reentrant=False)
+    assert len(heard) == 2
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_store_of_all_ranks_is_found(one_rank):
+    store = _torch.default_store()
+    assert not store.check(["fxpipe/test"])
+    store.compare_set("fxpipe/test", "", "first")
+    store.compare_set("fxpipe/test", "", "second")
+    assert store.get("fxpipe/test") == b"first"
+    assert store.add("fxpipe/count", 2) == 2
+
+
+def test_held_gradients_of_a_sharded_module_are_reduced_on_demand(one_rank):
+    module = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    module.set_is_last_backward(False)
+    module.set_reshard_after_backward(False)
+    module.set_requires_gradient_sync(False)
+    for _ in range(2):
+        module(torch.ones(1, 2)).sum().backward()
+    assert module.weight.grad is None or not hasattr(module.weight, "to_local")
+    module.set_is_last_backward(True)
+    module.set_reshard_after_backward(True)
+    module.set_requires_gradient_sync(True)
+    _torch.reduce_sharded_gradients(module)
+    assert torch.equal(module.weight.grad.full_tensor(), torch.full((2, 2), 2.0))
+
+
+def test_modules_know_their_buffers_that_are_not_saved():
+    module = nn.Module()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("lost", torch.ones(1), persistent=False)
+    assert module._non_persistent_buffers_set == {"lost"}
+
+
+def test_a_wide_gradient_is_allowed_where_grad_dtype_says_so():
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    assert parameter.grad_dtype == torch.bfloat16
+    parameter.grad_dtype = torch.float32
+    (parameter * 3).sum().backward()
+    assert parameter.grad.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="grad_dtype"):
+        parameter.grad_dtype = torch.bfloat16
