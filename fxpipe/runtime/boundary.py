@@ -1,0 +1,191 @@
+"""What crosses from one stage to the next: how tensors become messages, and messages tensors again.
+
+A message is a flat tensor of bytes, so every dtype crosses as it is. Small tensors share one message, since a message
+costs about as much as 100 KiB; large ones are sent and received in place, without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fxpipe.ir.program import BoundaryTensor
+
+PACKED_BYTES = 256 * 1024
+"""Tensors are packed into one message while they take no more than this together."""
+
+_ALIGNMENT = 16  # bytes; the widest dtype, complex128, needs as much
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the tensors of a boundary lie in messages.
+
+    Attributes:
+        tensors: The tensors, in the order of the boundary.
+        offsets: Byte at which each lies in the packed message; None for one that is a message of its own.
+        packed_bytes: Size of the packed message; 0 where there is none.
+    """
+
+    tensors: tuple[BoundaryTensor, ...]
+    offsets: tuple[int | None, ...]
+    packed_bytes: int
+
+    @property
+    def num_messages(self) -> int:
+        """Messages per microbatch."""
+        alone = sum(
+            offset is None and tensor.meta.nbytes > 0 for offset, tensor in zip(self.offsets, self.tensors, strict=True)
+        )
+        return alone + (self.packed_bytes > 0)
+
+
+@lru_cache(maxsize=4096)
+def message_layout(tensors: tuple[BoundaryTensor, ...]) -> Layout:
+    """Decide which tensors share a message: the smallest ones, up to ``PACKED_BYTES`` together.
+
+    >>> from fxpipe.ir.tensor import TensorMeta
+    >>> small, large = TensorMeta((3,), "float32"), TensorMeta((1024, 1024), "float32")
+    >>> layout = message_layout(tuple(BoundaryTensor(n, m) for n, m in (("a", small), ("b", large), ("c", small))))
+    >>> layout.offsets, layout.packed_bytes
+    ((0, None, 16), 28)
+    """
+    chosen: set[int] = set()
+    total = 0
+    for index in sorted(range(len(tensors)), key=lambda index: tensors[index].meta.nbytes):
+        total = _aligned(total) + tensors[index].meta.nbytes
+        if total > PACKED_BYTES:
+            break
+        chosen.add(index)
+    if sum(tensors[index].meta.nbytes > 0 for index in chosen) < 2:
+        return Layout(tensors, (None,) * len(tensors), 0)
+    offsets: list[int | None] = []
+    end = 0
+    for index, tensor in enumerate(tensors):
+        if index not in chosen:
+            offsets.append(None)
+            continue
+        offsets.append(_aligned(end))
+        end = _aligned(end) + tensor.meta.nbytes
+    return Layout(tensors, tuple(offsets), end)
+
+
+@lru_cache(maxsize=4096)
+def gradient_layout(tensors: tuple[BoundaryTensor, ...]) -> Layout:
+    """Lay out the gradients that come back: those of the tensors a gradient flows through."""
+    return message_layout(tuple(tensor for tensor in tensors if tensor.meta.requires_grad))
+
+
+def pack(layout: Layout, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Turn tensors, in their declared strides, into messages; a message of one tensor shares its memory."""
+    messages = []
+    packed = None
+    for tensor, offset in zip(tensors, layout.offsets, strict=True):
+        if tensor.numel() == 0:
+            continue
+        if offset is None:
+            messages.append(_flat_bytes(tensor))
+            continue
+        if packed is None:
+            packed = torch.empty(layout.packed_bytes, dtype=torch.uint8, device=tensor.device)
+            messages.append(packed)
+        flat = _flat_bytes(tensor)
+        packed[offset : offset + flat.numel()].copy_(flat)
+    return messages
+
+
+def receive_buffers(layout: Layout, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Allocate what a boundary is received in.
+
+    Returns:
+        The messages to receive, in the order ``pack`` gives them, and the tensors that lie in them. No two tensors
+        share a version counter: writing into one of them does not count as writing into another.
+    """
+    messages: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
+    packed = None
+    for declared, offset in zip(layout.tensors, layout.offsets, strict=True):
+        dtype = getattr(torch, declared.meta.dtype)
+        strides = declared.strides or _contiguous(declared.meta.shape)
+        if offset is None or declared.meta.nbytes == 0:
+            tensor = torch.empty_strided(declared.meta.shape, strides, dtype=dtype, device=device)
+            if declared.meta.nbytes:
+                messages.append(_flat_bytes(tensor))
+        else:
+            if packed is None:
+                packed = torch.empty(layout.packed_bytes, dtype=torch.uint8, device=device)
+                messages.append(packed)
+            tensor = torch.empty(0, dtype=dtype, device=device)
+            tensor.set_(packed.untyped_storage(), offset // dtype.itemsize, declared.meta.shape, strides)
+        tensors.append(tensor)
+    return messages, tensors
+
+
+def conform(tensor: torch.Tensor, declared: BoundaryTensor) -> torch.Tensor:
+    """Give the tensor in its declared strides: itself where it has them, else a copy; differentiable."""
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if not declared.strides:
+        return tensor.contiguous()
+    if tensor.stride() == declared.strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, declared.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+class _Join(torch.autograd.Function):
+    """Tensors as they are, not views, behind one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return gradients
+
+
+def join(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Put the tensors that take part in the backward behind one autograd node, without a copy.
+
+    What comes out is never a view (``detach_`` refuses views, and torch's split backward calls it) and never a leaf (a
+    leaf that requires a gradient refuses to be written into). The one node matters to the split backward too: it finds
+    weights by the nodes that lie above both the weight and an input of the stage, and would lose the gradient of one
+    that reaches an output on a path of its own.
+
+    >>> x = torch.ones(2, 3, requires_grad=True)
+    >>> (y,) = join([x.view(6)])
+    >>> y.is_leaf, y.data_ptr() == x.data_ptr()
+    (False, True)
+    """
+    places = [index for index, tensor in enumerate(tensors) if tensor.requires_grad]
+    if not places or not torch.is_grad_enabled():
+        return tuple(tensors)
+    joined = list(tensors)
+    through = _Join.apply(*(tensors[index] for index in places))  # type: ignore[no-untyped-call]
+    for index, tensor in zip(places, through, strict=True):
+        joined[index] = tensor
+    return tuple(joined)
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Give the memory of a dense tensor as bytes."""
+    tensor = tensor.detach()
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).view(torch.uint8)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,147 @@
+"""Process groups: started if nobody has, private to the pipeline, made in one order on all ranks, warm before use."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fxpipe.errors import ScheduleError
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""How long a rank waits for another one before it gives up."""
+
+
+@dataclass(slots=True, eq=False)
+class Groups:
+    """The process groups of one pipeline, as one of its ranks sees them; live, until ``close``.
+
+    Attributes:
+        ranks: Global ranks of the pipeline, in the order of the plan's ranks.
+        position: Which of them this process is.
+        pipeline: For tensors on the stages' device.
+        control: For tensors on the CPU, and objects.
+        ties: For the gradients of tied parameters: by the positions that hold a copy, this rank among them.
+    """
+
+    ranks: tuple[int, ...]
+    position: int
+    pipeline: dist.ProcessGroup
+    control: dist.ProcessGroup
+    ties: Mapping[tuple[int, ...], dist.ProcessGroup]
+
+    def close(self) -> None:
+        """End the groups; whoever waits for this rank in one of them learns of it at once.
+
+        A connection of gloo's closes when nothing refers to its group any more, so this object lets go of it too.
+        """
+        if not hasattr(self, "pipeline"):
+            return
+        open_ones = {id(group): group for group in (self.pipeline, self.control, *self.ties.values())}
+        self.ties = {}
+        del self.pipeline, self.control
+        while open_ones:
+            _, group = open_ones.popitem()
+            if dist.is_initialized():
+                if dist.get_backend(group) == "nccl":
+                    group.abort()  # what is under way never ends once a rank is gone
+                dist.destroy_process_group(group)
+            del group
+
+
+def start_process_group(device: torch.device, timeout: datetime.timedelta = TIMEOUT) -> bool:
+    """Start the default process group from torchrun's environment, if nobody has.
+
+    What is started here is also ended at exit, so that a script may simply end.
+
+    Args:
+        device: Device of this rank; NCCL for CUDA, gloo for the CPU.
+        timeout: How long a rank waits for another one.
+
+    Returns:
+        Whether it was started here.
+    """
+    if dist.is_initialized():
+        return False
+    if device.type == "cuda":
+        # Named at the start, so that the communicator is made now and not at the first exchange.
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    atexit.register(stop_process_group)
+    return True
+
+
+def stop_process_group() -> None:
+    """End the default process group and all others, if there are any."""
+    atexit.unregister(stop_process_group)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def make_groups(
+    pipelines: Sequence[Sequence[int]],
+    ties: Iterable[Sequence[int]],
+    device: torch.device,
+    timeout: datetime.timedelta = TIMEOUT,
+) -> Groups:
+    """Make the private groups of all pipelines; every rank of the default group calls this with the same arguments.
+
+    Args:
+        pipelines: Global ranks of each pipeline, one per data-parallel replica; each rank is in one of them.
+        ties: Sets of positions that hold copies of one parameter; those of one position need no group.
+        device: Device of this rank's stages.
+        timeout: How long a rank waits for another one.
+
+    Returns:
+        The groups of this rank's own pipeline, warmed up.
+
+    Raises:
+        ScheduleError: This rank is in none of the pipelines.
+    """
+    own = dist.get_rank()
+    sets = sorted({tuple(sorted(set(positions))) for positions in ties if len(set(positions)) > 1})
+    found: Groups | None = None
+    for ranks in map(tuple, pipelines):
+        pipeline = dist.new_group(list(ranks), timeout=timeout)
+        control = dist.new_group(list(ranks), timeout=timeout, backend="gloo") if device.type != "cpu" else pipeline
+        tied = {
+            positions: dist.new_group([ranks[position] for position in positions], timeout=timeout)
+            for positions in sets
+        }
+        if own in ranks:
+            position = ranks.index(own)
+            held = {positions: group for positions, group in tied.items() if position in positions}
+            found = Groups(ranks, position, pipeline, control, held)
+    if found is None:
+        raise ScheduleError(
+            f"rank {own} is in none of the pipelines {[list(ranks) for ranks in pipelines]}\n"
+            "  start as many processes as the plan has ranks, or give a mesh that covers all of them"
+        )
+    _warm_up(found, device)
+    return found
+
+
+def _warm_up(groups: Groups, device: torch.device) -> None:
+    """Make every communicator now, in one order on all ranks.
+
+    A communicator made at the first exchange makes the rank wait for its peer, which may wait elsewhere for this one.
+    Besides the group's own, NCCL makes one per pair of ranks that send to each other.
+    """
+    for group, where in [(groups.pipeline, device), (groups.control, torch.device("cpu"))]:
+        dist.all_reduce(torch.zeros(1, device=where), group=group)
+    for _, group in sorted(groups.ties.items()):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    size = len(groups.ranks)
+    token = torch.zeros(1, device=device)
+    for left, right in sorted({tuple(sorted((at, (at + 1) % size))) for at in range(size) if size > 1}):
+        for source, target in ((left, right), (right, left)):
+            if groups.position == source:
+                dist.send(token, group=groups.pipeline, group_dst=target)
+            elif groups.position == target:
+                dist.recv(token, group=groups.pipeline, group_src=source)

@@ -1,0 +1,112 @@
+"""Measure how long a layer takes on a device: forward, gradients of its inputs, gradients of its weights."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxpipe.ir.cost import LayerCost
+from fxpipe.ir.tree import map_tree, tree_leaves
+
+WARM_UPS = 2
+LEAST_RUNS, MOST_RUNS = 5, 50
+ENOUGH_S = 0.25
+"""Seconds of measured work after which a layer has been run often enough."""
+
+
+def measure_layer(
+    call: nn.Module | Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+    make: Callable[[Any, torch.device], Any],
+) -> LayerCost:
+    """Run one layer alone, forward and backward, and give the median of several runs.
+
+    Args:
+        call: A module whose tensors have no memory (a copy of it gets some), or a function.
+        args: Its arguments; ``make`` turns what stands for tensors into some.
+        kwargs: Its keyword arguments, likewise.
+        device: Where to run.
+        make: Called with each leaf of the arguments and the device.
+
+    Returns:
+        Seconds of each phase.
+    """
+    if isinstance(call, nn.Module):
+        call = with_memory(call, device)
+    given = map_tree(lambda _, leaf: make(leaf, device), (args, dict(kwargs)))
+    weights = [p for p in call.parameters() if p.requires_grad] if isinstance(call, nn.Module) else []
+    leaves = [leaf for _, leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    weights += [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+    inputs = [leaf for leaf in leaves if not isinstance(leaf, nn.Parameter)]
+    runs: list[tuple[float, float, float]] = []
+    spent = 0.0
+    while len(runs) < WARM_UPS + LEAST_RUNS or (spent < ENOUGH_S and len(runs) < MOST_RUNS):
+        runs.append(_run(call, given, inputs, weights, device))
+        spent += sum(runs[-1])
+    forward, for_inputs, both = (statistics.median(column) for column in zip(*runs[WARM_UPS:], strict=True))
+    return LayerCost(forward, for_inputs, max(both - for_inputs, 0.0))
+
+
+def with_memory(module: nn.Module, device: torch.device) -> nn.Module:
+    """Copy a module and give the copy small random weights on a device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        value = random_like(tensor.shape, tensor.dtype, device)
+        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(module, memo)
+
+
+def random_like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make a tensor of small numbers: noise, zeros for whole numbers (they may be indices), True for booleans."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, dtype=dtype, device=device) * 0.02
+    return torch.full(shape, dtype == torch.bool, dtype=dtype, device=device)
+
+
+def _run(
+    call: Callable[..., Any],
+    given: Any,
+    inputs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    device: torch.device,
+) -> tuple[float, float, float]:
+    args, kwargs = map_tree(lambda _, leaf: _usable(leaf), given)  # a layer may write to what it is given
+    with torch.enable_grad():
+        forward, result = _timed(device, lambda: call(*args, **kwargs))
+    roots = [leaf for _, leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not roots or not (inputs or weights):
+        return forward, 0.0, 0.0
+    grads = [torch.ones_like(root) for root in roots]
+    for_inputs = 0.0
+    if inputs:
+        for_inputs, _ = _timed(
+            device, lambda: torch.autograd.grad(roots, inputs, grads, retain_graph=True, allow_unused=True)
+        )
+    both = for_inputs
+    if weights:
+        both, _ = _timed(device, lambda: torch.autograd.grad(roots, [*inputs, *weights], grads, allow_unused=True))
+    return forward, for_inputs, both
+
+
+def _usable(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor) or isinstance(leaf, nn.Parameter):
+        return leaf
+    return leaf.view_as(leaf).clone() if leaf.requires_grad else leaf.clone()
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result

@@ -1,0 +1,27 @@
+"""All stages in one process."""
+
+import handmade
+import pytest
+import torch
+
+from fxpipe.runtime.local import LocalEngine
+
+
+@pytest.mark.parametrize("name", ["chain", "knot", "image"])
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
+def test_loss_and_gradients_are_those_of_the_plain_model(name, num_stages):
+    with handmade.float64():
+        case = getattr(handmade, name)()
+        whole = case.draft(case.model, num_stages, case.batch)
+        stages = handmade.stages_of(case.model, whole)
+        for num in (1, 3, 8):
+            for stage in stages:
+                stage.zero_grad()
+            jobs = handmade.jobs_of(case, stages, num_stages, num)
+            loss = LocalEngine(stages).train(jobs)
+            expected, gradients = handmade.reference(case, num)
+            torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+            found = handmade.gradients_of(stages)
+            assert found.keys() >= gradients.keys() - {"head.weight"}
+            for fqn, gradient in gradients.items():
+                torch.testing.assert_close(found[fqn], gradient, rtol=0, atol=1e-14)

@@ -1,0 +1,102 @@
+"""What would go wrong silently is refused by name; across ranks: the cases of ``holes_worker``."""
+
+import copy
+
+import handmade
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fxpipe.errors import ScheduleError
+from fxpipe.runtime.local import LocalEngine
+from fxpipe.runtime.work import Job
+
+
+class Wrapped(nn.Module):
+    """Checkpoints in the way it is told."""
+
+    way = "none"
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        if self.way == "none":
+            return self.inner(x)
+        function = {"module": self.inner, "lambda": lambda x: self.inner(x), "method": self.inner.forward}[self.way]
+        return checkpoint(function, x, use_reentrant=True)
+
+
+def prepared(num_stages=2):
+    model = nn.Module()
+    model.layers = nn.ModuleList(Wrapped() for _ in range(2))
+    made = handmade.Draft(model, num_stages, x=torch.ones(2, 4), target=torch.ones(2, 4))
+    x = made.x
+    for index in range(2):
+        x = made.module(index * num_stages // 2, f"layers.{index}", x)
+    program = made.program(loss=[(made.call(num_stages - 1, F.mse_loss, x, made.target), "samples")])
+    stages = handmade.stages_of(model, program)
+    for stage in stages:
+        stage.add_program("a", program)
+    return stages, Job("a", program, {"x": torch.ones(2, 4), "target": torch.ones(2, 4)}, (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("way", "name"), [("module", "layers.1.inner"), ("method", "layers.1.inner"), ("lambda", "layers.1")]
+)
+def test_reentrant_checkpointing_is_refused_by_name(way, name):
+    stages, job = prepared()
+    stages[1].layers[1].way = way
+    with pytest.raises(
+        ScheduleError, match=rf"^module {name} uses reentrant activation checkpointing.*\n  pass use_re"
+    ):
+        LocalEngine(stages).train([job])
+    stages[1].layers[1].way = "none"
+    LocalEngine(stages).train([job])
+
+
+def test_checkpointing_outside_of_a_stage_is_left_alone():
+    stages, job = prepared()
+    LocalEngine(stages).train([job])
+    x = torch.ones(1, 4, requires_grad=True)
+    checkpoint(nn.Linear(4, 4), x, use_reentrant=True).sum().backward()
+    assert x.grad is not None
+
+
+def test_what_becomes_trainable_after_compiling_is_refused():
+    case = handmade.image()
+    program = case.draft(copy.deepcopy(case.model), 4, case.batch)
+    stages = handmade.stages_of(case.model, program)
+    jobs = handmade.jobs_of(case, stages, 4, 1)
+    stages[0].requires_grad_(True)
+    with pytest.raises(
+        ScheduleError, match="which stage 0 sends, needs a gradient, but nothing before it was trainable"
+    ):
+        LocalEngine(stages).train(jobs)
+
+
+def test_what_is_frozen_after_compiling_gets_no_gradient():
+    case = handmade.chain()
+    program = case.draft(copy.deepcopy(case.model), 4, case.batch)
+    stages = handmade.stages_of(case.model, program)
+    jobs = handmade.jobs_of(case, stages, 4, 2)
+    for stage in stages[:2]:
+        stage.requires_grad_(False)
+    LocalEngine(stages).train(jobs)
+    _, wanted = handmade.reference(case, 2)
+    found = handmade.gradients_of(stages)
+    assert set(found) == {fqn for fqn in wanted if int(fqn.split(".")[1]) >= 4}
+    for fqn, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[fqn])
+
+
+def test_a_tensor_of_another_shape_than_planned_is_refused():
+    stages, job = prepared()
+    wrong = Job("a", job.program, {"x": torch.ones(3, 4), "target": torch.ones(3, 4)}, (1.0,))
+    with pytest.raises(
+        ScheduleError, match=r"stage 0 computed layers_0 as torch.float32 of shape \[3, 4\], but the plan"
+    ):
+        LocalEngine(stages).train([wrong])
