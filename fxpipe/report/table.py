@@ -1,6 +1,8 @@
 """A plan as a person reads it: who gets what, what limits the pipeline, and what to do about it."""
 
+import dataclasses
 import html
+import json
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -8,16 +10,22 @@ from collections.abc import Callable, Sequence
 from tabulate import tabulate
 
 from fxpipe.errors import PlanError
-from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
+from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, TieGroup
 
 WIDTH = 100
 _SIMPLE_SCHEDULES = ("GPipe", "1F1B")
 
 
-def render(plan: PipelinePlan, format: str = "text") -> str:
+def render(plan: PipelinePlan, format: str = "text", baselines: Sequence[Baseline] = ()) -> str:
     """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"``, ``"html"`` or ``"json"``.
 
     The page is one file that needs no other. The JSON is the plan itself; ``PipelinePlan.from_json`` reads it back.
+
+    Args:
+        plan: The plan.
+        format: One of the above.
+        baselines: The same model cut by others' rules, to stand beside the plan; in JSON the plan is then the entry
+            ``"plan"`` beside ``"baselines"``.
 
     Raises:
         PlanError: The format is none of these.
@@ -27,18 +35,18 @@ def render(plan: PipelinePlan, format: str = "text") -> str:
     >>> print(render(PipelinePlan("GPT", "", stages, num_ranks=2)).splitlines()[0])
     GPT · 2 stages · 1F1B · 1 microbatch · h100 · cost: roofline
     """
-    renderers: dict[str, Callable[[PipelinePlan], str]] = {
+    renderers: dict[str, Callable[[PipelinePlan, Sequence[Baseline]], str]] = {
         "text": _text,
         "markdown": _markdown,
         "html": _page,
-        "json": PipelinePlan.to_json,
+        "json": _json,
     }
     if format not in renderers:
         raise PlanError(f"unknown report format {format!r}\n  known: {', '.join(renderers)}")
-    return renderers[format](plan)
+    return renderers[format](plan, baselines)
 
 
-def _text(plan: PipelinePlan) -> str:
+def _text(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
     lines = textwrap.wrap(_headline(plan), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     lines += _paragraph("inputs", ", ".join(plan.inputs)) if plan.inputs else []
     lines += ["", _stage_table(plan, "plain"), ""]
@@ -48,10 +56,12 @@ def _text(plan: PipelinePlan) -> str:
     lines += _paragraph("opened", ", ".join(plan.opened)) if plan.opened else []
     for note in _notes(plan):
         lines += _paragraph("note", note)
+    if baselines:
+        lines += ["", f"{_BASELINES}:", "", _baseline_table(plan, baselines, "plain")]
     return "\n".join(lines)
 
 
-def _markdown(plan: PipelinePlan) -> str:
+def _markdown(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
     parts = [f"**{_headline(plan)}**"]
     if plan.inputs:
         parts.append("Inputs of one microbatch: " + ", ".join(f"`{text}`" for text in plan.inputs))
@@ -62,7 +72,45 @@ def _markdown(plan: PipelinePlan) -> str:
     if plan.opened:
         parts.append("Opened, because a cut crosses them: " + ", ".join(f"`{name}`" for name in plan.opened))
     parts += [f"> {note}" for note in _notes(plan)]
+    parts += [f"{_BASELINES}:", _baseline_table(plan, baselines, "github")] if baselines else []
     return "\n\n".join(parts)
+
+
+def _json(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
+    if not baselines:
+        return plan.to_json()
+    rows = [dataclasses.asdict(row) for row in baselines]
+    return json.dumps({"baselines": rows, "plan": json.loads(plan.to_json())}, sort_keys=True, indent=1)
+
+
+_BASELINES = "The same model cut by others' rules, at the same costs and links"
+
+
+def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: str) -> str:
+    unit, scale = _time_unit(plan.bottleneck)
+    per_rank = _memory_by_rank(plan)
+    own = Baseline("this plan", "", plan.bottleneck, _balance(plan), max(per_rank.values(), default=0))
+    rows = [
+        [row.name, "–", "", "", "", row.remark]
+        if row.bottleneck is None
+        else [
+            row.name,
+            _digits(row.bottleneck * scale),
+            f"{row.bottleneck / plan.bottleneck:.3f} ×" if plan.bottleneck else "",
+            f"{row.balance:.3f}",
+            _size(row.peak_bytes),
+            row.remark,
+        ]
+        for row in (own, *baselines)
+    ]
+    header = ["rule", f"slowest {unit}", "to plan", "max/mean", "memory", ""]
+    room = WIDTH - sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(5))
+    for row in rows:
+        row[5] = _shorten(row[5], max(room, 8)) if style == "plain" else row[5]
+    align = ["left", "right", "right", "right", "right", "left"]
+    if style == "plain":
+        return tabulate([header, *rows], tablefmt=style, colalign=align, disable_numparse=True)
+    return tabulate(rows, header, tablefmt=style, colalign=align, disable_numparse=True)
 
 
 _STYLE = """
@@ -75,7 +123,7 @@ td, th { font-variant-numeric: tabular-nums; text-align: left; }
 """
 
 
-def _page(plan: PipelinePlan) -> str:
+def _page(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
     """One self-contained page; the model is a bar, cut into stages as wide as the time they take."""
     text = html.escape
     slowest = max(plan.stages, key=lambda stage: stage.seconds)
@@ -91,6 +139,7 @@ def _page(plan: PipelinePlan) -> str:
     parts += [f"<p>{text(piece)}</p>" for piece in _summary(plan)]
     parts += [f"<p>opened, because a cut crosses them: {text(', '.join(plan.opened))}</p>"] if plan.opened else []
     parts += [f"<p><em>{text(note)}</em></p>" for note in _notes(plan)]
+    parts += [f"<p>{text(_BASELINES)}:</p>", _baseline_table(plan, baselines, "html")] if baselines else []
     head = f'<meta charset="utf-8"><title>{text(plan.model)}</title><style>{_STYLE}</style>'
     return "\n".join(["<!doctype html>", f"<html><head>{head}</head><body>", *parts, "</body></html>"])
 
@@ -171,13 +220,18 @@ def _tie_cells(tie: TieGroup) -> tuple[str, str, str]:
 
 
 def _summary(plan: PipelinePlan) -> list[str]:
-    """Balance, bubble, step time and limit: the pieces of the last line."""
-    mean = sum(stage.seconds for stage in plan.stages) / len(plan.stages)
-    bottleneck = plan.bottleneck or max(stage.seconds for stage in plan.stages)
+    """Bottleneck, balance, bubble, step time and limit: the pieces of the last lines."""
+    mean = _mean(plan)
+    bottleneck = _bottleneck(plan)
     pieces = []
     if mean > 0:
-        bound = f" (lower bound {plan.lower_bound / mean:.3f})" if plan.lower_bound > 0 else ""
-        pieces.append(f"balance max/mean {bottleneck / mean:.3f}{bound}")
+        unit, scale = _time_unit(bottleneck)
+        pieces.append(f"bottleneck {_digits(bottleneck * scale)} {unit}")
+        bound = ""
+        if plan.lower_bound > 0:
+            gap = "best possible" if plan.proven else f"gap {100 * plan.gap:.1f} %"
+            bound = f" (lower bound {plan.lower_bound / mean:.3f}, {gap})"
+        pieces.append(f"balance max/mean {_balance(plan):.3f}{bound}")
     step = estimated_step_s(plan)
     if step:
         unit, scale = _time_unit(step)
@@ -190,34 +244,79 @@ def _summary(plan: PipelinePlan) -> list[str]:
     return pieces
 
 
+def _mean(plan: PipelinePlan) -> float:
+    """Mean load of the ranks."""
+    return sum(stage.seconds for stage in plan.stages) / max(len({stage.rank for stage in plan.stages}), 1)
+
+
+def _bottleneck(plan: PipelinePlan) -> float:
+    if plan.bottleneck:
+        return plan.bottleneck
+    loads: dict[int, float] = defaultdict(float)
+    for stage in plan.stages:
+        loads[stage.rank] += stage.seconds
+    return max(loads.values())
+
+
+def _balance(plan: PipelinePlan) -> float:
+    mean = _mean(plan)
+    return _bottleneck(plan) / mean if mean else 1.0
+
+
 def estimated_step_s(plan: PipelinePlan) -> float | None:
     """Seconds of one step of GPipe or 1F1B: every microbatch passes the slowest stage, the first one all stages.
 
-    None for the other schedules, whose order needs a simulation. Tied gradients are summed after the schedule.
+    None for the other schedules, whose order needs a simulation. Tied gradients are summed once, after the schedule;
+    their share is taken out of the stages' seconds.
     """
     if plan.schedule not in _SIMPLE_SCHEDULES or plan.num_ranks != plan.num_stages:
         return None
-    seconds = [stage.seconds for stage in plan.stages]
-    ties = sum(tie.seconds for tie in plan.ties if tie.trainable and len(tie.stages) > 1)
-    return sum(seconds) + (plan.num_microbatches - 1) * max(seconds) + ties
+    shared = [tie for tie in plan.ties if tie.trainable and len(tie.stages) > 1]
+    seconds = []
+    for stage in plan.stages:
+        share = sum(tie.seconds for tie in shared if stage.index in tie.stages) / plan.num_microbatches
+        seconds.append(stage.seconds - min(share, stage.transfer_s))
+    return sum(seconds) + (plan.num_microbatches - 1) * max(seconds) + sum(tie.seconds for tie in shared)
 
 
-def _notes(plan: PipelinePlan) -> list[str]:
+def _memory_by_rank(plan: PipelinePlan) -> dict[int, int]:
     per_rank: dict[int, int] = defaultdict(int)
     for stage in plan.stages:
         per_rank[stage.rank] += stage.peak_bytes
+    return per_rank
+
+
+def _notes(plan: PipelinePlan) -> list[str]:
+    per_rank = _memory_by_rank(plan)
     too_much = [rank for rank, need in sorted(per_rank.items()) if need > plan.hardware.memory]
-    warnings = [
-        f"rank {rank} needs {_size(per_rank[rank])}, and a {plan.hardware.name} has {_size(plan.hardware.memory)}: "
-        "use more stages, smaller microbatches or memory_limit"
-        for rank in too_much
-    ]
+    warnings = []
+    if too_much:
+        who = f"rank {too_much[0]} needs" if len(too_much) == 1 else f"ranks {_ranges(too_much)} need up to"
+        warnings.append(
+            f"{who} {_size(max(per_rank[rank] for rank in too_much))}, and a {plan.hardware.name} has "
+            f"{_size(plan.hardware.memory)}: use more stages, smaller microbatches or memory_limit"
+        )
     empty = [
-        f"stage {stage.index} has no parameters: the model has too few layers that can be separated"
+        f"stage {stage.index} has no parameters: no possible partition into so many gives each some"
         for stage in plan.stages
         if not stage.parameters
     ]
     return [*warnings, *empty, *plan.notes]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Join neighbours of ascending numbers.
+
+    >>> _ranges([0, 1, 2, 5, 7, 8])
+    '0–2, 5, 7–8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def _layers(stage: StagePlan, room: int) -> str:

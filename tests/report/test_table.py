@@ -1,11 +1,12 @@
 import dataclasses
 import html.parser
+import json
 
 import pytest
 
 from fxpipe.errors import PlanError
 from fxpipe.ir.hardware import Hardware, Training
-from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
+from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, TieGroup
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.report.table import estimated_step_s, render
 
@@ -62,8 +63,8 @@ stage  layers                          params  of time  fwd ms  bwd ms   memory 
 
 tied  transformer.wte.weight = lm_head.weight  stages 0, 2  206.0 MiB  all-reduce 2.00 ms
 
-balance max/mean 1.500 (lower bound 1.200)   bubble ≈ 47.1 %   step ≈ 252 ms   limited by: stage 1
-search: all downsets
+bottleneck 50.0 ms   balance max/mean 1.500 (lower bound 1.200, gap 25.0 %)   bubble ≈ 47.1 %
+step ≈ 252 ms   limited by: stage 1   search: all downsets
 note    loss: mean over valid targets"""
 
 
@@ -73,10 +74,56 @@ def test_the_report_of_a_plan_reads_like_this(plan):
 
 def test_the_step_of_simple_schedules_is_the_fill_plus_the_slowest_stage_plus_the_ties(plan):
     assert estimated_step_s(plan) == pytest.approx(0.025 + 0.050 + 0.025 + 3 * 0.050 + 2e-3)
-    assert "bubble ≈ 47.1 %   step ≈ 252 ms" in render(plan)
+    assert "bubble ≈ 47.1 %\nstep ≈ 252 ms" in render(plan)
     other = dataclasses.replace(plan, schedule="ZBVZeroBubble")
     assert estimated_step_s(other) is None
     assert "bubble" not in render(other)
+
+
+def test_a_tie_s_share_of_a_stage_is_not_counted_again_after_the_schedule(plan):
+    with_share = tuple(
+        dataclasses.replace(each, seconds=each.seconds + 2e-3 / 4, transfer_s=2e-3 / 4) if each.index != 1 else each
+        for each in plan.stages
+    )
+    assert estimated_step_s(dataclasses.replace(plan, stages=with_share)) == pytest.approx(estimated_step_s(plan))
+
+
+def test_a_proven_plan_says_so_in_place_of_its_gap(plan):
+    best = dataclasses.replace(plan, lower_bound=plan.bottleneck, proven=True)
+    assert "(lower bound 1.500, best possible)" in render(best)
+
+
+def test_where_ranks_have_several_stages_the_balance_is_theirs(plan):
+    stages = tuple(dataclasses.replace(each, rank=(0, 1, 0)[each.index]) for each in plan.stages)
+    text = render(dataclasses.replace(plan, stages=stages, num_ranks=2, bottleneck=0.0, lower_bound=0.0))
+    assert "bottleneck 50.0 ms   balance max/mean 1.000" in text
+
+
+BASELINES = (
+    Baseline("DeepSpeed uniform", "partition_uniform", 0.055, 1.65, 3 << 30, stages=(("wte",), ("h.0",), ("lm_head",))),
+    Baseline("Megatron", "get_num_layers_to_build", remark="needs a multiple of 3 blocks, not 13"),
+)
+COMPARED = """\
+rule               slowest ms  to plan  max/mean   memory
+this plan                50.0  1.000 ×     1.500  9.8 GiB
+DeepSpeed uniform        55.0  1.100 ×     1.650  3.0 GiB
+Megatron                    –                              needs a multiple of 3 blocks, not 13"""
+
+
+def test_others_cuts_stand_below_the_plan(plan):
+    lines = [line.rstrip() for line in render(plan, baselines=BASELINES).splitlines()]
+    assert lines[-4:] == COMPARED.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "DeepSpeed uniform" in render(plan, "html", BASELINES)
+    assert "| DeepSpeed uniform |" in render(plan, "markdown", BASELINES)
+    data = json.loads(render(plan, "json", BASELINES))
+    assert PipelinePlan.from_json(json.dumps(data["plan"])) == plan
+    assert [row["name"] for row in data["baselines"]] == ["DeepSpeed uniform", "Megatron"]
+
+
+def test_many_ranks_that_need_more_memory_than_there_is_are_one_warning(plan):
+    small = Hardware({"float32": 1e12}, 1e12, 2**30, name="small")
+    assert "ranks 0–2 need up to 9.8 GiB, and a small has 1.0 GiB" in render(dataclasses.replace(plan, hardware=small))
 
 
 @pytest.mark.parametrize("count", [1, 2, 16])
