@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fxpipe.compiler import compile
     from fxpipe.errors import (
         CaptureError,
         FxpipeError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fxpipe.ir.hardware import Hardware, Training
     from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
     from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
+    from fxpipe.pipeline import Pipeline
     from fxpipe.planning.partition import partition
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "MaterializeError",
     "MismatchError",
     "PartitionError",
+    "Pipeline",
     "PipelinePlan",
     "PlanError",
     "RankError",
@@ -52,10 +55,12 @@ __all__ = [
     "TiedLayerSpec",
     "Training",
     "WeightsError",
+    "compile",
     "partition",
 ]
 
 _HOMES = {
+    "fxpipe.compiler": ("compile",),
     "fxpipe.errors": (
         *("CaptureError", "FxpipeError", "InfeasibleError", "MaterializeError", "MismatchError", "PartitionError"),
         *("PlanError", "RankError", "ScheduleError", "SpecError", "TieError", "WeightsError"),
@@ -64,6 +69,7 @@ _HOMES = {
     "fxpipe.ir.hardware": ("Hardware", "Training"),
     "fxpipe.ir.plan": ("PipelinePlan", "StagePlan", "TieGroup"),
     "fxpipe.ir.spec": ("LayerSpec", "TiedLayerSpec"),
+    "fxpipe.pipeline": ("Pipeline",),
     "fxpipe.planning.partition": ("partition",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -28,13 +28,16 @@ TABLE = {
     "ir": Room("errors", "networkx"),
     "planning": Room("errors ir", "networkx numpy"),
     "report": Room("errors ir", "networkx numpy tabulate"),
-    "capture": Room("errors ir _torch", "torch networkx numpy"),
+    "capture": Room("errors ir _torch", "torch networkx numpy tqdm"),
     "runtime": Room("errors ir _torch", "torch numpy tqdm"),
-    # Four modules compose the rooms; each sees the ones above it here.
+    # Modules that compose the rooms; each sees the ones above it here.
     "example": Room("errors ir capture runtime", "torch"),
     "variants": Room("errors ir capture", "torch"),
-    "pipeline": Room("errors ir planning report capture runtime example variants", "torch tqdm"),
-    "compiler": Room("errors ir planning report capture runtime example variants pipeline", "torch tqdm"),
+    "jobs": Room("errors ir capture runtime example variants", "torch"),
+    "verification": Room("errors ir capture runtime variants jobs", "torch"),
+    "profiling": Room("errors ir capture runtime", "torch tqdm"),
+    "pipeline": Room("errors ir planning report capture runtime example variants jobs verification", "torch tqdm"),
+    "compiler": Room("errors ir planning report capture runtime example variants profiling pipeline", "torch tqdm"),
     "cli": Room("errors ir planning report capture compiler pipeline", "tqdm"),
     "__main__": Room("cli"),
 }

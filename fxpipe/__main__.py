@@ -1,0 +1,8 @@
+"""``python -m fxpipe``."""
+
+import sys
+
+from fxpipe.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""``fxpipe.compile``: the steps from a model to a pipeline, in order."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fxpipe.capture.capture import Capture, Captured
+from fxpipe.capture.count import LayerCounter
+from fxpipe.capture.sequence import build_sequence
+from fxpipe.errors import PartitionError, PlanError, ScheduleError
+from fxpipe.example import example_batch, split_example
+from fxpipe.ir.graph import LayerGraph
+from fxpipe.ir.hardware import Hardware, Training
+from fxpipe.ir.hardware_file import resolve_hardware
+from fxpipe.ir.plan import Baseline, PipelinePlan
+from fxpipe.ir.profile import Profile
+from fxpipe.ir.schedule import default_ranks, least_microbatches, placement, schedule_named
+from fxpipe.ir.spec import LayerSpec
+from fxpipe.pipeline import Pipeline, Source
+from fxpipe.planning.estimate import Estimate, estimate_costs
+from fxpipe.planning.layout import make_layout
+from fxpipe.planning.peers import compare
+from fxpipe.planning.planner import plan_pipeline
+from fxpipe.planning.settings import GRAINS, Settings
+from fxpipe.profiling import Profiler
+from fxpipe.runtime.batch import Microbatch
+from fxpipe.variants import Variants
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+LEAST_GAIN = 0.02
+"""Share of the bottleneck that must be to be had before blocks are looked into."""
+
+
+def compile(
+    model: nn.Module | Sequence[LayerSpec | Callable[..., Any]],
+    stages: int,
+    example_args: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss_fn: Callable[..., Any] | None = None,
+    loss_weight: Callable[..., float] | None = None,
+    microbatches: int | None = None,
+    schedule: str = "1F1B",
+    ranks: int | None = None,
+    cost: str | Mapping[str, float] | Profile = "roofline",
+    hardware: Hardware | str | os.PathLike[str] = "h100",
+    memory_limit: float | None = None,
+    grain: str = "auto",
+    training: Training | None = None,
+    leaves: Sequence[object] = (),
+    mesh: DeviceMesh | None = None,
+    plan: PipelinePlan | None = None,
+    seed: int = 0,
+) -> Pipeline:
+    """Turn a model into a pipeline of stages.
+
+    The model's forward runs once on tensors without memory and is written down; every layer is counted and costed, and
+    the graph is cut where the slowest stage is fastest. Nothing is allocated, no process group is started, and the
+    environment is not looked at: every rank gets the same plan.
+
+    Args:
+        model: A module on the meta device or a real one (not modified), or a sequence of ``LayerSpec``,
+            ``TiedLayerSpec``, modules and callables.
+        stages: Number of stages.
+        example_args: Positional arguments of one global batch, as ``step`` will get it; fake or meta tensors do.
+        example_kwargs: Its keyword arguments; ``target`` among them where there is a ``loss_fn``.
+        loss_fn: ``loss_fn(output, target)``; None where the model returns its loss (``.loss``, ``["loss"]`` or a
+            scalar).
+        loss_weight: Weight of a microbatch in the batch's loss, from its inputs; None: found in the model.
+        microbatches: A divisor of the batch size; None: the largest up to four per stage.
+        schedule: ``"GPipe"``, ``"1F1B"``, ``"Interleaved1F1B"``, ``"LoopedBFS"``, ``"InterleavedZeroBubble"``,
+            ``"ZBVZeroBubble"`` or ``"DualPipeV"``.
+        ranks: Number of ranks; None: as many as stages, half as many for schedules with several stages per rank.
+        cost: ``"parameters"``, ``"flops"``, ``"roofline"``; ``"profile"``: times measured on this machine's device by
+            rank 0; a ``Profile`` measured elsewhere; or seconds by FQN (forward and backward of one microbatch).
+        hardware: A preset's name, a ``Hardware``, or a TOML file.
+        memory_limit: Most bytes of a rank; None: no limit.
+        grain: ``"block"``: cut between the model's blocks only; ``"op"``: anywhere; ``"auto"``: open a block where
+            that saves at least two per cent.
+        training: What memory and time are computed for.
+        leaves: Classes, class names and FQN patterns never opened.
+        mesh: A ``DeviceMesh`` with a dimension ``"pp"``; None: all ranks are the pipeline.
+        plan: A ready plan, checked against the model.
+        seed: Of dropout and of initialisation.
+
+    Returns:
+        The pipeline: a graph, a plan and a report until it is materialized.
+
+    Raises:
+        CaptureError: The forward does something that cannot be recorded without risking wrong numbers.
+        PartitionError: There are fewer layers than stages, or an argument is out of range.
+        InfeasibleError: No plan keeps the memory limit; says the least that works.
+        ScheduleError: Schedule, stages, ranks, microbatches and batch do not fit together.
+        PlanError: The hardware is unknown, or ``plan`` belongs to another model.
+        SpecError: ``model`` is neither a module nor a sequence of layers.
+
+    >>> import torch
+    >>> with torch.device("meta"):
+    ...     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+    >>> pipe = compile(model, 3, (torch.zeros(12, 64),))
+    >>> [stage.layers for stage in pipe.plan.stages]
+    [('0', '1'), ('2', '3'), ('4', '5')]
+    """
+    hardware = resolve_hardware(hardware)
+    training = training if training is not None else Training()
+    _check(stages, grain, memory_limit, microbatches)
+    ranks = default_ranks(schedule_named(schedule).name, stages) if ranks is None else ranks
+    placement(schedule, stages, ranks)
+    module = model if isinstance(model, nn.Module) else build_sequence(model)
+    capture = Capture(module, loss_fn=loss_fn, leaves=leaves)
+    example = example_batch(module, example_args, example_kwargs, loss_fn)
+    number, size, first = _microbatch(example, stages, ranks, schedule, microbatches)
+    settings = Settings.of(
+        stages=stages,
+        ranks=ranks,
+        schedule=schedule,
+        num_microbatches=number,
+        hardware=hardware,
+        training=training,
+        cost=cost if isinstance(cost, str) else "profile" if isinstance(cost, Profile) else "given",
+        grain=grain,
+        leaves=tuple(map(_spelled, leaves)),
+        memory_limit=None if memory_limit is None else math.floor(memory_limit),
+        seed=seed,
+    )
+    compiler = _Compiler(capture, settings, cost, first, size)
+    graph, made, captured = compiler.from_plan(plan) if plan is not None else compiler.plan()
+    stage_of_layer = {name: stage.index for stage in made.stages for name in stage.layers}
+    variants = Variants(capture, stage_of_layer, made.num_stages, made.opened)
+    if captured is not None:
+        variants.add(captured, with_loss=captured.structure.is_loss)
+    return Pipeline(graph, made, Source(capture, variants, loss_weight, mesh, compiler.baselines, compiler.profile))
+
+
+class _Compiler:
+    """The steps between the arguments and the plan."""
+
+    def __init__(
+        self,
+        capture: Capture,
+        settings: Settings,
+        cost: str | Mapping[str, float] | Profile,
+        first: Microbatch | None,
+        size: int | None,
+    ) -> None:
+        self.capture = capture
+        self.settings = settings
+        self.cost = cost
+        self.first = first
+        self.size = size
+        self.profiler = Profiler() if cost == "profile" else None
+        self.profile = cost if isinstance(cost, Profile) else None
+        self.counter = LayerCounter(capture.skeleton, fused_attention=settings.hardware.device != "cpu")
+
+    def plan(self) -> tuple[LayerGraph, PipelinePlan, Captured | None]:
+        """Capture at block grain, and at op grain where that may pay; plan; capture what the plan runs."""
+        if self.first is None:
+            return self._without_example()
+        whole, captured = self._captured("block")
+        if self.settings.grain != "op":
+            found = self._planned_whole(whole, captured)
+            if found is not None:
+                return whole, found, captured
+        fine, opened = self._captured("op")
+        made = self._planned(fine, opened, self.settings)
+        if not made.opened:
+            return whole, replace(made, notes=_joined(whole.notes, made.notes)), captured
+        graph, captured = self._captured("block", made.opened)
+        return graph, made, captured
+
+    def from_plan(self, plan: PipelinePlan) -> tuple[LayerGraph, PipelinePlan, Captured | None]:
+        """Take a ready plan after checking that it is one of this model."""
+        if not isinstance(plan, PipelinePlan):
+            raise PlanError(f"plan= is a {type(plan).__name__}\n  pass a PipelinePlan: PipelinePlan.from_json(text)")
+        if plan.num_stages != self.settings.stages:
+            raise PlanError(
+                f"the plan has {plan.num_stages} stages, but {self.settings.stages} were asked for\n"
+                f"  pass stages={plan.num_stages}, or compile without plan="
+            )
+        graph, captured = (
+            self._captured("block", plan.opened) if self.first is not None else (self.capture.trace(), None)
+        )
+        if plan.model_fingerprint != graph.fingerprint:
+            raise PlanError(
+                f"this plan was made for another model: a {plan.model} whose parameters differ from those of this "
+                f"{graph.name}\n  use the model it was made for, or compile without plan="
+            )
+        return graph, plan, captured
+
+    def baselines(self) -> tuple[Baseline, ...]:
+        """Cut the model as others would, at the same costs."""
+        if self.first is None:
+            return compare(make_layout(*self._by_parameters()))
+        graph, captured = self._captured("block")
+        return compare(make_layout(graph, self._estimate(graph, captured), self.settings))
+
+    def _without_example(self) -> tuple[LayerGraph, PipelinePlan, Captured | None]:
+        graph, estimate, settings = self._by_parameters()
+        return graph, plan_pipeline(graph, estimate, settings), None
+
+    def _by_parameters(self) -> tuple[LayerGraph, Estimate, Settings]:
+        graph = self.capture.trace()
+        settings = replace(self.settings, cost="parameters", grain="block")
+        return graph, estimate_costs(graph, "parameters", settings.hardware, settings.training), settings
+
+    def _captured(self, grain: str, opened: Sequence[str] = ()) -> tuple[LayerGraph, Captured]:
+        assert self.first is not None
+        captured = self.capture.capture(
+            self.capture.inputs(*self.first), grain=grain, opened=opened, counter=self.counter
+        )
+        graph = self.capture.layer_graph(captured, batch_size=self.size)
+        return replace(graph, notes=(*graph.notes, *_attention_note(graph))), captured
+
+    def _planned_whole(self, graph: LayerGraph, captured: Captured) -> PipelinePlan | None:
+        """Plan at block grain; None where opening blocks may pay."""
+        settings = replace(self.settings, grain="block")
+        if self.settings.grain == "block":
+            return self._planned(graph, captured, settings)
+        try:
+            made = self._planned(graph, captured, settings)
+        except PartitionError:  # too few blocks, or one that is too large: op grain will tell
+            return None
+        mean = math.fsum(stage.forward_s + stage.backward_s for stage in made.stages) / made.num_ranks
+        if made.bottleneck * (1 - LEAST_GAIN) > mean:
+            return None
+        return replace(made, grain=self.settings.grain)
+
+    def _planned(self, graph: LayerGraph, captured: Captured, settings: Settings) -> PipelinePlan:
+        return plan_pipeline(graph, self._estimate(graph, captured), settings)
+
+    def _estimate(self, graph: LayerGraph, captured: Captured) -> Estimate:
+        cost = self.cost
+        if self.profiler is not None:
+            cost = self.profile = self.profiler.measure(captured)
+        return estimate_costs(graph, cost, self.settings.hardware, self.settings.training)
+
+
+def _check(stages: object, grain: object, memory_limit: object, microbatches: object) -> None:
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise PartitionError(f"stages is {stages!r}\n  pass a whole number of stages, 1 or more")
+    if grain not in GRAINS:
+        raise PartitionError(f"unknown grain {grain!r}\n  known: {', '.join(GRAINS)}")
+    if memory_limit is not None and (
+        isinstance(memory_limit, bool) or not isinstance(memory_limit, int | float) or not memory_limit > 0
+    ):
+        raise PartitionError(f"memory_limit is {memory_limit!r}\n  pass a positive number of bytes per rank, or None")
+    if microbatches is not None and (isinstance(microbatches, bool) or not isinstance(microbatches, int)):
+        raise ScheduleError(f"microbatches is {microbatches!r}\n  pass a divisor of the batch size, or None")
+
+
+def _microbatch(
+    example: Microbatch | None, stages: int, ranks: int, schedule: str, microbatches: int | None
+) -> tuple[int, int | None, Microbatch | None]:
+    """Give the number of microbatches, samples in each, and the first one."""
+    if example is not None:
+        return split_example(example, stages=stages, ranks=ranks, schedule=schedule, microbatches=microbatches)
+    return microbatches or max(4 * stages, least_microbatches(schedule, stages)), None, None
+
+
+def _spelled(pattern: object) -> str:
+    return f"{pattern.__module__}:{pattern.__qualname__}" if isinstance(pattern, type) else str(pattern)
+
+
+def _attention_note(graph: LayerGraph) -> tuple[str, ...]:
+    """Say which form attention takes: without a mask it can use the fastest kernels."""
+    names = {"causal": "causal, without a mask", "mask": "with a mask", "full": "full, without a mask"}
+    forms = Counter(form for counts in graph.counts for form in counts.attention)
+    if not forms:
+        return ()
+    return ("attention: " + ", ".join(f"{forms[form]} {text}" for form, text in names.items() if forms[form]),)
+
+
+def _joined(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*first, *second)))
