@@ -110,12 +110,30 @@ def prepare_inference(variants: Variants, batch: Microbatch, num_microbatches: i
     return Prepared(inputs, found, check_microbatches(parts), ((),) * len(parts))
 
 
+def with_outputs(prepared: Prepared, variants: Variants) -> Prepared:
+    """Give the same microbatches for the model's outputs instead of a loss."""
+    with torch.no_grad():
+        found = tuple(variants.find(each, with_loss=False) for each in prepared.inputs)
+    return replace(prepared, variants=found, shares=((),) * len(found))
+
+
 def on_one_stage(prepared: Prepared) -> Prepared:
     """Give the same microbatches for the whole model on one stage."""
     variants = tuple(
         replace(variant, key=f"{variant.key} whole", program=variant.alone()) for variant in prepared.variants
     )
     return replace(prepared, variants=variants)
+
+
+def install(prepared: Prepared, stages: Sequence[StageModule]) -> None:
+    """Make this rank's stages ready for the microbatches' variants.
+
+    Raises:
+        PlanError: A variant reads something that its stage does not hold.
+    """
+    for variant in prepared.variants:
+        for stage in stages:
+            stage.add_program(variant.key, variant.program)
 
 
 def make_jobs(
@@ -125,7 +143,7 @@ def make_jobs(
 
     Args:
         prepared: The microbatches.
-        stages: This rank's stages; they learn the programs they do not know.
+        stages: This rank's stages, the variants installed.
         device: Where the stages run.
         seed: Seed of the random numbers.
         step: Which step it is.
@@ -136,7 +154,6 @@ def make_jobs(
     ):
         names: dict[str, None] = {}
         for stage in stages:
-            stage.add_program(variant.key, variant.program)
             names.update(dict.fromkeys(variant.program.stages[stage.stage_index].inputs))
         tensors = {name: inputs.tensors[name].to(device, non_blocking=True) for name in names}
         jobs.append(Job(variant.key, variant.program, tensors, shares, microbatch_seed(seed, step, index)))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fxpipe.capture.capture import Capture
 from fxpipe.capture.observe import find_loss
 from fxpipe.errors import MismatchError
+from fxpipe.ir.spec import TensorInfo
+from fxpipe.ir.tree import map_tree
 from fxpipe.jobs import Prepared
 from fxpipe.runtime.local import LocalEngine
 from fxpipe.runtime.stage import StageParts, build_stages, build_whole
-from fxpipe.runtime.work import Job
+from fxpipe.runtime.work import Job, Tensors
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest error relative to the largest entry of a tensor: what another order of additions may leave."""
 _NARROW = 5e-2
+_EXACT = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +78,8 @@ def compare(name: str, stage: int, found: torch.Tensor | None, wanted: torch.Ten
     assert either is not None
     found = torch.zeros_like(either) if found is None else found
     wanted = torch.zeros_like(either) if wanted is None else wanted
-    narrowest = min((found.dtype, wanted.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
-    allowed = _TOLERANCES.get(narrowest, _NARROW)
-    wide = [
-        tensor.detach().to("cpu", torch.complex128 if tensor.is_complex() else torch.float64)
-        for tensor in (found, wanted)
-    ]
-    wide = [tensor.to_dense() for tensor in wide]
+    allowed = max(_allowed(found.dtype), _allowed(wanted.dtype))
+    wide = [_wide(found), _wide(wanted)]
     if wide[0].shape != wide[1].shape:
         return Difference(name, stage, float("inf"), allowed)
     if not wide[0].numel():
@@ -88,6 +88,12 @@ def compare(name: str, stage: int, found: torch.Tensor | None, wanted: torch.Ten
     difference = (wide[0] - wide[1]).abs().masked_fill(both_nan, 0.0).nan_to_num(nan=float("inf"))
     scale = wide[1].abs().nan_to_num().max().clamp(min=torch.finfo(torch.float64).tiny)
     return Difference(name, stage, float(difference.max() / scale), allowed)
+
+
+def _allowed(dtype: torch.dtype) -> float:
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return _EXACT
+    return _TOLERANCES.get(dtype.to_real(), _NARROW)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,6 +130,62 @@ def compare_gradients(
     ]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """What a pipeline's numbers are held against.
+
+    Attributes:
+        loss: The batch's loss.
+        outputs: Every tensor of the model's output, by microbatch and place: ``"output logits of microbatch 0"``.
+        name: What computed it, in words.
+    """
+
+    loss: torch.Tensor
+    outputs: Mapping[str, torch.Tensor]
+    name: str
+
+
+def named_outputs(jobs: Sequence[Job], flat: Sequence[Tensors]) -> dict[str, torch.Tensor]:
+    """Name every tensor of the microbatches' outputs."""
+    found: dict[str, torch.Tensor] = {}
+    for index, (job, tensors) in enumerate(zip(jobs, flat, strict=True)):
+        found.update(_named(job.program.rebuild(tensors), index))
+    return found
+
+
+def _named(output: Any, microbatch: int) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+
+    def add(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            found[f"output {path or '·'} of microbatch {microbatch}"] = leaf.detach()
+        return leaf
+
+    map_tree(add, output)
+    return found
+
+
+def compare_outputs(
+    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], stage: int
+) -> list[Difference]:
+    """Compare outputs by name; one that either side lacks counts as wrong."""
+    names = dict.fromkeys((*wanted, *found))
+    return [
+        compare(name, stage, found[name], wanted[name])
+        if name in found and name in wanted
+        else Difference(name, stage, float("inf"), _EXACT)
+        for name in names
+    ]
+
+
+def fits_whole(tensors: Iterable[TensorInfo], device: torch.device) -> bool:
+    """Tell whether a device has room for the whole model beside what it holds: weights, gradients and as much again."""
+    needed = 3 * sum(tensor.nbytes for tensor in tensors)
+    if device.type == "cuda":
+        return needed <= torch.cuda.mem_get_info(device)[0]
+    return needed <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class WholeModel:
     """The unpartitioned model on one rank, with the pipeline's own values.
 
@@ -133,28 +195,41 @@ class WholeModel:
 
     def __init__(self, capture: Capture, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._capture = capture
+        self._device = device
         skeleton = capture.skeleton
         values = {fqn: tensor.to(device) for fqn, tensor in tensors.items()}
         part = StageParts(0, tuple(sorted(capture.closed_modules(()))), tuple(skeleton.infos))
         (self.stage,) = build_stages(skeleton.module, [part], values, skeleton.aliases, device)
         self.plain = build_whole(skeleton.module, self.stage, skeleton.aliases)
 
-    def losses(self, prepared: Prepared, jobs: Sequence[Job]) -> tuple[torch.Tensor, str]:
-        """Run forward and backward of every microbatch; gives the loss, and what computed it."""
+    def run(self, prepared: Prepared, jobs: Sequence[Job], output_jobs: Sequence[Job]) -> Reference:
+        """Run forward and backward of every microbatch.
+
+        Args:
+            prepared: The microbatches, for the whole model on one stage.
+            jobs: They, with a loss.
+            output_jobs: They, with the model's outputs.
+        """
         draws = any(stage.draws for job in jobs for stage in job.program.stages)
         mixed = any(len(set(job.shares)) > 1 for job in jobs)
+        recorded = LocalEngine([self.stage])
         if draws or mixed:
-            return LocalEngine([self.stage]).train(jobs), "the recorded model on one rank"
-        losses = []
-        for inputs, job in zip(prepared.inputs, jobs, strict=True):
-            args, kwargs, target = inputs.with_tensors(job.inputs)
+            outputs = recorded.infer(output_jobs)
+            return Reference(
+                recorded.train(jobs), named_outputs(output_jobs, outputs), "the recorded model on one rank"
+            )
+        losses, found = [], {}
+        for index, (inputs, job) in enumerate(zip(prepared.inputs, jobs, strict=True)):
+            tensors = {name: tensor.to(self._device) for name, tensor in inputs.tensors.items()}
+            args, kwargs, target = inputs.with_tensors(tensors)
             output = self.plain(*args, **kwargs)
             loss = self._capture.loss_fn(output, target) if self._capture.loss_fn else find_loss(output)
             assert loss is not None
             if job.shares[0]:
                 (loss * job.shares[0]).backward()
             losses.append(loss.detach().double() * job.shares[0])
-        return torch.stack(losses).sum(), "the unpartitioned model"
+            found.update(_named(output, index))
+        return Reference(torch.stack(losses).sum(), found, "the unpartitioned model")
 
     def gradients(self) -> dict[str, torch.Tensor | None]:
         """Give each parameter's gradient by first FQN."""

@@ -88,7 +88,8 @@ def make_layer_graph(
     """
     layers = find_layers(structure)
     uses = [_tensors_used(skeleton, nodes) for nodes in layers.nodes]
-    unused = _unused(skeleton, uses, closed)
+    taken = {name for key, nodes in zip(layers.keys, layers.nodes, strict=True) for name in (key[0], _block(nodes[0]))}
+    unused = _unused(skeleton, uses, closed, taken)
     ties = _ties(skeleton, [*uses, *unused.values()])
     tie_of = {fqn: tie.key for tie in ties if len(tie.fqns) > 1 or len(tie.layers) > 1 for fqn in tie.fqns}
     specs = [_spec(skeleton, key, layers.nodes[i][0], uses[i], tie_of) for i, key in enumerate(layers.keys)]
@@ -159,9 +160,12 @@ def _tensors_used(skeleton: Skeleton, nodes: Sequence[fx.Node]) -> dict[str, Non
 
 
 def _unused(
-    skeleton: Skeleton, uses: Sequence[Mapping[str, None]], closed: Collection[str]
+    skeleton: Skeleton, uses: Sequence[Mapping[str, None]], closed: Collection[str], taken: Collection[str]
 ) -> dict[str, dict[str, None]]:
-    """Give the tensors that no layer uses under any name, by the module that would be called with them."""
+    """Give the tensors that no layer uses under any name, by the module that would be called with them.
+
+    Where that is a layer or a block already, each tensor stands by itself: a name means one thing.
+    """
     reached = {skeleton.aliases[fqn] for used in uses for fqn in used}
     unused: dict[str, dict[str, None]] = {}
     for fqn in skeleton.infos:
@@ -169,7 +173,7 @@ def _unused(
             parents = fqn.split(".")[:-1]
             prefixes = (".".join(parents[:length]) for length in range(1, len(parents) + 1))
             owner = next((prefix for prefix in prefixes if prefix in closed), ".".join(parents) or fqn)
-            unused.setdefault(owner, {})[fqn] = None
+            unused.setdefault(fqn if owner in taken else owner, {})[fqn] = None
     return unused
 
 

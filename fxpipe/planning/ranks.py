@@ -32,6 +32,7 @@ from fxpipe.planning.request import FREE, Request
 
 MOST_DOWNSETS = 1_000  # all of them are searched up to here
 MOST_STATES = 4_000  # states kept after each stage, over all downsets
+FEWER_STATES = 1_000  # the same once a search had to drop some, so that nothing can be proven any more
 POOL_STATES = 400  # the same over a pool
 POOL_WIDTH = 12  # downsets of the pool on either side of each cut of a known partition
 MOST_PAIRS = 5_000_000  # pairs of states and downsets looked at in all, before the search stops being exact
@@ -139,21 +140,20 @@ def _near(
 
 
 def _exact(pool: _Pool, lower: int, best: tuple[Score, Ints] | None, slack: float) -> RankSearch:
-    """Ask whether a bound can be kept, and close in on the least one that can."""
+    """Ask whether a bound can be kept, a larger one each time; a search that leaves nothing out finds the best."""
     complete = True
-    bound, step = lower, max(1, lower >> 12)
+    bound, step = lower, max(1, lower >> 8)
     while complete and (best is None or best[0][0] > lower):
         found, complete = pool.search(bound, ANY)
         if found is not None:
             best = found
+            lower = best[0][0] if complete else lower
         elif complete:
             lower = bound + 1
             step *= 2
             if bound >= pool.most:
                 return RankSearch(None, lower, exact=True)
-        bound = lower + step
-        if best is not None and bound >= best[0][0]:
-            bound = (lower + best[0][0]) // 2
+        bound = lower + step if best is None else min(lower + step, best[0][0] - 1)
     if not complete:
         best = _improved(pool, lower, best)
     if best is None:
@@ -235,6 +235,7 @@ class _Pool:
         self._ties, self._counts, self._sizes = self._held(instance.ties, costs)
         self._columns(request)
         self._work = 0
+        self._dropped = False
         self.most = self._most()
 
     def _most(self) -> int:
@@ -300,6 +301,7 @@ class _Pool:
             states = self._extended(states, stage, limits, stage_bound)
             states, dropped = self._kept(states, limits)
             complete = complete and not dropped
+            self._dropped = self._dropped or dropped
             levels.append(states)
             ended = np.flatnonzero(states.at == self._costs.full)
             if len(ended) and (not request.exactly or stage == request.stages - 1):
@@ -440,7 +442,7 @@ class _Pool:
         order = order[np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)])]
         states = states.take(order)
         exact = self._near is None and self._work < MOST_PAIRS
-        most = MOST_STATES if exact else POOL_STATES
+        most = (FEWER_STATES if self._dropped else MOST_STATES) if exact else POOL_STATES
         if len(states.at) <= most:
             return states, False
         uneven = ((states.sums / np.maximum(limits, 1).astype(np.float64)) ** 2).sum(axis=1)

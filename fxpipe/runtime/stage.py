@@ -53,9 +53,12 @@ class StageModule(nn.Module):
     ``named_parameters`` gives the model's FQNs, and FSDP2, ``torch.compile`` and adapters can be applied as usual.
     """
 
-    def __init__(self, stage_index: int, device: torch.device) -> None:
+    def __init__(
+        self, stage_index: int, device: torch.device, spare: Callable[[str], nn.Module | None] = lambda fqn: None
+    ) -> None:
         super().__init__()
         self._stage_index = stage_index
+        self._spare = spare  # gives a module without tensors, which a variant may read on any stage
         self._device = device
         self._randomness = Randomness(device)
         self._watched: set[int] = set()  # ids of modules with hooks of ours
@@ -85,9 +88,7 @@ class StageModule(nn.Module):
         if key in self._programs:
             return
         own = program.stages[self._stage_index]
-        missing = [
-            fqn for fqn in (*own.modules, *own.attributes) if not isinstance(self._find(fqn), nn.Module | torch.Tensor)
-        ]
+        missing = [fqn for fqn in (*own.modules, *own.attributes) if not self._holds(fqn)]
         if missing:
             raise PlanError(
                 f"stage {self._stage_index} does not hold {', '.join(missing)}, which this variant of the model reads\n"
@@ -154,6 +155,16 @@ class StageModule(nn.Module):
                 if id(inner) not in self._watched:
                     self._watched.add(id(inner))
                     self._randomness.watch(inner, path)
+
+    def _holds(self, fqn: str) -> bool:
+        """Tell whether the stage has a module or tensor; one that carries nothing it may take now."""
+        if isinstance(self._find(fqn), nn.Module | torch.Tensor):
+            return True
+        module = self._spare(fqn)
+        if module is not None:
+            owner, name = _owner(self, fqn)
+            owner.add_module(name, module)
+        return module is not None
 
     def _find(self, fqn: str) -> Any:
         found: Any = self
@@ -278,8 +289,16 @@ class _Values:
 def _build_stage(
     skeleton: nn.Module, part: StageParts, values: _Values, device: torch.device, compiled: set[str]
 ) -> StageModule:
-    stage = StageModule(part.stage_index, device)
     memo = dict(values.memo)
+
+    def spare(fqn: str) -> nn.Module | None:
+        path = dict(skeleton.named_modules(remove_duplicate=False))
+        module = path.get(fqn)
+        if module is None or next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+            return None
+        return _clone(module, fqn, memo)
+
+    stage = StageModule(part.stage_index, device, spare)
     missing = []
     # In the model's order, so that parameters come in it too; what lies inside another module held is there already.
     for fqn in _ordered(skeleton, part):

@@ -1,13 +1,9 @@
 """Mistakes are errors with a name, an expectation and a way out, on every rank, without a hang."""
 
-import pathlib
-
 from launch import check, launch
-
-HERE = pathlib.Path(__file__).parent
 
 
 def test_every_mistake_is_one_error_on_every_rank_and_the_next_step_works():
-    results = launch(str(HERE / "bad_input_worker.py"), 2, timeout_s=120)
+    results = launch("end_to_end/bad_input_worker.py", 2, timeout_s=120)
     check(results)
     assert [result.stdout.strip() for result in results] == ["ok", "ok"]

@@ -14,7 +14,7 @@ from fxpipe.runtime.schedule import keep_messages_in_order
 
 @pytest.fixture(scope="module")
 def said():
-    return launch.launch_cases("holes_worker.py", 4, timeout_s=280)
+    return launch.launch_cases("runtime/holes_worker.py", 4, timeout_s=280)
 
 
 @pytest.mark.parametrize("case", holes_worker.CASES)
@@ -24,7 +24,7 @@ def test_hole(case, said):
 
 def test_uneven_microbatches_abort_torch_s_engine():
     # fxpipe runs them: the cases "uneven-…" of engine_worker.
-    results = launch.launch("uneven_worker.py", 2, timeout_s=60)
+    results = launch.launch("runtime/uneven_worker.py", 2, timeout_s=60)
     assert any(result.returncode for result in results)
 
 
@@ -78,4 +78,4 @@ def test_deferred_receives_stay_in_the_order_of_the_sends():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a device per rank")
 @pytest.mark.parametrize("num", [1, 2, 4])
 def test_the_first_exchange_over_nccl_does_not_hang(num):
-    launch.check(launch.launch("nccl_worker.py", 2, str(num), timeout_s=120, devices=True))
+    launch.check(launch.launch("runtime/nccl_worker.py", 2, str(num), timeout_s=120, devices=True))

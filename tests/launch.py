@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 CASE_S = 120  # a case that takes longer hangs; the worker then says where
 
@@ -26,14 +28,14 @@ HERE = pathlib.Path(__file__).parent
 def launch(
     script: str, ranks: int, *arguments: str, timeout_s: float = 240, devices: bool = False
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run a script of this folder on several ranks, without accelerators unless asked.
+    """Run a script (its path from this folder) on several ranks, without accelerators unless asked.
 
     Gives what each one printed and its exit code.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = [str(HERE), str(HERE.parents[1]), *(p for p in sys.path if p)]
+    paths = [str(HERE), str(HERE.parent), *(p for p in sys.path if p)]
     common = {
         "PYTHONPATH": os.pathsep.join(paths),
         "MASTER_ADDR": "127.0.0.1",
@@ -72,7 +74,7 @@ def check(results: list[subprocess.CompletedProcess[str]]) -> None:
     assert not failed, f"ranks {failed} failed\n{said}"
 
 
-def run_cases(cases: dict[str, object]) -> None:
+def run_cases(cases: dict[str, Callable[[], object]], dtype: Any = None) -> None:
     """In a worker: run every case and say how it went; stops at the first that fails."""
     import torch
 
@@ -80,7 +82,7 @@ def run_cases(cases: dict[str, object]) -> None:
     for name, case in cases.items():
         start = time.perf_counter()
         torch.manual_seed(0)
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(dtype or torch.float32)
         faulthandler.dump_traceback_later(CASE_S, exit=True)
         try:
             case()
