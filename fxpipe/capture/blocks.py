@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ class Leaves:
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Give the FQNs of the blocks: children of ``ModuleList``s (the outermost), and modules with no such list below.
 
+    What a ``Sequential`` repeats is a block too, whatever it lists inside.
+
     >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "h": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
     >>> find_blocks(model)
     ('embed', 'h.0', 'h.1')
@@ -43,11 +46,15 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[str]:
+    repeated = _repeated(module) if isinstance(module, nn.Sequential) else frozenset()
     for name, child in module.named_children():
         fqn = f"{prefix}.{name}" if prefix else name
         if id(child) in seen:
             continue
-        if type(child) in (nn.ModuleList, nn.ModuleDict):
+        if type(child) in repeated:
+            seen.add(id(child))
+            yield fqn
+        elif type(child) in (nn.ModuleList, nn.ModuleDict):
             for key, block in child.named_children():
                 if isinstance(block, _LISTS) and len(block) > 1:
                     yield from _walk(block, f"{fqn}.{key}", seen)
@@ -62,6 +69,11 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[str]:
 
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def _repeated(module: nn.Module) -> frozenset[type]:
+    counts = Counter(type(child) for child in module.children() if not isinstance(child, _LISTS))
+    return frozenset(kind for kind, count in counts.items() if count > 1)
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:

@@ -1,0 +1,165 @@
+"""Measure steps: fxpipe against the same cut written by hand on torch's engine, and two ranks against one process.
+
+    python -m tests.benchmarks running [--schedule 1F1B] [--pairs 50] [--dropout 0.1] [--layers 8] [--width 512]
+
+Two processes of one thread each; the model is built whole on both, so that the hand-written cut is the plan's own.
+Every pair runs both, in turns first; beside the ratio stands that of the hand-written cut to itself, which is what the
+machine's noise alone makes of 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+import fxpipe
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import launch
+
+WORDS, LENGTH, ROWS, RANKS, MICROBATCHES = 512, 128, 16, 2, 8
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, length, width = x.shape
+        q, k, v = self.qkv(self.norms[0](x)).view(rows, length, 3, width // 64, 64).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
+        x = x + self.dropout(self.out(mixed))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norms[1](x)))))
+
+
+def gpt(layers: int, width: int, dropout: float) -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [Block(width, dropout) for _ in range(layers)]
+    return nn.Sequential(nn.Embedding(WORDS, width), *blocks, nn.LayerNorm(width), nn.Linear(width, WORDS))
+
+
+def loss_fn(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def by_hand(model: nn.Sequential, schedule: str, cut: int) -> Callable[[Any, Any], float]:
+    """Write the pipeline as torch's tutorial does."""
+    rank = dist.get_rank()
+    part = model[:cut] if rank == 0 else model[cut:]
+    stage = PipelineStage(part, rank, RANKS, torch.device("cpu"))
+    runner = get_schedule_class(schedule)(stage, MICROBATCHES, loss_fn=loss_fn)
+
+    def step(inputs: torch.Tensor, target: torch.Tensor) -> float:
+        part.zero_grad()
+        losses: list[torch.Tensor] = []
+        runner.step(*([inputs] if rank == 0 else []), target=target, losses=losses)
+        loss = torch.stack(losses).mean().detach() if losses else torch.zeros(())
+        dist.broadcast(loss, 1)  # every rank logs the loss, as with fxpipe
+        return float(loss)
+
+    return step
+
+
+def seconds(step: Callable[[Any, Any], float], batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    step(*batch)
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def work(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    model = gpt(options.layers, options.width, options.dropout)
+    numbers = torch.Generator().manual_seed(0)
+    inputs, target = torch.randint(WORDS, (2, ROWS, LENGTH), generator=numbers)
+    pipe = fxpipe.compile(
+        model, RANKS, (inputs,), {"target": target}, loss_fn=loss_fn, microbatches=MICROBATCHES,
+        schedule=options.schedule, grain="block", hardware="cpu",
+    ).materialize()  # fmt: skip
+    cut = next(index for index in range(len(model)) if str(index) in pipe.plan.stages[1].layers)
+    hand = by_hand(model, options.schedule, cut)
+
+    def ours(inputs: torch.Tensor, target: torch.Tensor) -> float:
+        pipe.zero_grad()
+        return float(pipe.step(inputs, target=target))
+
+    def alone(inputs: torch.Tensor, target: torch.Tensor) -> float:
+        if dist.get_rank():
+            return 0.0
+        model.zero_grad()
+        total = 0.0
+        for part, wanted in zip(inputs.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
+            loss = loss_fn(model(part), wanted) / MICROBATCHES
+            loss.backward()
+            total += float(loss)
+        return total
+
+    batch = inputs, target
+    if options.dropout == 0:
+        assert abs(ours(*batch) - hand(*batch)) < 1e-4
+    for step in (ours, hand, alone) * 2:
+        seconds(step, batch)
+    ratios, itself, times = [], [], []
+    for pair in range(options.pairs):
+        order = ("ours", "hand", "again") if pair % 2 else ("again", "hand", "ours")
+        took = {name: seconds(ours if name == "ours" else hand, batch) for name in order}
+        ratios.append(took["ours"] / took["hand"])
+        itself.append(took["again"] / took["hand"])
+        times.append(took["ours"])
+    single = [seconds(alone, batch) for _ in range(max(options.pairs // 5, 3))]
+    if dist.get_rank() == 0:
+        step_s = statistics.median(times)
+        rows = [
+            ["fxpipe / by hand", *spread(ratios)],
+            ["by hand / by hand", *spread(itself)],
+            ["one process on one core / fxpipe on two ranks", statistics.median(single) / step_s, "", ""],
+        ]
+        print(f"{options.schedule}, cut before layer {cut}, {1e3 * step_s:.0f} ms a step, {len(times)} pairs")
+        print(tabulate(rows, ["ratio of step times", "median", "first quartile", "third quartile"], floatfmt=".3f"))
+    pipe.close()
+    dist.destroy_process_group()
+
+
+def spread(ratios: list[float]) -> tuple[float, float, float]:
+    first, middle, third = statistics.quantiles(ratios, n=4)
+    return middle, first, third
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="running", description=__doc__.splitlines()[0])
+    parser.add_argument("--schedule", default="1F1B", choices=["1F1B", "GPipe"])
+    parser.add_argument("--pairs", type=int, default=50)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+        return
+    results = launch.launch("benchmarks/running.py", RANKS, "--worker", *sys.argv[1:], timeout_s=3600)
+    launch.check(results)
+    print(results[0].stdout, end="")
+
+
+if __name__ == "__main__":
+    main()
