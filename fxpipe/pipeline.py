@@ -20,16 +20,7 @@ from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.spec import LayerSpec
-from fxpipe.jobs import (
-    Order,
-    Prepared,
-    install,
-    make_jobs,
-    on_one_stage,
-    prepare_inference,
-    prepare_training,
-    with_outputs,
-)
+from fxpipe.jobs import Order, Prepared, install, make_jobs, prepare_inference, prepare_training
 from fxpipe.report.table import render
 from fxpipe.runtime.agreement import agree
 from fxpipe.runtime.batch import Microbatch, merge_outputs
@@ -42,27 +33,14 @@ from fxpipe.runtime.stage import StageModule, StageParts, build_stages
 from fxpipe.runtime.state import (
     StateNames,
     full_state,
-    gather_tensors,
     match_state,
     own_state,
     state_names,
     write_state,
 )
-from fxpipe.runtime.stepwise import StepwiseEngine
 from fxpipe.runtime.values import initial_values
-from fxpipe.runtime.work import Job
 from fxpipe.variants import Variants
-from fxpipe.verification import (
-    Difference,
-    Verification,
-    WholeModel,
-    check,
-    compare,
-    compare_gradients,
-    compare_outputs,
-    fits_whole,
-    named_outputs,
-)
+from fxpipe.verification import Verification, Verifier
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -315,7 +293,7 @@ class Pipeline:
         """
         running = self._materialized()
         prepared = self._prepared(running, args, kwargs, target, microbatches)
-        jobs = self._jobs(running, prepared)
+        jobs = make_jobs(prepared, running.stages, running.device, seed=self._seed, step=self._step)
         running.gradients.begin()
         loss = running.engine.train(jobs)
         running.gradients.finish(last=last)
@@ -350,7 +328,7 @@ class Pipeline:
             error = found
         agree(running.groups, error, "the batch", prepared.keys if prepared else ())
         assert prepared is not None
-        jobs = self._jobs(running, prepared)
+        jobs = make_jobs(prepared, running.stages, running.device, seed=self._seed, step=self._step)
         flat = running.engine.infer(jobs, gather=gather)
         if flat is None:
             return None
@@ -537,138 +515,26 @@ class Pipeline:
         """
         running = self._materialized()
         prepared = self._prepared(running, args, kwargs, target, None)
-        shown = with_outputs(prepared, self._source.variants)
-        install(shown, running.stages)
-        jobs, output_jobs = (self._jobs(running, each) for each in (prepared, shown))
-        buffers = [(buffer, buffer.clone()) for stage in running.stages for buffer in stage.buffers()]
-        try:
-            whole = self._shared(running, fits_whole(self.graph.tensors, running.device))
-            tensors = gather_tensors(self._names(), running.stages, running.groups) if whole else {}
-            loss, found = self._tried(running, running.engine, jobs)
-            _written(buffers)
-            outputs = named_outputs(output_jobs, running.engine.infer(output_jobs) or ())
-            _written(buffers)
-            if whole:
-                differences, name = self._against_whole(running, (prepared, shown), tensors, loss, found, outputs)
-            else:
-                differences, name = self._against_stages(running, jobs, output_jobs, loss, found, outputs)
-        finally:
-            _written(buffers)
-        result: Verification | None = None
-        error: FxpipeError | None = None
-        gathered = self._gathered(running, differences)
-        try:
-            result = check([difference for part in gathered for difference in part], name)
-        except FxpipeError as raised:
-            error = raised
-        agree(running.groups, error, "the result")
-        assert result is not None
-        return result
-
-    def _jobs(self, running: _Running, prepared: Prepared) -> list[Job]:
-        return make_jobs(prepared, running.stages, running.device, seed=self._seed, step=self._step)
-
-    def _shared(self, running: _Running, value: Any) -> Any:
-        """Give every rank what the first one has."""
-        box = [value]
-        if running.groups is not None:
-            dist.broadcast_object_list(box, group=running.groups.control, group_src=0)
-        return box[0]
-
-    def _gathered(self, running: _Running, value: Any) -> list[Any]:
-        """Give every rank what each of them has."""
-        if running.groups is None:
-            return [value]
-        everywhere: list[Any] = [None] * len(running.groups.ranks)
-        dist.all_gather_object(everywhere, value, group=running.groups.control)
-        return everywhere
-
-    def _tried(
-        self, running: _Running, engine: LocalEngine | DistributedEngine | StepwiseEngine, jobs: Sequence[Job]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-        """Run a step whose gradients are given back, and leave those that were there."""
-        kept = [(parameter, parameter.grad) for parameter in self.parameters()]
-        try:
-            running.gradients.zero()
-            running.gradients.begin()
-            loss = engine.train(jobs)
-            running.gradients.finish(last=True)
-            found = {fqn: p.grad.cpu() if p.grad is not None else None for fqn, p in self.named_parameters()}
-        finally:
-            for parameter, gradient in kept:
-                parameter.grad = gradient
-        return loss, found
-
-    def _against_whole(
-        self,
-        running: _Running,
-        prepared: tuple[Prepared, Prepared],
-        tensors: Mapping[str, torch.Tensor],
-        loss: torch.Tensor,
-        found: Mapping[str, torch.Tensor | None],
-        outputs: Mapping[str, torch.Tensor],
-    ) -> tuple[list[Difference], str]:
-        """Compare on rank 0, which builds the model; other ranks only send their gradients."""
-        everywhere = self._gathered(running, dict(found))
-        differences: list[Difference] = []
-        error: FxpipeError | None = None
-        name = ""
-        try:
-            if running.groups is None or running.groups.position == 0:
-                whole = WholeModel(self._source.capture, tensors, running.device)
-                alone = [on_one_stage(each) for each in prepared]
-                for each in alone:
-                    install(each, [whole.stage])
-                jobs, output_jobs = (
-                    make_jobs(each, [whole.stage], running.device, seed=self._seed, step=self._step) for each in alone
-                )
-                reference = whole.run(alone[0], jobs, output_jobs)
-                name = reference.name
-                differences = [
-                    compare("loss", self.plan.num_stages - 1, loss, reference.loss),
-                    *compare_outputs(outputs, reference.outputs, self.plan.num_stages - 1),
-                ]
-                wanted, stage_of = whole.gradients(), self._stage_of_tensor()
-                for gradients in everywhere:
-                    differences += compare_gradients(gradients, wanted, stage_of)
-        except FxpipeError as raised:
-            error = raised
-        agree(running.groups, error, "the reference")
-        return differences, self._shared(running, name)
-
-    def _against_stages(
-        self,
-        running: _Running,
-        jobs: Sequence[Job],
-        output_jobs: Sequence[Job],
-        loss: torch.Tensor,
-        found: Mapping[str, torch.Tensor | None],
-        outputs: Mapping[str, torch.Tensor],
-    ) -> tuple[list[Difference], str]:
-        """Compare on every rank what its own stages give by themselves."""
-        if running.groups is None:
-            engine: LocalEngine | StepwiseEngine = LocalEngine(running.stages)
-        else:
-            placement = [stage.rank for stage in self.plan.stages]
-            engine = StepwiseEngine(running.stages, placement, running.groups, running.device)
-        wanted_loss, wanted = self._tried(running, engine, jobs)
-        wanted_outputs = named_outputs(output_jobs, engine.infer(output_jobs))
-        differences = [
-            compare("loss", self.plan.num_stages - 1, loss, wanted_loss),
-            *compare_outputs(outputs, wanted_outputs, self.plan.num_stages - 1),
-            *compare_gradients(found, wanted, self._stage_of_tensor()),
-        ]
-        return differences, "the stages run one by one"
-
-    def _stage_of_tensor(self) -> dict[str, int]:
         specs = self._specs()
-        return {
+        stage_of_tensor = {
             info.fqn: stage.index
             for stage in self.plan.stages
             for name in stage.layers
             for spec in specs.get(name, ())
             for info in spec.parameters
         }
+        verifier = Verifier(
+            self._source.variants,
+            running.stages,
+            [stage.rank for stage in self.plan.stages],
+            running.engine,
+            running.gradients,
+            running.groups,
+            running.device,
+            self._names(),
+            stage_of_tensor,
+        )
+        return verifier.verify(prepared, seed=self._seed, step=self._step)
 
     # --- to end ---------------------------------------------------------------------------------------------------
 
@@ -687,13 +553,6 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _written(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Give buffers the values they had."""
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
 
 
 def _pipelines(mesh: DeviceMesh | None) -> list[list[int]]:

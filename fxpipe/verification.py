@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fxpipe.capture.capture import Capture
 from fxpipe.capture.observe import find_loss
-from fxpipe.errors import MismatchError
+from fxpipe.errors import FxpipeError, MismatchError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tree import map_tree
-from fxpipe.jobs import Prepared
+from fxpipe.jobs import Prepared, install, make_jobs, on_one_stage, with_outputs
+from fxpipe.runtime.agreement import agree
+from fxpipe.runtime.distributed import DistributedEngine
+from fxpipe.runtime.gradients import Gradients
+from fxpipe.runtime.groups import Groups
 from fxpipe.runtime.local import LocalEngine
-from fxpipe.runtime.stage import StageParts, build_stages, build_whole
+from fxpipe.runtime.stage import StageModule, StageParts, build_stages, build_whole
+from fxpipe.runtime.state import StateNames, gather_tensors
+from fxpipe.runtime.stepwise import StepwiseEngine
 from fxpipe.runtime.work import Job, Tensors
+from fxpipe.variants import Variants
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest error relative to the largest entry of a tensor: what another order of additions may leave."""
@@ -235,3 +243,182 @@ class WholeModel:
         """Give each parameter's gradient by first FQN."""
         aliases = self._capture.skeleton.aliases
         return {aliases[fqn]: parameter.grad for fqn, parameter in self.stage.named_parameters()}
+
+
+class Verifier:
+    """Compares one batch of a pipeline with the unpartitioned model, and leaves everything as it was.
+
+    Args:
+        variants: The model's graphs on the plan.
+        stages: This rank's stages.
+        placement: Rank of each stage.
+        engine: What runs them.
+        gradients: Their gradients.
+        groups: The pipeline's groups; None where one process holds it all.
+        device: Where this rank's stages run.
+        names: The model's names.
+        stage_of_tensor: Stage of each parameter, by FQN.
+    """
+
+    def __init__(
+        self,
+        variants: Variants,
+        stages: Sequence[StageModule],
+        placement: Sequence[int],
+        engine: LocalEngine | DistributedEngine,
+        gradients: Gradients,
+        groups: Groups | None,
+        device: torch.device,
+        names: StateNames,
+        stage_of_tensor: Mapping[str, int],
+    ) -> None:
+        self._variants = variants
+        self._stages = stages
+        self._placement = placement
+        self._engine = engine
+        self._gradients = gradients
+        self._groups = groups
+        self._device = device
+        self._names = names
+        self._stage_of_tensor = stage_of_tensor
+
+    def verify(self, prepared: Prepared, *, seed: int, step: int) -> Verification:
+        """Compare loss, outputs and gradients of prepared microbatches.
+
+        Raises:
+            MismatchError: On every rank.
+        """
+        shown = with_outputs(prepared, self._variants)
+        install(shown, self._stages)
+        jobs, output_jobs = self._jobs(self._stages, (prepared, shown), seed, step)
+        buffers = [(buffer, buffer.clone()) for stage in self._stages for buffer in stage.buffers()]
+        try:
+            infos = self._variants.capture.skeleton.infos.values()
+            whole = bool(self._first_of_all(fits_whole(infos, self._device)))
+            tensors = gather_tensors(self._names, self._stages, self._groups) if whole else {}
+            loss, gradients = self._tried(self._engine, jobs)
+            _write(buffers)
+            outputs = named_outputs(output_jobs, self._engine.infer(output_jobs) or ())
+            _write(buffers)
+            found = _Found(loss, outputs, gradients)
+            if whole:
+                differences, name = self._against_whole((prepared, shown), tensors, found, seed, step)
+            else:
+                differences, name = self._against_stages(jobs, output_jobs, found)
+        finally:
+            _write(buffers)
+        result: Verification | None = None
+        error: FxpipeError | None = None
+        gathered = self._of_all(differences)
+        try:
+            result = check([difference for part in gathered for difference in part], name)
+        except FxpipeError as raised:
+            error = raised
+        agree(self._groups, error, "the result")
+        assert result is not None
+        return result
+
+    def _jobs(
+        self, stages: Sequence[StageModule], prepared: tuple[Prepared, Prepared], seed: int, step: int
+    ) -> list[list[Job]]:
+        return [make_jobs(each, stages, self._device, seed=seed, step=step) for each in prepared]
+
+    def _first_of_all(self, value: Any) -> Any:
+        """Give every rank what the first one has."""
+        box = [value]
+        if self._groups is not None:
+            dist.broadcast_object_list(box, group=self._groups.control, group_src=0)
+        return box[0]
+
+    def _of_all(self, value: Any) -> list[Any]:
+        """Give every rank what each of them has."""
+        if self._groups is None:
+            return [value]
+        everywhere: list[Any] = [None] * len(self._groups.ranks)
+        dist.all_gather_object(everywhere, value, group=self._groups.control)
+        return everywhere
+
+    def _tried(
+        self, engine: LocalEngine | DistributedEngine | StepwiseEngine, jobs: Sequence[Job]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """Run a step whose gradients are given back, and leave those that were there."""
+        parameters = {
+            self._names.first.get(fqn, fqn): p for stage in self._stages for fqn, p in stage.named_parameters()
+        }
+        kept = [(parameter, parameter.grad) for parameter in parameters.values()]
+        try:
+            self._gradients.zero()
+            self._gradients.begin()
+            loss = engine.train(jobs)
+            self._gradients.finish(last=True)
+            found = {fqn: p.grad.cpu() if p.grad is not None else None for fqn, p in parameters.items()}
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient
+        return loss, found
+
+    def _against_whole(
+        self,
+        prepared: tuple[Prepared, Prepared],
+        tensors: Mapping[str, torch.Tensor],
+        found: _Found,
+        seed: int,
+        step: int,
+    ) -> tuple[list[Difference], str]:
+        """Compare on rank 0, which builds the model; other ranks only send their gradients."""
+        everywhere = self._of_all(found.gradients)
+        differences: list[Difference] = []
+        error: FxpipeError | None = None
+        name = ""
+        try:
+            if self._groups is None or self._groups.position == 0:
+                whole = WholeModel(self._variants.capture, tensors, self._device)
+                alone = on_one_stage(prepared[0]), on_one_stage(prepared[1])
+                for each in alone:
+                    install(each, [whole.stage])
+                reference = whole.run(alone[0], *self._jobs([whole.stage], alone, seed, step))
+                name = reference.name
+                last = len(self._placement) - 1
+                differences = [
+                    compare("loss", last, found.loss, reference.loss),
+                    *compare_outputs(found.outputs, reference.outputs, last),
+                ]
+                wanted = whole.gradients()
+                for gradients in everywhere:
+                    differences += compare_gradients(gradients, wanted, self._stage_of_tensor)
+        except FxpipeError as raised:
+            error = raised
+        agree(self._groups, error, "the reference")
+        return differences, str(self._first_of_all(name))
+
+    def _against_stages(
+        self, jobs: Sequence[Job], output_jobs: Sequence[Job], found: _Found
+    ) -> tuple[list[Difference], str]:
+        """Compare on every rank what its own stages give by themselves."""
+        engine: LocalEngine | StepwiseEngine = LocalEngine(self._stages)
+        if self._groups is not None:
+            engine = StepwiseEngine(self._stages, self._placement, self._groups, self._device)
+        loss, gradients = self._tried(engine, jobs)
+        last = len(self._placement) - 1
+        differences = [
+            compare("loss", last, found.loss, loss),
+            *compare_outputs(found.outputs, named_outputs(output_jobs, engine.infer(output_jobs)), last),
+            *compare_gradients(found.gradients, gradients, self._stage_of_tensor),
+        ]
+        return differences, "the stages run one by one"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What the pipeline gave: this rank's gradients by FQN, the loss, and the outputs."""
+
+    loss: torch.Tensor
+    outputs: Mapping[str, torch.Tensor]
+    gradients: Mapping[str, torch.Tensor | None]
+
+
+def _write(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give buffers the values they had."""
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)

@@ -18,6 +18,7 @@ from torch import nn
 
 import fxpipe
 import fxpipe.pipeline
+import fxpipe.verification
 from fxpipe.runtime.distributed import DistributedEngine
 
 RANKS = 4
@@ -237,7 +238,7 @@ class Normed(nn.Module):
 def verify_compares_and_leaves_everything_as_it_was(whole: bool) -> None:
     batch = {"x": torch.randn(12, 4), "target": torch.randn(12, 4)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fxpipe.pipeline, "fits_whole", lambda *_: whole)
+        patch.setattr(fxpipe.verification, "fits_whole", lambda *_: whole)
         with compiled(Normed(), "ZBVZeroBubble", loss_fn=F.mse_loss, batch=batch, microbatches=4, ranks=4) as pipe:
             pipe.step(**batch)
             before = copy.deepcopy([pipe.state_dict(), gradients(pipe.named_parameters())])
@@ -260,7 +261,7 @@ def verify_names_what_is_wrong(whole: bool) -> None:
         return loss
 
     with pytest.MonkeyPatch.context() as patch, compiled(street(), "1F1B") as pipe:
-        patch.setattr(fxpipe.pipeline, "fits_whole", lambda *_: whole)
+        patch.setattr(fxpipe.verification, "fits_whole", lambda *_: whole)
         pipe.verify(**float_batch())
         patch.setattr(DistributedEngine, "train", wrong)
         stage = next(stage.index for stage in pipe.plan.stages if any("blocks.5" in name for name in stage.layers))
