@@ -75,6 +75,21 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
+def unvalidated_distributions() -> AbstractContextManager[None]:
+    """Let ``torch.distributions`` take their arguments unseen, unless ``validate_args=True`` asks for a look."""
+    return replaced(torch.distributions.Distribution, "_validate_args", False)
+
+
+def module_conversions(convert: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Have ``convert(real, module, function)`` called for ``module.to()``, ``module.half()`` and the like."""
+    real = torch.nn.Module._apply
+
+    def apply(module: torch.nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> Any:
+        return convert(real, module, function)
+
+    return replaced(torch.nn.Module, "_apply", apply)
+
+
 @contextmanager
 def intercepted(
     function: Callable[[type, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any],
@@ -167,7 +182,30 @@ def backward_for_inputs(
         computed = stage_backward_input(roots, gradients, inputs, iter(weights))
     except RuntimeError as error:
         raise error.__cause__ or error from None  # torch wraps the cause in a dump of its arguments
-    return computed[0], computed[1]
+    return computed[0], _disjoint(computed[1])
+
+
+def _disjoint(groups: list[Any]) -> list[Any]:
+    """Join groups that share a weight or a node.
+
+    Where a weight meets the nodes of several groups, torch adds it, and what they have, to each of them: its gradient
+    would be accumulated once for each.
+    """
+    joined: list[dict[str, Any]] = []
+    for group in groups:
+        nodes = dict(zip(group["intermediates"], group["grads"], strict=True))
+        weights = dict.fromkeys(group["params"])
+        apart = []
+        for other in joined:
+            if other["nodes"].keys().isdisjoint(nodes) and other["weights"].keys().isdisjoint(weights):
+                apart.append(other)
+            else:
+                nodes, weights = other["nodes"] | nodes, other["weights"] | weights
+        joined = [*apart, {"nodes": nodes, "weights": weights}]
+    return [
+        {"params": set(group["weights"]), "intermediates": list(group["nodes"]), "grads": list(group["nodes"].values())}
+        for group in joined
+    ]
 
 
 def backward_for_weights(weights: list[Any], groups: list[Any]) -> None:

@@ -76,8 +76,17 @@ class Verification:
         )
 
 
-def compare(name: str, stage: int, found: torch.Tensor | None, wanted: torch.Tensor | None) -> Difference:
+def compare(
+    name: str, stage: int, found: torch.Tensor | None, wanted: torch.Tensor | None, floor: float = 0.0
+) -> Difference:
     """Compare one tensor; a missing one counts as zero.
+
+    Args:
+        name: What it is.
+        stage: Where it is.
+        found: The pipeline's.
+        wanted: The model's.
+        floor: The error is relative to this at least: entries that would cancel out exactly are noise.
 
     >>> compare("loss", 0, torch.tensor(1.0), torch.tensor(1.0)).error
     0.0
@@ -94,7 +103,7 @@ def compare(name: str, stage: int, found: torch.Tensor | None, wanted: torch.Ten
         return Difference(name, stage, 0.0, allowed)
     both_nan = wide[0].isnan() & wide[1].isnan()
     difference = (wide[0] - wide[1]).abs().masked_fill(both_nan, 0.0).nan_to_num(nan=float("inf"))
-    scale = wide[1].abs().nan_to_num().max().clamp(min=torch.finfo(torch.float64).tiny)
+    scale = wide[1].abs().nan_to_num().max().clamp(min=max(floor, torch.finfo(torch.float64).tiny))
     return Difference(name, stage, float(difference.max() / scale), allowed)
 
 
@@ -128,14 +137,35 @@ def check(differences: Sequence[Difference], reference: str) -> Verification:
 
 
 def compare_gradients(
-    found: Mapping[str, torch.Tensor | None], wanted: Mapping[str, torch.Tensor | None], stage_of: Mapping[str, int]
+    found: Mapping[str, torch.Tensor | None],
+    wanted: Mapping[str, torch.Tensor | None],
+    stage_of: Mapping[str, int],
+    largest: float,
 ) -> list[Difference]:
-    """Compare gradients by FQN."""
+    """Compare gradients by FQN.
+
+    Args:
+        found: The pipeline's.
+        wanted: The model's.
+        stage_of: Stage of each.
+        largest: The largest entry of any gradient of the model. A bias before a normalisation has a gradient of zero
+            but for rounding, so errors are relative to a thousandth of this at least.
+    """
     return [
-        compare(name, stage_of.get(name, 0), gradient, wanted.get(name))
+        compare(name, stage_of.get(name, 0), gradient, wanted.get(name), largest / 1_000)
         for name, gradient in found.items()
         if gradient is not None or wanted.get(name) is not None
     ]
+
+
+def largest_entry(gradients: Iterable[torch.Tensor | None]) -> float:
+    """Give the largest finite entry of any gradient.
+
+    >>> largest_entry([torch.tensor([1.0, -3.0]), None])
+    3.0
+    """
+    wide = (_wide(gradient).abs().nan_to_num(posinf=0.0) for gradient in gradients if gradient is not None)
+    return max((float(gradient.max()) for gradient in wide if gradient.numel()), default=0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -384,8 +414,9 @@ class Verifier:
                     *compare_outputs(found.outputs, reference.outputs, last),
                 ]
                 wanted = whole.gradients()
+                largest = largest_entry(wanted.values())
                 for gradients in everywhere:
-                    differences += compare_gradients(gradients, wanted, self._stage_of_tensor)
+                    differences += compare_gradients(gradients, wanted, self._stage_of_tensor, largest)
         except FxpipeError as raised:
             error = raised
         agree(self._groups, error, "the reference")
@@ -399,11 +430,12 @@ class Verifier:
         if self._groups is not None:
             engine = StepwiseEngine(self._stages, self._placement, self._groups, self._device)
         loss, gradients = self._tried(engine, jobs)
+        largest = max(self._of_all(largest_entry(gradients.values())))
         last = len(self._placement) - 1
         differences = [
             compare("loss", last, found.loss, loss),
             *compare_outputs(found.outputs, named_outputs(output_jobs, engine.infer(output_jobs)), last),
-            *compare_gradients(found.gradients, gradients, self._stage_of_tensor),
+            *compare_gradients(found.gradients, gradients, self._stage_of_tensor, largest),
         ]
         return differences, "the stages run one by one"
 

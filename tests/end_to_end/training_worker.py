@@ -225,7 +225,7 @@ def samples_may_have_weights() -> None:
 
 
 class Normed(nn.Module):
-    """Statistics that a forward changes."""
+    """Statistics that a forward changes; the biases before them have no gradient but rounding."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -496,6 +496,27 @@ def a_weight_used_twice_in_a_stage_gets_its_gradient():
         check_exact(pipe_of(small_case([Twice() for _ in range(4)]), schedule), 4)
 
 
+class SharedBias(nn.Module):
+    """Two weights with one bias, as attention with a packed projection has for its queries and its keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return torch.tanh(F.linear(x, self.first, self.bias)) * F.linear(x, self.second, self.bias)
+
+
+def weights_that_meet_in_a_third_are_accumulated_once():
+    torch.manual_seed(0)
+    with fails("second time"):  # or each of the two groups adds all of it, where the graph is retained
+        alone([SharedBias() for _ in range(2)], "ZBVZeroBubble")
+
+    for schedule in SPLIT:
+        check_exact(pipe_of(small_case([SharedBias() for _ in range(4)]), schedule), 4)
+
+
 def sharded_blocks_reduce_once_per_step():
     """FSDP2 on blocks alone, or on the stage: as many reductions per step as wrapped modules, and exact."""
     from torch.distributed.device_mesh import DeviceMesh
@@ -566,6 +587,7 @@ CASES = {
         sharded_blocks_reduce_once_per_step,
         forward_only_runs_on_v_placements,
         a_weight_used_twice_in_a_stage_gets_its_gradient,
+        weights_that_meet_in_a_third_are_accumulated_once,
         a_view_may_cross,
         outputs_may_be_dictionaries,
     )

@@ -1,0 +1,70 @@
+"""A backward in two halves gives the gradients of the whole one, whatever weights share."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxpipe.ir.program import BoundaryTensor
+from fxpipe.ir.tensor import TensorMeta
+from fxpipe.runtime.boundary import join
+from fxpipe.runtime.gradients import accumulators
+from fxpipe.runtime.work import Pass, run_backward, run_backward_for_inputs, run_backward_for_weights
+
+WIDTH, WEIGHTS, RECEIVED = 3, 4, 2
+BOUNDARY = tuple(BoundaryTensor(f"x{place}", TensorMeta((2, WIDTH), "float64", True)) for place in range(2))
+
+step = st.one_of(
+    st.tuples(st.just("linear"), st.integers(0, 9), st.integers(0, WEIGHTS - 1), st.integers(0, WEIGHTS - 1)),
+    st.tuples(st.sampled_from(["add", "mul"]), st.integers(0, 9), st.integers(0, 9), st.just(0)),
+    st.tuples(st.just("own"), st.just(0), st.integers(0, WEIGHTS - 1), st.just(0)),
+    st.tuples(st.just("halves"), st.integers(0, 9), st.integers(0, WEIGHTS - 1), st.just(0)),
+)
+
+
+def run(steps, ends, received, matrices, biases):
+    """A random stage: two received tensors, weights used anywhere and any number of times, two outputs."""
+    values = list(join(tuple(received)))
+    for kind, first, second, third in steps:
+        x = values[first % len(values)]
+        if kind == "linear":
+            values.append(torch.tanh(torch.nn.functional.linear(x, matrices[second], biases[third])))
+        elif kind == "own":
+            values.append(biases[second].expand(2, WIDTH) * 2)
+        elif kind == "halves":  # a packed projection
+            top, bottom = matrices[second].split([1, WIDTH - 1])
+            values.append(torch.sin(torch.cat([x @ top.T, x.cos() @ bottom.T], 1)))
+        else:
+            y = values[second % len(values)]
+            values.append(x + y if kind == "add" else torch.sin(x * y))
+    return join(tuple(values[end % len(values)] * 1 for end in ends))
+
+
+@given(st.lists(step, max_size=8), st.tuples(st.integers(0, 9), st.integers(0, 9)))
+@settings(max_examples=300, deadline=None)
+def test_halves_give_what_the_whole_gives(steps, ends):
+    numbers = torch.Generator().manual_seed(0)
+
+    def tensors(*shapes):
+        made = [torch.randn(shape, generator=numbers, dtype=torch.float64) for shape in shapes]
+        return [tensor.requires_grad_() for tensor in made]
+
+    received = tensors((2, WIDTH), (2, WIDTH))
+    matrices, biases = tensors(*[(WIDTH, WIDTH)] * WEIGHTS), tensors(*[(WIDTH,)] * WEIGHTS)
+    gradients = tuple(torch.randn(2, WIDTH, generator=numbers, dtype=torch.float64) for _ in ends)
+    results = []
+    for split in (False, True):
+        for tensor in (*received, *matrices, *biases):
+            tensor.grad = None
+        work = Pass(tuple(received), run(steps, ends, received, matrices, biases), (BOUNDARY, BOUNDARY))
+        if split:
+            weights = accumulators([*matrices, *biases])
+            given_back = run_backward_for_inputs(work, weights, gradients)
+            run_backward_for_weights(work, weights)
+        else:
+            given_back = run_backward(work, gradients)
+        zero = torch.zeros(())
+        found = [tensor.grad if tensor.grad is not None else zero.expand_as(tensor) for tensor in (*matrices, *biases)]
+        results.append([*given_back, *found])
+    torch.testing.assert_close(
+        results[1], [tensor.to(torch.float64) for tensor in results[0]], rtol=1e-10, atol=1e-12, check_dtype=False
+    )
