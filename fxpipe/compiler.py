@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -105,8 +104,8 @@ def compile(
 
     >>> import torch
     >>> with torch.device("meta"):
-    ...     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
-    >>> pipe = compile(model, 3, (torch.zeros(12, 64),))
+    ...     model = nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(6)))
+    >>> pipe = compile(model, 3, (torch.zeros(12 * 1024, 4096, device="meta"),))
     >>> [stage.layers for stage in pipe.plan.stages]
     [('0', '1'), ('2', '3'), ('4', '5')]
     """
@@ -165,17 +164,14 @@ class _Compiler:
         """Capture at block grain, and at op grain where that may pay; plan; capture what the plan runs."""
         if self.first is None:
             return self._without_example()
-        whole, captured = self._captured("block")
         if self.settings.grain != "op":
+            whole, captured = self._captured("block")
             found = self._planned_whole(whole, captured)
             if found is not None:
                 return whole, found, captured
-        fine, opened = self._captured("op")
-        made = self._planned(fine, opened, self.settings)
-        if not made.opened:
-            return whole, replace(made, notes=_joined(whole.notes, made.notes)), captured
+        made = self._planned(*self._captured("op"), self.settings)
         graph, captured = self._captured("block", made.opened)
-        return graph, made, captured
+        return graph, replace(made, notes=_joined(graph.notes, made.notes)), captured
 
     def from_plan(self, plan: PipelinePlan) -> tuple[LayerGraph, PipelinePlan, Captured | None]:
         """Take a ready plan after checking that it is one of this model."""
@@ -217,8 +213,7 @@ class _Compiler:
         captured = self.capture.capture(
             self.capture.inputs(*self.first), grain=grain, opened=opened, counter=self.counter
         )
-        graph = self.capture.layer_graph(captured, batch_size=self.size)
-        return replace(graph, notes=(*graph.notes, *_attention_note(graph))), captured
+        return self.capture.layer_graph(captured, batch_size=self.size), captured
 
     def _planned_whole(self, graph: LayerGraph, captured: Captured) -> PipelinePlan | None:
         """Plan at block grain; None where opening blocks may pay."""
@@ -268,15 +263,6 @@ def _microbatch(
 
 def _spelled(pattern: object) -> str:
     return f"{pattern.__module__}:{pattern.__qualname__}" if isinstance(pattern, type) else str(pattern)
-
-
-def _attention_note(graph: LayerGraph) -> tuple[str, ...]:
-    """Say which form attention takes: without a mask it can use the fastest kernels."""
-    names = {"causal": "causal, without a mask", "mask": "with a mask", "full": "full, without a mask"}
-    forms = Counter(form for counts in graph.counts for form in counts.attention)
-    if not forms:
-        return ()
-    return ("attention: " + ", ".join(f"{forms[form]} {text}" for form, text in names.items() if forms[form]),)
 
 
 def _joined(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:

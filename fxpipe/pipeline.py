@@ -218,8 +218,9 @@ class Pipeline:
                 is_module = spec.fqn in closed and spec.type_path == import_path(type(root.get_submodule(spec.fqn)))
                 if is_module:
                     modules[spec.fqn] = None
-                else:
-                    attributes.update(dict.fromkeys(info.fqn for info in (*spec.parameters, *spec.buffers)))
+                inside = f"{spec.fqn}." if is_module else None  # what it is given besides is read directly
+                names = (info.fqn for info in (*spec.parameters, *spec.buffers))
+                attributes.update(dict.fromkeys(fqn for fqn in names if inside is None or not fqn.startswith(inside)))
         return StageParts(stage.index, tuple(modules), tuple(attributes))
 
     def _specs(self) -> dict[str, list[LayerSpec]]:

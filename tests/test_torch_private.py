@@ -156,3 +156,24 @@ def test_a_wide_gradient_is_allowed_where_grad_dtype_says_so():
     assert parameter.grad.dtype == torch.float32
     with pytest.raises(RuntimeError, match="grad_dtype"):
         parameter.grad_dtype = torch.bfloat16
+
+
+# --- capture ---
+
+
+def test_distributions_take_any_values_for_a_while(monkeypatch):
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # torch.compile switches it off
+    with _torch.unvalidated_distributions():
+        torch.distributions.Normal(torch.zeros(2), -torch.ones(2))
+    with pytest.raises(ValueError, match="constraint"):
+        torch.distributions.Normal(torch.zeros(2), -torch.ones(2))
+
+
+def test_conversions_of_modules_are_heard_of():
+    module, seen = nn.Linear(2, 2), []
+    with _torch.module_conversions(lambda real, converted, function: seen.append(converted) or converted):
+        assert module.double() is module
+        module.to("cpu")
+    assert seen == [module, module]
+    assert module.weight.dtype == torch.float32
+    assert module.double().weight.dtype == torch.float64

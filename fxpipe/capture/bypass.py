@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fxpipe._torch import (
     functorch_is_active,
     intercepted,
+    module_conversions,
     replaced,
+    unvalidated_distributions,
     without_functions,
     without_modes,
 )
-from fxpipe.capture.recorder import Blocked
+from fxpipe.capture.recorder import Blocked, user_line
+from fxpipe.capture.skeleton import named_tensors
 from fxpipe.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Bypasses:
-    """Custom autograd functions, ``vmap``, scripted functions, checkpointing, numpy and random states.
+    """Custom autograd functions, ``vmap``, scripted functions, checkpointing, numpy, random states, conversions.
 
     Args:
         observer: What records the forward.
@@ -42,7 +48,14 @@ class Bypasses:
             for module in (torch, torch.random):
                 for name in ("manual_seed", "seed", "set_rng_state"):
                     stack.enter_context(replaced(module, name, self._reseeding(name, getattr(module, name))))
+            for owner, names in ((random, random.__all__), (np.random, np.random.__all__)):
+                for name in names:
+                    function = getattr(owner, name)
+                    if callable(function) and not isinstance(function, type):
+                        stack.enter_context(replaced(owner, name, self._drawing(function)))
             stack.enter_context(intercepted(self._function, self._vmap, self._script, self._checkpoint))
+            stack.enter_context(module_conversions(self._converted))
+            stack.enter_context(unvalidated_distributions())  # they look at values, to complain and for nothing else
             yield
 
     @property
@@ -114,6 +127,24 @@ class Bypasses:
         elif self._depth == 0:
             self._observer.recorder.region = None
 
+    def _converted(self, real: Callable[..., Any], module: torch.nn.Module, function: Callable[[Any], Any]) -> Any:
+        """Let a forward send a module to where it is; another dtype would change the user's parameters."""
+        fqn = self._observer.skeleton.module_fqns.get(id(module))
+        if fqn is None:
+            return real(module, function)
+        with without_functions():
+            for name, tensor in named_tensors(module):
+                dtype = function(tensor.detach()).dtype
+                if dtype != tensor.dtype:
+                    blocked = Blocked(
+                        f"the forward converts {fqn}.{name} to {str(dtype).removeprefix('torch.')}",
+                        self._observer.frames.top.fqn,
+                        way_out="convert the model before it is compiled",
+                    )
+                    blocked.where = user_line()
+                    raise blocked
+        return module
+
     def _from_numpy(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def from_numpy(array: Any) -> Any:
             with without_modes():
@@ -123,13 +154,26 @@ class Bypasses:
 
         return from_numpy
 
+    def _drawing(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Remember where the forward draws from Python's or numpy's generator; whether it did is seen later."""
+
+        @functools.wraps(real)
+        def draw(*args: Any, **kwargs: Any) -> Any:
+            if not self._passes:
+                self._observer.python_draw = user_line()
+            return real(*args, **kwargs)
+
+        return draw
+
     def _reseeding(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def reseed(*args: Any, **kwargs: Any) -> Any:
             if not self._passes:
-                raise Blocked(
+                blocked = Blocked(
                     f"the forward calls torch.{name}(), which sets torch's random generator",
                     self._observer.frames.top.fqn,
                 )
+                blocked.where = user_line()
+                raise blocked
             with without_modes():
                 if name == "manual_seed":  # of the CPU alone: no accelerator is touched
                     return torch.default_generator.manual_seed(int(args[0] if args else kwargs["seed"]))

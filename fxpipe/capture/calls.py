@@ -178,9 +178,10 @@ def held_by(value: Any, depth: int = 4) -> Any:
     Returns:
         What was found; None for nothing.
 
-    >>> weight = torch.ones(1)
-    >>> held_by(lambda x: x * weight) is weight, held_by(len)
-    (True, None)
+    >>> def scaled_by(weight):
+    ...     return lambda x: x * weight
+    >>> held_by(scaled_by(torch.ones(1))), held_by(len)
+    (tensor([1.]), None)
     """
     if isinstance(value, torch.Tensor | nn.Module):
         return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,6 +89,10 @@ class _Root(nn.Module):
             self.register_buffer(name, buffer)
         for name, constant in constants.items():
             setattr(self, name, constant)
+
+
+_ATTENTION = {"causal": "without a mask", "full": "without a mask", "mask": "with a mask"}
+"""The forms of attention; without a mask it can use the fastest kernels."""
 
 
 class Capture:
@@ -325,6 +330,8 @@ class Capture:
             return blocked.way_out
         if "values that are not known" in blocked.reason and inputs.are_partly_fake:
             return "compile with a real example: its integers decide which way the forward goes"
+        if "shape of what it returns" in blocked.reason:
+            return "return a tensor of a fixed shape (a mask rather than a selection) from it"
         if blocked.opens:
             return "pass what is read or changed there as an argument, and return it"
         holder = type(self.skeleton.module.get_submodule(blocked.fqn)).__name__
@@ -366,8 +373,9 @@ class Capture:
             kinds.setdefault(type(self.skeleton.module.get_submodule(fqn)).__name__, f"{fqn}: {reason}")
         notes += [f"{kind} is never opened ({_relative(why)})" for kind, why in kinds.items()]
         notes += [_relative(note) for note in self._notes_on_opened()]
-        forms = {form for node in structure.nodes for form in node.meta.get("attention", ())}
-        notes += [f"attention: {', '.join(sorted(forms))}"] if forms else []
+        forms = Counter(form for node in structure.nodes for form in node.meta.get("attention", ()))
+        counted = [f"{form} ({_ATTENTION[form]}, {forms[form]} times)" for form in _ATTENTION if forms[form]]
+        notes += [f"attention: {', '.join(counted)}"] if counted else []
         for guard in observation.guards:
             if not guard.is_choice:
                 notes.append(_relative(f"each new value read at {guard.where} is captured anew"))

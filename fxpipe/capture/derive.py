@@ -35,7 +35,8 @@ def derives(node: fx.Node) -> bool:
 
 def is_setting(node: fx.Node) -> bool:
     """Whether a call sets something on a tensor, so that what it returns is not what it is for."""
-    return (node.op == "call_method" and node.target == "register_hook") or node.target is setattr
+    sets = (node.op == "call_method" and node.target == "register_hook") or node.target is setattr
+    return sets and "removed" not in node.meta
 
 
 def _is_parameter(node: fx.Node) -> bool:

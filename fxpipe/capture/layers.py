@@ -88,11 +88,12 @@ def make_layer_graph(
     """
     layers = find_layers(structure)
     uses = [_tensors_used(skeleton, nodes) for nodes in layers.nodes]
-    taken = {name for key, nodes in zip(layers.keys, layers.nodes, strict=True) for name in (key[0], _block(nodes[0]))}
+    mains = [_main(nodes) for nodes in layers.nodes]
+    taken = {name for key, node in zip(layers.keys, mains, strict=True) for name in (key[0], _block(node))}
     unused = _unused(skeleton, uses, closed, taken)
     ties = _ties(skeleton, [*uses, *unused.values()])
     tie_of = {fqn: tie.key for tie in ties if len(tie.fqns) > 1 or len(tie.layers) > 1 for fqn in tie.fqns}
-    specs = [_spec(skeleton, key, layers.nodes[i][0], uses[i], tie_of) for i, key in enumerate(layers.keys)]
+    specs = [_spec(skeleton, key, mains[i], uses[i], tie_of) for i, key in enumerate(layers.keys)]
     specs += [_unused_spec(skeleton, fqn, used, tie_of) for fqn, used in unused.items()]
     derived = {layers.index_of[node] for node in structure.derived if node in layers.index_of}
     edges, free_edges = _edges(structure, layers, derived)
@@ -107,7 +108,7 @@ def make_layer_graph(
         free_edges=free_edges,
         recomputed=tuple(sorted(derived)),
         groups=tuple(group for group in groups if len(group) > 1),
-        blocks=tuple(_block(nodes[0]) for nodes in layers.nodes) + ("",) * len(unused),
+        blocks=tuple(map(_block, mains)) + ("",) * len(unused),
         ties=tuple(tie for tie in ties if tie.key in tie_of),
         counts=tuple(_counts(nodes) for nodes in layers.nodes) + (LayerCounts(),) * len(unused),
         saved=_saved(storages, layers),
@@ -115,6 +116,11 @@ def make_layer_graph(
         batch_size=batch_size,
         notes=tuple(notes),
     )
+
+
+def _main(nodes: Sequence[fx.Node]) -> fx.Node:
+    """Give the call that a layer is named after: what puts its arguments together comes before it."""
+    return next((node for node in nodes if not node.meta.get("container")), nodes[0])
 
 
 def _block(node: fx.Node) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from fxpipe._torch import (
     DataDependentOutputException,
@@ -49,12 +50,13 @@ from fxpipe.capture.preserve import Attributes, Change, apply_changes, python_ra
 from fxpipe.capture.reads import READS, Guard, answer_of, is_plain, shape_depends_on_values
 from fxpipe.capture.reals import LARGEST, Reals, is_random
 from fxpipe.capture.recorder import Ambient, Blocked, Recorder, describe, has_tensor, user_line
+from fxpipe.capture.repeats import Repeat, Repeats
 from fxpipe.capture.skeleton import Skeleton, named_tensors
 from fxpipe.capture.watch import Watch
 from fxpipe.capture.zeros import Zeros
 from fxpipe.errors import CaptureError
 from fxpipe.ir.program import CallContext
-from fxpipe.ir.tree import tree_leaves
+from fxpipe.ir.tree import map_tree, tree_leaves
 
 UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -124,6 +126,7 @@ def observe(
         stack.enter_context(random_states())
         before = Attributes(skeleton.module)
         stack.callback(before.restore)
+        stack.callback(_restore_flags, [(each, each.requires_grad) for each in skeleton.module.parameters()])
         apply_changes(skeleton.module, left)
         attributes = Attributes(skeleton.module) if left else before
         stack.enter_context(torch.set_grad_enabled(grad_enabled))
@@ -155,6 +158,13 @@ def observe(
         tuple(observer.left),
         tuple(dict.fromkeys(observer.notes)),
     )
+
+
+def _restore_flags(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    """Let parameters take gradients as before: a module recorded whole may have frozen its own."""
+    for parameter, flag in flags:
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
 
 
 def _input(tensor: torch.Tensor) -> torch.Tensor:
@@ -228,9 +238,13 @@ class Observer(TorchFunctionMode):
         self._entered: set[str] = set()
         self._uncounted: dict[Any, _Uncounted] = {}
         self._attention: list[str] = []
+        self._hooks: list[tuple[fx.Node, RemovableHandle]] = []
+        self._repeats = Repeats()
+        self._has_drawn = False  # in what is recorded whole, random numbers were drawn
         self._has_read = False  # in what is recorded whole, Python looked at values
         self._dtype = torch.get_default_dtype()
         self._python_random = python_random_state()
+        self.python_draw = ""  # where in the user's code that was drawn from
         self._blocked: Blocked | None = None
 
     # --- torch functions ------------------------------------------------------------------------------------------
@@ -284,8 +298,19 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run a call and note whether it drew random numbers."""
         self.watch.drew = False
+        for tensor in tensors:
+            if not isinstance(tensor, FakeTensor) and tensor.is_meta:
+                self.recorder.refuse_unfilled(tensor, frame.fqn)
         for target in targets_of(name, args, kwargs):
             self._refuse_foreign(target, frame)
+        if self.quiet is None and _sets_gradient_flag(func, name, args, kwargs):
+            own = self.skeleton.fqn_of.get(id(args[0]))
+            if own is not None:
+                raise Blocked(
+                    f"the forward changes requires_grad of {own}",
+                    frame.fqn,
+                    way_out="freeze or thaw parameters before fxpipe.compile",
+                )
         if self._zeros.is_running:
             with self.watch:
                 result = func(*args, **kwargs)
@@ -293,6 +318,7 @@ class Observer(TorchFunctionMode):
             result = self._reals.run(func, name, args, kwargs, tensors)
         if self.watch.drew or is_random(name):
             frame.drew.append(len(frame.functions) - 1)
+            self._has_drawn = True
         return result
 
     def _refuse_foreign(self, tensor: torch.Tensor, frame: Frame) -> None:
@@ -309,6 +335,10 @@ class Observer(TorchFunctionMode):
 
     def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
         tensors = tensors_in(args, kwargs)
+        if name == "__set__" and _property(func) == "data" and self._is_alike(*tensors):
+            own = self._record(func.__self__.__get__, "__get__", args[:1], {}, frame)
+            value = self._record(torch.Tensor.detach, "detach", args[1:], {}, frame)
+            return self._record(torch.Tensor.copy_, "copy_", (own, value), {}, frame)
         if tensors:
             self._refuse(func, name, tensors, frame)
         if functorch_is_active():
@@ -341,9 +371,15 @@ class Observer(TorchFunctionMode):
             op, (target, given, kwargs) = "call_function", alone
         layer = frame.name(spoken_name(func, name))
         node = self.recorder.call(op, target, given, kwargs, frame, layer=layer, call=frame.call, written=written)
+        if name == "register_hook":
+            self._hooks.append((node, result))
         self._finish(node, frame, position, func, args, kwargs, result, tuple(trace))
         if shape_depends_on_values(name, args, result):
             self._guard_shape(node, result)
+        if name in _PACKING:
+            for tensor in tensors_in((result,), {}):
+                if not isinstance(tensor, FakeTensor):  # it depends on nothing but integers that are guarded
+                    self.recorder.node_of(tensor, frame).meta["tainted"] = False
         return result
 
     def record_whole(
@@ -418,6 +454,7 @@ class Observer(TorchFunctionMode):
             if key in self.counter.known:
                 node.meta["counts"] = self.counter.known[key]
             else:
+                args, kwargs = map_tree(_kept, (args, dict(kwargs)))  # the model may append to a list that it passed
                 call = _Uncounted(func, args, kwargs, trace, attention, Ambient.now())
                 self._uncounted.setdefault(key, call).nodes.append(node)
 
@@ -436,11 +473,17 @@ class Observer(TorchFunctionMode):
                 node.meta["counts"] = counts
         self.counting = False
 
+    def _is_alike(self, own: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether other data could be copied into a parameter or buffer of the model."""
+        return id(own) in self.skeleton.fqn_of and own.shape == value.shape and own.dtype == value.dtype
+
     def _refuse(self, func: Any, name: str, tensors: Sequence[torch.Tensor], frame: Frame) -> None:
         """Refuse what would silently lose something."""
-        owner = getattr(getattr(func, "__self__", None), "__name__", "")
-        if name == "__set__" and owner in ("data", "grad"):
-            raise Blocked(f"the forward assigns .{owner} of a tensor", frame.fqn)
+        if name == "__set__" and _property(func) in ("data", "grad"):
+            raise Blocked(f"the forward assigns .{_property(func)} of a tensor", frame.fqn)
+        if name == "__deepcopy__" and id(tensors[0]) in self.skeleton.fqn_of:
+            own = self.recorder.name_of(tensors[0])
+            raise Blocked(f"the forward copies {own}", frame.fqn, way_out="copy modules before compiling, not in it")
         if name in ("backward", "set_", "resize_", "register_post_accumulate_grad_hook") or (
             name == "grad" and getattr(func, "__module__", "") == "torch.autograd"
         ):
@@ -451,6 +494,8 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         if name == "ctc_loss":  # only its inner shapes depend on values
             return self._zeros.run_function(func, args, kwargs)
+        if name in _PACKING and self._read_whole(args, frame):
+            return self._zeros.run_function(func, args, kwargs, exact=True)
         nodes = [
             self.recorder.node_of(tensor, frame) for tensor in tensors_in(args, kwargs) if self.recorder.knows(tensor)
         ]
@@ -487,6 +532,21 @@ class Observer(TorchFunctionMode):
         node = self.recorder.call(op, target, given, kwargs, frame, layer="")
         node.meta["guard"] = True
         self.guards.append(Guard(node, answer_of(result), user_line()))
+
+    def _read_whole(self, args: Sequence[Any], frame: Frame) -> bool:
+        """Guard all values of the integers among arguments; False where they are not known."""
+        integers = [tensor for tensor in tensors_in(tuple(args), {}) if not tensor.is_floating_point()]
+        if not integers or any(isinstance(tensor, FakeTensor) for tensor in integers):
+            return False
+        for tensor in integers:
+            source = self.recorder.node_of(tensor, frame)
+            if source.meta.get("tainted"):
+                self._refuse_unread([source])
+                node = self.recorder.call("call_method", "tolist", (tensor,), {}, frame, layer="")
+                node.meta["guard"] = True
+                with without_modes(), without_functions():
+                    self.guards.append(Guard(node, answer_of(tensor.tolist()), user_line()))
+        return True
 
     def _refuse_unread(self, nodes: Sequence[fx.Node]) -> None:
         """Refuse to guard what a module called as a whole computes: its inside must be known to be read again."""
@@ -571,13 +631,17 @@ class Observer(TorchFunctionMode):
         self._check_outside(frame)
         module = frame.module
         with without_functions():
+            key = self._repeats.key(module, args, kwargs)
+            repeat = self._repeats.find(key)
+            if repeat is not None:
+                return self._repeated(repeat, frame, args, kwargs)
             watched = [*tensors_in(args, kwargs), *(tensor for _, tensor in named_tensors(module))]
             versions = versions_of(watched)
             self.hidden.begin(module, frame.fqn, args, kwargs)
         self._attention.clear()
         trace: list[Any] = []
         self.watch.trace = trace
-        self.quiet, self._has_read = frame.fqn, False
+        self.quiet, self._has_read, self._has_drawn = frame.fqn, False, False
         counts = None
         try:
             result = original(module, *args, **kwargs)
@@ -606,7 +670,20 @@ class Observer(TorchFunctionMode):
             node.meta["counts"] = counts
         with without_functions():
             self.recorder.emit(result, node)
+            plain = not (written or counts or self._has_read or self._has_drawn)
+            if plain and key is not None and not any(self._attributes.changes(frame.fqn)):
+                self._repeats.add(key, watched, result, tuple(trace), tuple(self._attention))
         self._python_random = python_random_state()
+        return result
+
+    def _repeated(self, repeat: Repeat, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call that is equal to an earlier one, without making it."""
+        result = repeat.again()
+        node = self.recorder.call("call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call)
+        node.meta["frame"] = frame
+        self._attention[:] = repeat.attention
+        self._count(node, frame.module, args, kwargs, repeat.trace)
+        self.recorder.emit(result, node)
         return result
 
     def _check_outside(self, frame: Frame) -> None:
@@ -658,7 +735,9 @@ class Observer(TorchFunctionMode):
 
     def _check_python_random(self, frame: Frame) -> None:
         if python_random_state() != self._python_random:
-            raise Blocked("the forward draws from Python's or numpy's random generator", frame.fqn)
+            blocked = Blocked("the forward draws from Python's or numpy's random generator", frame.fqn)
+            blocked.where = self.python_draw
+            raise blocked
 
     # --- the end --------------------------------------------------------------------------------------------------
 
@@ -686,6 +765,10 @@ class Observer(TorchFunctionMode):
             for change in self._attributes.changes():
                 if change.fqn in self._opened or not change.fqn:
                     self._leave(change)
+            for node, handle in self._hooks:
+                hooks = handle.hooks_dict_ref()
+                if hooks is not None and handle.id not in hooks:  # removed before the backward: it never ran
+                    node.meta["removed"] = True
             for _, leaf in tree_leaves(results):
                 if isinstance(leaf, torch.Tensor):
                     self._hand_out(leaf)
@@ -709,16 +792,41 @@ class Observer(TorchFunctionMode):
             self.notes.append(f"the forward sets {change.path}; the stages of a pipeline do not hand it out")
 
     def _hand_out(self, tensor: torch.Tensor) -> None:
-        """A parameter, buffer or constant that is returned as it is gets a call of its own: some layer must read it."""
+        """Give a tensor that is returned a call of its own where its node is none that comes last.
+
+        Some layer must read a parameter, buffer or constant; and what was written to after it was made must be handed
+        out after the writing.
+        """
         root = self.frames.all[0]
         source = self.recorder.node_of(tensor, root)
-        if source.op == "get_attr" and id(tensor) not in self.results:
+        if (source.op == "get_attr" or self.recorder.is_written_after(source)) and id(tensor) not in self.results:
             node = self.recorder.call("call_function", itself, (tensor,), {}, root, layer=root.name("output"))
-            node.meta["tensor"] = source.meta["tensor"]
+            self.recorder.describe(node, tensor)
             self.results[id(tensor)] = node
 
 
 _KEPT = frozenset({"register_hook", "requires_grad_", "__set__"})
+_PACKING = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})  # their shapes depend on lengths alone
+
+
+def _property(func: Any) -> str:
+    """Give the name of the property that is read or set."""
+    return str(getattr(getattr(func, "__self__", None), "__name__", ""))
+
+
+def _sets_gradient_flag(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call sets ``requires_grad`` of its first argument to another value."""
+    if name == "requires_grad_":
+        wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    elif name == "__set__" and _property(func) == "requires_grad":
+        wanted = args[1]
+    else:
+        return False
+    return bool(args[0].requires_grad != wanted)
+
+
+def _kept(_: str, leaf: Any) -> Any:
+    return leaf
 
 
 def itself(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
-from fxpipe._torch import FakeTensor, without_modes
-from fxpipe.capture.calls import SHAPED_LIKE
+from fxpipe._torch import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    storage_key,
+    without_modes,
+)
+from fxpipe.capture.calls import SHAPED_LIKE, targets_of, tensors_in
+from fxpipe.capture.reads import READS, shape_depends_on_values
 from fxpipe.capture.watch import RANDOM, Watch
 
 LARGEST = 1 << 22
@@ -28,6 +35,9 @@ FACTORIES = frozenset(
 class Reals:
     """Runs torch calls, for real where all their tensors are real and small, else with fake tensors.
 
+    A real tensor that a fake one is written into, and all that is made of it, keeps its shape and its memory but no
+    longer has the values that it would have: Python must not look at them.
+
     Args:
         watch: Sees the calls that run for real, too.
     """
@@ -35,9 +45,42 @@ class Reals:
     def __init__(self, watch: Watch) -> None:
         self._kept = 0
         self._watch = watch
+        self._stale: dict[int, torch.Tensor] = {}  # by storage: real tensors without their values
 
-    def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
-        """Call ``func``; ``tensors`` are the tensors among its arguments."""
+    def run(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[Any]
+    ) -> Any:
+        """Call ``func``; ``tensors`` are the tensors among its arguments.
+
+        Raises:
+            DataDependentOutputException: It hands out values that are not known.
+            DynamicOutputShapeException: They decide about the shape of what it returns.
+        """
+        stale = bool(self._stale) and any(map(self._is_stale, tensors))
+        if stale and (name in READS or name == "__format__"):
+            raise DataDependentOutputException(func)
+        if (stale and self._shape_is_unknown(name, args)) or _is_packed(name, args):
+            raise DynamicOutputShapeException(func)
+        result = self._run(func, name, args, kwargs, tensors)
+        fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        changed = [tensor for tensor in targets_of(name, args, kwargs) if not isinstance(tensor, FakeTensor)]
+        if (fake or stale) and changed:
+            self._stale.update((storage_key(tensor), tensor) for tensor in changed)
+        if stale:
+            made = [tensor for tensor in tensors_in((result,), {}) if not isinstance(tensor, FakeTensor)]
+            self._stale.update((storage_key(tensor), tensor) for tensor in made)
+        return result
+
+    def _is_stale(self, tensor: torch.Tensor) -> bool:
+        real = not isinstance(tensor, FakeTensor) and tensor.layout == torch.strided
+        return real and storage_key(tensor) in self._stale
+
+    def _shape_is_unknown(self, name: str, args: tuple[Any, ...]) -> bool:
+        if name == "__getitem__":  # by a mask without values, not of a tensor without them
+            return any(map(self._is_stale, tensors_in(args[1:], {}))) and shape_depends_on_values(name, args, None)
+        return shape_depends_on_values(name, args, None)
+
+    def _run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
         if name in SHAPED_LIKE and tensors and isinstance(tensors[0], FakeTensor) and tensors[0] is args[0]:
             stand_in = self._stand_in(name, args, kwargs)
             if stand_in is not None:
@@ -77,6 +120,16 @@ class Reals:
                 return False
         size = _result_size(tensors)
         return size <= LARGEST and self._kept + size <= BUDGET
+
+
+def _is_packed(name: str, args: Sequence[Any]) -> bool:
+    """Whether a call is given a packed sequence: kernels look at how many samples each of its steps has."""
+    recurrent = name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    return name == "_pad_packed_sequence" or (recurrent and len(args) > 1 and _is_integer(args[1]))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
 
 def _is_floating(kwargs: Mapping[str, Any]) -> bool:

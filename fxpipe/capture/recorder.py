@@ -145,6 +145,11 @@ class Recorder:
         """Tell whether the forward made a tensor (or was given it), in a call that was recorded."""
         return id(tensor) in self._node_of
 
+    def is_written_after(self, node: fx.Node) -> bool:
+        """Tell whether some call writes to a node's value that is not the node itself."""
+        storage = self.storages.get(node.meta.get("storage", -1))
+        return storage is not None and bool(storage.writers) and storage.writers[-1] is not node
+
     def name_of(self, tensor: torch.Tensor) -> str:
         """Say in words which tensor it is that a node owns, or the model."""
         node = self._node_of.get(id(tensor))
@@ -171,12 +176,24 @@ class Recorder:
             what = f"a tensor {describe(tensor)} is read that module {maker} left behind"
             raise Blocked(what, frame.fqn, opens=[maker])
         if isinstance(tensor, FakeTensor) or tensor.is_meta:
-            place = self.skeleton.plain.get(id(tensor), ("", tensor))[0]
-            where = f"the plain attribute {place}" if place else f"a tensor {describe(tensor)}"
-            raise Blocked(f"{where} has no values and no node that makes it", frame.fqn)
+            self.refuse_unfilled(tensor, frame.fqn)
         if tensor.requires_grad:
             self.refuse_hidden(tensor, frame.fqn)
         return self.constant(tensor)
+
+    def refuse_unfilled(self, tensor: torch.Tensor, fqn: str) -> NoReturn:
+        """Refuse a tensor without values that no call has made and that is none of the model's.
+
+        Raises:
+            Blocked: Always.
+        """
+        place = self.skeleton.plain.get(id(tensor), ("", tensor))[0]
+        where = f"the plain attribute {place}" if place else f"a tensor {describe(tensor)}"
+        raise Blocked(
+            f"{where} has no values and no node that makes it",
+            fqn,
+            way_out="register it with register_buffer, or make it on a real device (device='cpu')" if place else "",
+        )
 
     def refuse_hidden(self, tensor: torch.Tensor, fqn: str) -> NoReturn:
         """Refuse a tensor that takes a gradient and is none of the model's.
@@ -199,7 +216,7 @@ class Recorder:
             self._attributes[fqn] = node
             if self._trial is not None:
                 self._trial.attributes.append(fqn)
-            self._describe(node, tensor)
+            self.describe(node, tensor)
         return node
 
     def constant(self, value: Any) -> fx.Node:
@@ -218,7 +235,7 @@ class Recorder:
             if self._trial is not None:
                 self._trial.attributes.append(name)
             if isinstance(value, torch.Tensor):
-                self._describe(node, value)
+                self.describe(node, value)
             self._kept.append(value)
         return node
 
@@ -228,9 +245,10 @@ class Recorder:
             self._trial.owners.append((id(tensor), self._node_of.get(id(tensor))))
         self._node_of[id(tensor)] = node
         self._kept.append(tensor)
-        self._describe(node, tensor)
+        self.describe(node, tensor)
 
-    def _describe(self, node: fx.Node, tensor: torch.Tensor) -> None:
+    def describe(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """Note shape, dtype, strides and storage of a node's value."""
         node.meta["tensor"] = tensor_meta(tensor)
         if not tensor.is_contiguous() and is_dense(tensor):
             node.meta["strides"] = tuple(tensor.stride())
@@ -343,8 +361,10 @@ class Recorder:
     def _emit_tensor(self, tensor: torch.Tensor, node: fx.Node) -> None:
         known = self._node_of.get(id(tensor))
         own = known.op in ("placeholder", "get_attr") if known is not None else id(tensor) in self.skeleton.fqn_of
+        if known is not None and not isinstance(tensor, FakeTensor) and _maker(node).op == "call_module":
+            own = True  # integers that pass through a module: Python may look at them
         if own and not node.meta.get("writes"):
-            self._describe(node, tensor)
+            self.describe(node, tensor)
             return  # handed back unchanged: it stays the model's own, readable at every stage
         self.bind(tensor, node)
 
@@ -461,6 +481,13 @@ class _Trial:
     owners: list[tuple[int, fx.Node | None]] = field(default_factory=list)
     attributes: list[str] = field(default_factory=list)
     grown: list[list[fx.Node]] = field(default_factory=list)
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """Give the call in whose result a node's value was found."""
+    while "part_of" in node.meta:
+        node = node.meta["part_of"]
+    return node
 
 
 def is_activation(node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor, FakeTensorMode, storage_key
+from fxpipe.capture.calls import held_by
 from fxpipe.errors import CaptureError, TieError
 from fxpipe.ir.spec import TensorInfo
 
@@ -79,6 +81,7 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     plain = {id(tensor): (place, tensor) for place, tensor in _plain_tensors(model) if id(tensor) not in memo}
     _refuse_hidden(plain)
     _refuse_hidden_modules(model)
+    _refuse_foreign_hooks(model)
     _refuse_overlaps(aliases, originals)
     memo.update({key: tensor for key, (_, tensor) in plain.items()})
     module = _copied(model, memo)
@@ -216,6 +219,22 @@ def _refuse_hidden_modules(model: nn.Module) -> None:
                 f"{place} is a {type(item).__qualname__} with parameters that its module does not register: no "
                 "optimiser and no checkpoint sees them\n  keep it as an attribute, or in an nn.ModuleList"
             )
+
+
+def _refuse_foreign_hooks(model: nn.Module) -> None:
+    """Refuse hooks that know the user's modules: those of a copy would call, and change, the modules copied from."""
+    registered = {id(part) for part in model.modules()}
+    for fqn, part in model.named_modules():
+        for name, hooks in vars(part).items():
+            if name.startswith("_") and name.endswith("_hooks") and isinstance(hooks, Mapping):
+                for hook in hooks.values():
+                    held = held_by(hook) if isinstance(hook, types.FunctionType) else None
+                    if id(held) in registered:
+                        raise CaptureError(
+                            f"a hook of {fqn or 'the model'} holds a {type(held).__qualname__} of the model in its "
+                            "closure\n  make it a method of that module (functools.partial binds more), which goes "
+                            "along when the model is copied"
+                        )
 
 
 def _refuse_overlaps(aliases: Mapping[str, str], originals: Mapping[str, torch.Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from fxpipe._torch import FakeTensor, without_functions, without_modes
 from fxpipe.capture.calls import tensors_in
 from fxpipe.capture.frames import Frame
+from fxpipe.capture.recorder import Blocked
 from fxpipe.capture.skeleton import Skeleton, named_tensors
 from fxpipe.ir.cost import LayerCounts
 from fxpipe.ir.tree import map_tree, tree_leaves
@@ -72,16 +73,22 @@ class Zeros:
 
         Returns:
             What the module returns, with fake tensors, and its counts.
+
+        Raises:
+            Blocked: The shape of what it returns depends on values.
         """
         frame.clear()
         with without_functions(), without_modes():
             key = _kind(frame.module, args, kwargs)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = self._run(observer, frame, args, kwargs)
+            run = self._run(observer, frame, args, kwargs)
+            self._compare(observer, frame, args, kwargs, run)
+            self._runs[key] = run
         else:
             _replay(observer, frame, run)
-        return as_fakes(run.result, self._skeleton.mode), run.counts
+        given = {id(tensor) for tensor in tensors_in(args, kwargs) if not isinstance(tensor, FakeTensor)}
+        return as_fakes(run.result, self._skeleton.mode, lambda tensor: id(tensor) in given), run.counts
 
     def _run(self, observer: Observer, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
         with without_functions(), without_modes():
@@ -103,12 +110,45 @@ class Zeros:
         frames = (frame, *observer.frames.all[start:])
         return _Run(result, counts, tuple(map(copy.copy, frames)), frame.fqn)
 
-    def run_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a function and give what it returns, with fake tensors."""
+    def _compare(
+        self, observer: Observer, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], run: _Run
+    ) -> None:
+        """Run a module on other values than zeros: another path through it may take a gradient, or give other shapes.
+
+        Raises:
+            Blocked: The shape of what it returns depends on values.
+        """
+        with without_functions(), without_modes():
+            call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs, other=True)
+            observer.counting = True
+            tensors = _tensors(run.result)
+            try:
+                other = _tensors(call(*real_args, **real_kwargs))
+            except Exception:  # whatever the module raises for values that make no sense
+                other = tensors
+            finally:
+                observer.counting = False
+            if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in other]:
+                raise Blocked("the shape of what it returns depends on values that are not known", frame.fqn)
+            for tensor, another in zip(tensors, other, strict=True):
+                if another.requires_grad and not tensor.requires_grad:
+                    tensor.requires_grad_()
+
+    def run_function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, exact: bool = False
+    ) -> Any:
+        """Run a function and give what it returns, with fake tensors.
+
+        Args:
+            function: The function.
+            args: Arguments, with fake tensors.
+            kwargs: Keyword arguments, likewise.
+            exact: Whether integers in the result depend on real arguments alone; they stay real.
+        """
         with without_modes(), without_functions():
             call, real_args, real_kwargs = on_zeros(function, args, kwargs)
             result = call(*real_args, **real_kwargs)
-        return as_fakes(result, self._skeleton.mode)
+        return as_fakes(result, self._skeleton.mode, lambda tensor: exact and not tensor.is_floating_point())
 
     def counts(
         self,
@@ -136,7 +176,8 @@ def _kind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         if isinstance(value, bool | int | float | str)
     ]
     shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in tensors)
-    return type(module), repr(module), shapes, repr(literals), repr(attributes), torch.is_grad_enabled()
+    values = tuple(id(tensor) for tensor in tensors if not isinstance(tensor, FakeTensor))
+    return type(module), repr(module), shapes, values, repr(literals), repr(attributes), torch.is_grad_enabled()
 
 
 def _replay(observer: Observer, frame: Frame, run: _Run) -> None:
@@ -158,21 +199,36 @@ def _repeat(frame: Frame, earlier: Frame, fqn: str, length: int) -> None:
 
 
 def on_zeros(
-    function: nn.Module | Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    function: nn.Module | Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    other: bool = False,
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Give a function and arguments in which real zeros stand for fake tensors; to be called without modes."""
+    """Give a function and arguments in which real zeros stand for fake tensors; to be called without modes.
+
+    Args:
+        function: The function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        other: Whether parameters and integers are ones, and other arguments rise from -1 to 1, instead.
+    """
     if isinstance(function, nn.Module):
-        memo: dict[int, Any] = {id(tensor): _weight(tensor) for _, tensor in named_tensors(function)}
+        memo: dict[int, Any] = {id(tensor): _weight(tensor, other) for _, tensor in named_tensors(function)}
         function = copy.deepcopy(function, memo)
-    real_args, real_kwargs = map_tree(lambda _, leaf: _real(leaf), (args, dict(kwargs)))
+    real_args, real_kwargs = map_tree(lambda _, leaf: _real(leaf, other), (args, dict(kwargs)))
     return function, real_args, real_kwargs
 
 
-def as_fakes(value: Any, mode: Any) -> Any:
-    """Replace real tensors by fake ones of the same shape, dtype and gradient flag."""
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for _, leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def as_fakes(value: Any, mode: Any, keeps: Callable[[torch.Tensor], bool]) -> Any:
+    """Replace real tensors, all but those that ``keeps`` names, by fake ones of the same shape, dtype and flag."""
 
     def fake(_: str, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
+        if not isinstance(leaf, torch.Tensor) or keeps(leaf):
             return leaf
         with mode:
             made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")
@@ -182,14 +238,17 @@ def as_fakes(value: Any, mode: Any) -> Any:
         return map_tree(fake, value)
 
 
-def _weight(tensor: torch.Tensor) -> torch.Tensor:
+def _weight(tensor: torch.Tensor, other: bool) -> torch.Tensor:
     if not isinstance(tensor, nn.Parameter):  # buffers are written to
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    return nn.Parameter(torch.zeros((), dtype=tensor.dtype).expand(tensor.shape), tensor.requires_grad)
+    value = torch.full((), int(other), dtype=tensor.dtype)
+    return nn.Parameter(value.expand(tensor.shape), tensor.requires_grad)
 
 
-def _real(leaf: Any) -> Any:
+def _real(leaf: Any, other: bool) -> Any:
     if not isinstance(leaf, FakeTensor):
         return leaf
-    zeros = torch.zeros(leaf.shape, dtype=leaf.dtype)
-    return zeros.requires_grad_() + 0 if leaf.requires_grad else zeros  # not a leaf: it may be written to
+    values = torch.full(leaf.shape, int(other), dtype=leaf.dtype)
+    if other and leaf.is_floating_point():
+        values = torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view(leaf.shape)
+    return values.requires_grad_() + 0 if leaf.requires_grad else values  # not a leaf: it may be written to

@@ -33,7 +33,8 @@ def map_tree(function: Callable[[str, Any], Any], value: Any, path: str = "") ->
     if isinstance(value, tuple | list) and type(value).__name__ != "Size":
         parts = [map_tree(function, item, f"{path}[{index}]") for index, item in enumerate(value)]
         if hasattr(value, "_fields"):
-            return type(value)(*parts)
+            named: Any = type(value)
+            return named._make(parts)  # past a constructor that looks at the leaves
         return parts if type(value) is list else type(value)(parts)
     return function(path, value)
 

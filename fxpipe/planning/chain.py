@@ -8,6 +8,7 @@ programme fast; what does not have this form (memory, ties, direct routing) take
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,7 @@ def fast_cuts(
         costs: Costs without ``sets``.
         stages: Most stages.
         kind: Kind of all boundaries.
-        lower: A bottleneck known not to be beaten.
+        lower: A bottleneck that is good enough, or known not to be beaten.
         upper: Only a bottleneck below this is of interest; None means any.
 
     Returns:
@@ -214,30 +215,35 @@ def fast_cuts(
     newest = np.where(room == running, np.arange(len(room)), 0)
     best_cut = inner[np.maximum.accumulate(newest)].tolist() if len(room) else []
 
-    def cuts_within(limit: int) -> list[int] | None:
-        cuts, left = [0], 0
-        for _ in range(stages - 1):
-            if total <= limit + left:
-                break
-            index = bisect_right(reach, limit + left) - 1
-            if index < 0 or best_room[index] <= left:
-                return None
-            left = best_room[index]
-            cuts.append(best_cut[index])
-        return [*cuts, costs.size] if total <= limit + left else None
+    def cuts_within(limit: int) -> tuple[list[int] | None, int]:
+        """Give the cuts; or None, and a limit below which it stays so, since no other cut comes within reach."""
+        cuts, left, change = [0], 0, total
+        for remaining in range(stages, 0, -1):
+            rest = total - left
+            if rest <= limit:
+                return [*cuts, costs.size], limit
+            if rest > limit * remaining:  # what crosses only adds to it
+                return None, min(change, -(-rest // remaining))
+            index = bisect_right(reach, limit + left)
+            change = min(change, rest, reach[index] - left if index < len(reach) else rest)
+            if index == 0 or best_room[index - 1] <= left:
+                return None, change
+            left = best_room[index - 1]
+            cuts.append(best_cut[index - 1])
+        return None, change
 
     def bottleneck(cuts: list[int]) -> int:
         return int((far[cuts[1:]] - near[cuts[:-1]]).max())
 
     high = total + 1 if upper is None else min(upper, total + 1)
     best: list[int] | None = None
-    low = min(lower, high) - 1  # nothing fits within low
+    low = min(lower, high - 1) - 1  # what fits within low is of no interest
     step = max(1, total >> 12)
     while low + 1 < high:
         middle = min(low + step, (low + high) // 2)
-        found = cuts_within(middle)
+        found, change = cuts_within(middle)
         if found is None:
-            low = middle
+            low = max(middle, change - 1)
             step *= 2
         else:
             best, high = found, bottleneck(found)
@@ -252,26 +258,30 @@ def general_cuts(
     ``best[s, i]`` is the smallest bottleneck of ``order[i:]`` in the stages ``s, s+1, …``. The sweep goes from the last
     position to the first and keeps, for the current left cut, what every right cut adds by the sets it touches. Windows
     keep it short: a stage is at most ``upper``, so ``s`` stages before ``i`` and the rest after it must have room.
+    To even out, ``best`` is a sum over stages, that of the squares of ``load / upper``.
 
     Args:
         costs: Costs of the order.
         request: Stages, limits and live microbatches; one stage per rank.
         upper: Only a bottleneck below this is of interest.
-        objective: ``"load"``, within the memory limit; or ``"memory"``, whatever the load.
+        objective: ``"load"``, within the memory limit; ``"memory"``, whatever the load; or ``"even"``: the most even
+            loads, within the memory limit and all below ``upper``.
 
     Returns:
-        The bottleneck and the cuts, both ends included; None if none is below ``upper``.
+        The bottleneck (0 for ``"even"``) and the cuts, both ends included; None if none is below ``upper``.
     """
+    even = objective == "even"
     size, stages = costs.size, request.stages
     live = np.asarray(request.live, dtype=np.int64)[:, None]
     kinds = np.asarray(request.kinds)
     paid = (kinds != FREE).astype(np.int64)
     cross_loads = np.stack([costs.cross_load(kind) for kind in kinds])
     memory_base = costs.static + int(live.min()) * costs.activation
-    base = costs.load if objective == "load" else memory_base
-    limit = request.memory_limit if objective == "load" else None
+    base = memory_base if objective == "memory" else costs.load
+    limit = None if objective == "memory" else request.memory_limit
     needs_memory = objective == "memory" or limit is not None
-    best = np.full((stages + 1, size + 1), UNREACHABLE, dtype=np.int64)
+    unreachable = math.inf if even else UNREACHABLE
+    best = np.full((stages + 1, size + 1), unreachable, dtype=np.float64 if even else np.int64)
     best[stages if request.exactly else slice(None), size] = 0
     choice = np.zeros((stages, size + 1), dtype=np.int32)
     first_stage, last_stage = _windows(base, costs.anchors, request, upper - 1)
@@ -304,17 +314,18 @@ def general_cuts(
         else:
             cost = costs.load[right] - costs.load[left] + touched[0]
             cost = cost + cross_loads[low : high + 1, left, None] + cross_loads[low + 1 : high + 2, right]
-        candidate = np.maximum(cost, best[low + 1 : high + 2, right])
+        onward = best[low + 1 : high + 2, right]
+        candidate = onward + (cost / upper) ** 2 if even else np.maximum(cost, onward)
+        candidate[cost >= upper] = unreachable
         if limit is not None:
-            candidate[memory > limit] = UNREACHABLE
+            candidate[memory > limit] = unreachable
         chosen = candidate.argmin(axis=1)
         value = candidate[np.arange(len(chosen)), chosen]
-        value[value >= upper] = UNREACHABLE
         best[low : high + 1, left] = value
         choice[low : high + 1, left] = chosen + start
-    if best[0, 0] >= upper:
+    if best[0, 0] == unreachable:
         return None
-    return int(best[0, 0]), _trace(choice, size)
+    return 0 if even else int(best[0, 0]), _trace(choice, size)
 
 
 def _trace(choice: np.ndarray[tuple[int, int], np.dtype[np.int32]], size: int) -> list[int]:

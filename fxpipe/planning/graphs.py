@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 
 from fxpipe.errors import PartitionError
-from fxpipe.planning.problem import ROUTINGS, PartitionProblem, TransferValue
+from fxpipe.planning.problem import ROUTINGS, PartitionProblem, TransferValue, transfer_values
 
 
 def read_graph(graph: nx.DiGraph[Any]) -> PartitionProblem:
@@ -35,14 +35,16 @@ def read_graph(graph: nx.DiGraph[Any]) -> PartitionProblem:
         raise PartitionError(
             "cannot partition a graph without nodes\n  add at least one node with a `seconds` attribute"
         )
-    number = {node: index for index, node in enumerate(nodes)}
+    number = dict(zip(nodes, range(len(nodes)), strict=True))
     attributes = [data for _, data in graph.nodes(data=True)]
     seconds = _seconds(nodes, attributes)
     memory = tuple([data.get("memory", 0) for data in attributes])
+    of_node = number.__getitem__
+    readers = [tuple(map(of_node, after)) for _, after in graph.adjacency()]
     problem = PartitionProblem(
         seconds=seconds,
-        edges=tuple([(number[before], number[after]) for before, after in graph.edges()]),
-        values=_values(graph, nodes, number, attributes),
+        edges=tuple([(before, after) for before, afters in enumerate(readers) for after in afters]),
+        values=_values(graph, nodes, number, attributes, readers),
         memory=memory if any(memory) else (),
         groups=_groups(nodes, attributes),
         names=tuple(map(str, nodes)),
@@ -61,17 +63,16 @@ def _seconds(nodes: Sequence[Hashable], attributes: Sequence[dict[str, Any]]) ->
 
 
 def _values(
-    graph: nx.DiGraph[Any], nodes: Sequence[Hashable], number: dict[Hashable, int], attributes: Sequence[dict[str, Any]]
+    graph: nx.DiGraph[Any],
+    nodes: Sequence[Hashable],
+    number: dict[Hashable, int],
+    attributes: Sequence[dict[str, Any]],
+    readers: Sequence[tuple[int, ...]],
 ) -> tuple[TransferValue, ...]:
     producers = [index for index, data in enumerate(attributes) if "transfer" in data]
     if "transfers" not in graph.graph:
-        of_node = number.__getitem__
-        return tuple(
-            [
-                TransferValue(data["transfer"], (index, *map(of_node, readers)))
-                for index, (data, (_, readers)) in enumerate(zip(attributes, graph.adjacency(), strict=True))
-                if "transfer" in data
-            ]
+        return transfer_values(
+            [attributes[index]["transfer"] for index in producers], [(index, *readers[index]) for index in producers]
         )
     if producers:
         raise PartitionError(
@@ -103,7 +104,9 @@ def _sequence(entry: Any, where: str) -> list[Any]:
 def _groups(nodes: Sequence[Hashable], attributes: Sequence[dict[str, Any]]) -> tuple[tuple[int, ...], ...]:
     members: dict[Hashable, list[int]] = {}
     for index, data in enumerate(attributes):
-        group = data.get("group")
+        if "group" not in data:
+            continue
+        group = data["group"]
         if group is None:
             continue
         try:
@@ -191,7 +194,7 @@ def _check_order(problem: PartitionProblem) -> None:
     if not problem.edges:
         return
     count = len(problem.seconds)
-    ends = np.asarray(problem.edges, dtype=np.int64)
+    ends = np.fromiter(chain.from_iterable(problem.edges), dtype=np.int64, count=2 * len(problem.edges)).reshape(-1, 2)
     if ends.min() < 0 or ends.max() >= count:
         _check_nodes([int(ends.min()), int(ends.max())], count, "edge")
     if bool((ends[:, 0] < ends[:, 1]).all()):

@@ -127,17 +127,19 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
     seconds = np.asarray(problem.seconds, dtype=np.float64)
     columns = list(zip(*problem.values, strict=True)) or [()] * len(TransferValue._fields)
     near, far = columns[0], columns[2]
-    links = np.asarray(
-        [near, near if not any(far) else [n if f is None else f for n, f in zip(near, far, strict=True)]]
-    )
-    links = links.T.astype(np.float64)
+    links = np.empty((len(near), 2))
+    links[:, 0] = near
+    links[:, 1] = [n if f is None else f for n, f in zip(near, far, strict=True)] if any(far) else links[:, 0]
     tie_seconds = np.asarray([tie.seconds for tie in problem.ties], dtype=np.float64)
     total = float(seconds.sum() + 2 * links.max(axis=1, initial=0).sum() + tie_seconds.sum())
     budget = LOAD_BUDGET if num_nodes <= MANY_NODES else LARGE_LOAD_BUDGET
     load_exponent, exact = _exponent(np.concatenate([seconds, links.ravel(), tie_seconds]), total, budget)
     static = np.asarray(problem.memory or (0,) * num_nodes, dtype=np.float64)
     activation = np.asarray(problem.activation or (0,) * num_nodes, dtype=np.float64)
-    moved = np.asarray(columns[3:], dtype=np.float64).T
+    moved = np.zeros((len(near), len(columns) - 3))
+    for kind, column in enumerate(columns[3:]):
+        if any(column):
+            moved[:, kind] = column
     shared = np.asarray([(tie.bytes, tie.live_bytes) for tie in problem.ties], dtype=np.float64).reshape(-1, 2)
     most = float(
         static.sum()
@@ -308,6 +310,9 @@ def _adjacency(
     before, after = keys // count, keys % count
     steps = int((after == before + 1).sum())
     is_path = steps == count - 1 and bool((before < after).all())
+    if is_path and len(keys) == steps:
+        links = tuple(zip(range(count)))
+        return (*links[1:], ()), ((), *links[:-1]), True
     backwards = np.argsort(after, kind="stable")
     return _rows(before, after, count), _rows(after[backwards], before[backwards], count), is_path
 

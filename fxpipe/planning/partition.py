@@ -33,7 +33,7 @@ from fxpipe.planning.instance import (
     without_tie_loads,
 )
 from fxpipe.planning.orders import given_order, has_one_order
-from fxpipe.planning.pool import FEW_ROUNDS, ROUNDS, cut_order, improved, orders, search_pool
+from fxpipe.planning.pool import FEW_ROUNDS, ROUNDS, cut_order, evened, improved, orders, search_pool
 from fxpipe.planning.problem import PartitionProblem, Placement, measure
 from fxpipe.planning.ranks import search_ranks
 from fxpipe.planning.reduce import Reduced, reduced
@@ -69,7 +69,8 @@ def partition(
     The load of a stage is the sum of its nodes' ``seconds`` and of the transfers it takes part in. With
     ``routing="direct"`` a value whose nodes do not all lie in one stage is paid once by every stage that holds any of
     them; with ``routing="adjacent"`` it passes every stage from its first to its last, the first and the last pay once,
-    those between twice.
+    those between twice. Of partitions that are equally good along the order found, the most even one is taken, unless
+    the graph is large.
 
     Args:
         graph: Node attributes ``seconds`` (>= 0), ``memory`` (bytes, default 0), ``transfer`` (seconds to move the
@@ -95,9 +96,8 @@ def partition(
     """
     check_request(stages, memory_limit, routing)
     with _uncollected(len(graph) if isinstance(graph, nx.Graph) else 0):
-        problem = read_graph(graph)
-        found = _solve(problem, int(stages), memory_limit, routing)
-    return dict(zip(graph, found.stage_of, strict=True))
+        stage_of = _solve(read_graph(graph), int(stages), memory_limit, routing, even=True).stage_of
+    return dict(zip(graph, stage_of, strict=True))
 
 
 @contextmanager
@@ -126,6 +126,7 @@ def partition_nodes(
     start: Sequence[int] = (),
     goal: float = 0.0,
     slack: float = 0.0,
+    even: bool = False,
 ) -> Partition:
     """Cut a problem into stages; what ``partition`` and ``compile`` share. ``problem.measure`` defines the costs.
 
@@ -144,6 +145,7 @@ def partition_nodes(
         goal: Seconds that are good enough: the search stops there, and does not go on to prove anything.
         slack: With several stages per rank, the share of the best rank load that ranks may have more for the sake of
             the largest stage.
+        even: With one stage per rank, take the most even one of equally good partitions along the order found.
 
     Returns:
         The partition, its loads and how good it is.
@@ -159,7 +161,7 @@ def partition_nodes(
             if entries and len(entries) != stages:
                 raise PartitionError(f"{name} is {tuple(entries)}\n  expected {stages} whole numbers, one per stage")
         placement = Placement.simple(int(stages), live=live, rank_of_stage=rank_of_stage)
-    solved = _solve(problem, int(stages), memory_limit, routing, exactly, placement, start, goal, slack)
+    solved = _solve(problem, int(stages), memory_limit, routing, exactly, placement, start, goal, slack, even)
     return _measured(problem, solved)
 
 
@@ -194,6 +196,7 @@ def _solve(
     start: Sequence[int] = (),
     goal: float = 0.0,
     slack: float = 0.0,
+    even: bool = False,
 ) -> _Solved:
     if placement is not None:
         _check_placement(stages, placement)
@@ -206,17 +209,18 @@ def _solve(
         raise PartitionError(_too_many_stages(problem, instance, stages))
     used = stages if exactly else min(stages, instance.size)
     request = Request.of(used, routing, exactly, instance.memory_units(memory_limit), placement.first(used))
-    hints = _Hints(_merged_start(instance, start), instance.load_units(goal), slack)
+    hints = _Hints(_merged_start(instance, start), instance.load_units(goal), slack, even)
     return _search(problem, instance, request, memory_limit, hints)
 
 
 @dataclass(frozen=True, slots=True)
 class _Hints:
-    """What a search may start with, a load that is good enough (0 for none), and the slack of ranks."""
+    """What a search may start with, a load good enough (0 for none), the slack of ranks, whether to even out."""
 
     start: Ints | None = None
     goal: int = 0
     slack: float = 0.0
+    even: bool = False
 
 
 def _merged_start(instance: Instance, start: Sequence[int]) -> Ints | None:
@@ -282,7 +286,8 @@ def _search_stages(
         small = Reduced(instance, np.arange(instance.size))
     single = single or has_one_order(small.instance)
     searched = _search_small(problem, small, request, memory_limit, hints, single=single)
-    return dataclasses.replace(searched, found=Found(searched.found.value, searched.found.stage_of[small.node_of]))
+    found = Found(searched.found.value, searched.found.stage_of[small.node_of])
+    return dataclasses.replace(searched, found=evened(instance, request, found) if hints.even else found)
 
 
 def _search_small(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from fxpipe.ir.graph import LayerGraph, Tie, Value
@@ -83,11 +83,12 @@ def make_plan(
     idle = replace(layout.problem, seconds=(0.0,) * len(layout.layers))
     moved_s = measure(idle, stage_of_node, placement=layout.placement).loads
     repeats = recomputed_by_stage(graph, stage_of, settings.stages)
-    home = _homes(graph, stage_of, repeats, settings.stages)
     opened = tuple(dict.fromkeys(block.fqn for block in layout.cut_blocks(stage_of_node)))
     units = _unit_names(layout, opened)
+    whole = {block for block in block_names(graph) if block and block.partition("@")[0] not in opened}
+    home = _homes(graph, stage_of, repeats, units, whole)
     stages = tuple(
-        _stage_plan(index, layout, home, repeats[index], units, stage_of, measured, moved_s[index])
+        _stage_plan(index, layout, home, repeats[index], units, whole, stage_of, measured, moved_s[index])
         for index in range(settings.stages)
     )
     ties = tuple(_tie_group(layout, tie, home, repeats) for tie in graph.ties)
@@ -120,13 +121,22 @@ def make_plan(
 
 
 def _homes(
-    graph: LayerGraph, stage_of: Sequence[int], repeats: Sequence[tuple[int, ...]], num_stages: int
+    graph: LayerGraph,
+    stage_of: Sequence[int],
+    repeats: Sequence[tuple[int, ...]],
+    units: Sequence[str],
+    whole: Collection[str],
 ) -> tuple[int, ...]:
-    """Give the one stage in whose ``layers`` each layer stands."""
-    home = list(stage_of)
-    for layer in graph.recomputed:
-        home[layer] = next((stage for stage, needed in enumerate(repeats) if layer in needed), num_stages - 1)
-    return tuple(home)
+    """Give the one stage in whose ``layers`` each layer stands; what stands under one name stands there together."""
+    free = frozenset(graph.recomputed)
+    working = (layer for layer in range(len(units)) if layer not in free and units[layer] in whole)
+    stage_of_unit = {units[layer]: stage_of[layer] for layer in working}
+    for stage, needed in enumerate(repeats):
+        for layer in needed:
+            stage_of_unit.setdefault(units[layer], stage)
+    for layer in free:
+        stage_of_unit.setdefault(units[layer], len(repeats) - 1)
+    return tuple(stage_of_unit.get(unit, stage) for unit, stage in zip(units, stage_of, strict=True))
 
 
 def _unit_names(layout: Layout, opened: Sequence[str]) -> tuple[str, ...]:
@@ -147,6 +157,7 @@ def _stage_plan(
     home: Sequence[int],
     needed: tuple[int, ...],
     units: Sequence[str],
+    whole: Collection[str],
     stage_of: Sequence[int],
     measured: Measured,
     moved_s: float,
@@ -159,7 +170,8 @@ def _stage_plan(
     forward_s = math.fsum(layout.costs[layer].forward_s for layer in working)
     backward_s = math.fsum(layout.costs[layer].backward_s for layer in working)
     sends = crossing(graph, stage_of, index) if index < settings.stages - 1 else ()
-    elsewhere = [layer for layer in needed if home[layer] != index and units[layer] == graph.layer_names[layer]]
+    # A whole block runs what is free in it; a block that is all free runs wherever it is needed.
+    elsewhere = [units[layer] for layer in needed if home[layer] != index and units[layer] not in whole]
     return StagePlan(
         index=index,
         rank=settings.rank_of_stage[index],
@@ -174,7 +186,7 @@ def _stage_plan(
         activation_bytes=math.ceil(measured.per_live[index]),
         live_microbatches=settings.live_microbatches[index],
         sends=tuple(layout.precision.meta(value.meta) for value in sends),
-        recomputed=tuple(graph.layer_names[layer] for layer in elsewhere),
+        recomputed=tuple(dict.fromkeys(elsewhere)),
     )
 
 

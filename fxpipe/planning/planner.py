@@ -10,7 +10,7 @@ from fxpipe.planning.layout import Layout, make_layout
 from fxpipe.planning.limits import explained, limited_by
 from fxpipe.planning.plan import make_plan
 from fxpipe.planning.settings import Settings
-from fxpipe.planning.solve import Solution, solve
+from fxpipe.planning.solve import ROUNDING, Solution, solve
 
 _METHODS = {
     "chain": "the layers' only order, cut exactly",
@@ -60,7 +60,8 @@ def plan_of(layout: Layout, solution: Solution, estimate: Estimate) -> PipelineP
     """Put a solved partition into a plan, with how good it is and what limits it."""
     partition = solution.partition
     method = _METHODS[partition.method]
-    if partition.proven:
+    proven = partition.proven or partition.bottleneck <= partition.lower_bound * (1 + ROUNDING)
+    if proven:
         method += ": proven best"
     elif partition.lower_bound > 0:
         method += f": within {100 * (partition.bottleneck / partition.lower_bound - 1):.2g} % of the lower bound"
@@ -68,7 +69,7 @@ def plan_of(layout: Layout, solution: Solution, estimate: Estimate) -> PipelineP
         layout,
         partition.stage_of,
         method=method,
-        proven=partition.proven,
+        proven=proven,
         lower_bound=partition.lower_bound,
         limited_by=limited_by(layout, solution),
         notes=estimate.notes,

@@ -25,6 +25,7 @@ NODE_BUDGET = 600_000  # nodes ordered and cut in improvement rounds of the fast
 GENERAL_BUDGET = 20_000  # the same for the general programme
 ROUNDS = 200
 FEW_ROUNDS = 10  # where an exact search follows, or a quick answer is wanted
+EVENED_ENTRIES = 200_000  # stages times nodes up to which a partition is made more even
 COARSE_UNITS = 400  # units of the coarse cut that comes before a fine one of which no bound is known
 
 
@@ -165,3 +166,18 @@ def improved(instance: Instance, request: Request, lower: int, best: Found, roun
         other = cut_order(instance, request, by_priority(instance, shuffled), lower, best.value)
         best = _better(best, other) or best
     return best
+
+
+def evened(instance: Instance, request: Request, found: Found) -> Found:
+    """Cut the partition's order again: of all cuts whose slowest stage is no slower, the one of the most even loads.
+
+    Even means the least sum of squares; large graphs are left as they are.
+    """
+    if (request.stages + 1) * (instance.size + 1) > EVENED_ENTRIES:
+        return found
+    costs = order_costs(instance, by_priority(instance, found.stage_of.tolist()), request.routing)
+    cut = general_cuts(costs, request, found.value + 1, objective="even")
+    if cut is None:
+        return found
+    other = _found(instance, request, costs.order, costs.starts, cut[1])
+    return other if other.value <= found.value and _fits(instance, request, other.stage_of) else found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from fxpipe.errors import InfeasibleError, PartitionError
@@ -53,13 +53,18 @@ def solve(layout: Layout) -> Solution:
         InfeasibleError: No partition keeps the memory limit.
     """
     grain = layout.settings.grain
+    several = len(set(layout.placement.rank_of_stage)) < layout.settings.stages
     if grain == "auto":
         solution = _fewest_opened(layout)
     elif grain == "block":
         solution = _solved(layout, layout.grouped())
     else:
         solution = _solved(layout, layout.problem)
-    return _with_ties_together(layout, solution)
+        whole = _tried(layout, layout.grouped()) if several else None  # the search over ranks may miss what these give
+        if isinstance(whole, Solution) and whole.bottleneck < solution.bottleneck and whole.bare <= solution.bare:
+            solution = _solved(layout, layout.problem, whole)
+    together = _with_ties_together(layout, solution)
+    return together if several else _evened(layout, together)  # where ranks have several, every search evens out
 
 
 def _fewest_opened(layout: Layout) -> Solution:
@@ -139,7 +144,7 @@ def _raised(error: PartitionError) -> Solution:
 
 
 def _solved(layout: Layout, problem: PartitionProblem, start: Solution | None = None, goal: float = 0.0) -> Solution:
-    """Partition into stages that all have parameters; if there is none, into stages that need not."""
+    """Partition into stages that all have parameters; into others only where there is none, or where it pays."""
     stages = layout.settings.stages
     anchored = replace(problem, anchors=layout.anchors)
     bare = not layout.anchors or most_stages(anchored) < stages
@@ -149,26 +154,37 @@ def _solved(layout: Layout, problem: PartitionProblem, start: Solution | None = 
     if least_memory(layout) > (layout.settings.memory_limit or math.inf):
         bare = True  # the limit is too low for either; what is the least one, without that wish?
 
-    def found(chosen: PartitionProblem) -> Partition:
-        return partition_nodes(
-            chosen,
-            stages,
-            memory_limit=layout.settings.memory_limit,
-            exactly=True,
-            placement=layout.placement,
-            start=known,
-            goal=goal,
-            slack=EVENNESS,
-        )
-
     try:
-        partition = found(problem if bare else anchored)
+        partition = _cut(layout, problem if bare else anchored, known, goal)
     except InfeasibleError:
         if bare:
             raise
         bare = True
-        partition = found(problem)
+        partition = _cut(layout, problem, known, goal)
+    most = partition.bottleneck * (1 - LEAST_GAIN)
+    several = len(set(layout.placement.rank_of_stage)) < stages
+    if not bare and not several and most > max(_least_load(layout), partition.lower_bound):
+        # The loss of a large vocabulary beside its projection may be more than any other stage.
+        other = _cut(layout, problem, partition.stage_of, goal)
+        if other.bottleneck <= most:
+            bare, partition = True, other
     return Solution(problem, partition, layout.cut_blocks(partition.stage_of), bare)
+
+
+def _cut(
+    layout: Layout, problem: PartitionProblem, start: Sequence[int], goal: float, *, even: bool = False
+) -> Partition:
+    return partition_nodes(
+        problem,
+        layout.settings.stages,
+        memory_limit=layout.settings.memory_limit,
+        exactly=True,
+        placement=layout.placement,
+        start=start,
+        goal=goal,
+        slack=EVENNESS,
+        even=even,
+    )
 
 
 def _too_many(layout: Layout, problem: PartitionProblem) -> str:
@@ -206,6 +222,18 @@ def _with_ties_together(layout: Layout, solution: Solution) -> Solution:
             partition = replace(other.partition, lower_bound=bound, proven=solution.partition.proven)
             solution = replace(other, partition=partition)
     return solution
+
+
+def _evened(layout: Layout, solution: Solution) -> Solution:
+    """Take the most even one of the partitions that are as good; what is proven of one holds for all."""
+    old = solution.partition
+    goal = old.bottleneck * (1 + ROUNDING)
+    problem = solution.problem if solution.bare else replace(solution.problem, anchors=layout.anchors)
+    new = _cut(layout, problem, old.stage_of, goal, even=True)
+    if new.bottleneck > goal:
+        return solution
+    partition = replace(new, lower_bound=min(old.lower_bound, new.bottleneck), proven=old.proven, method=old.method)
+    return replace(solution, partition=partition, opened=layout.cut_blocks(new.stage_of))
 
 
 def least_memory(layout: Layout) -> float:

@@ -5,7 +5,7 @@ import html
 import json
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from tabulate import tabulate
 
@@ -182,8 +182,9 @@ def _stage_table(plan: PipelinePlan, style: str) -> str:
     ]
     place = header.index("layers")
     others = sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(len(header)) if i != place)
+    shared = {name for stage in plan.stages for name in stage.recomputed}
     for row, stage in zip(rows, plan.stages, strict=True):
-        row[place] = _layers(stage, WIDTH - others if style == "plain" else WIDTH)
+        row[place] = _layers(stage, WIDTH - others if style == "plain" else WIDTH, shared)
     align = ["left" if name in ("stage", "rank", "layers") else "right" for name in header]
     if style == "plain":  # as a row, since tabulate widens columns that have a header
         return tabulate([header, *rows], tablefmt=style, colalign=align, disable_numparse=True)
@@ -319,16 +320,23 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
-def _layers(stage: StagePlan, room: int) -> str:
-    """First and last layer of a stage and how many there are; the last without what it shares with the first."""
+def _layers(stage: StagePlan, room: int, shared: Collection[str]) -> str:
+    """First and last layer of a stage, what other stages compute too left aside, and how many there are.
+
+    The last goes without the module it shares with the first.
+    """
     if not stage.layers:
         return "(none)"
-    first, last = stage.layers[0], stage.layers[-1]
+    ends = [name for name in stage.layers if name not in shared] or stage.layers
+    first, last = ends[0], ends[-1]
     if len(stage.layers) == 1:
         return _shorten(first, room)
-    last = last.removeprefix(first.partition(".")[0] + ".")
+    if len(ends) == 1:
+        return _shorten(first, max(room - len(f" ({len(stage.layers)})"), 8)) + f" ({len(stage.layers)})"
     count = f" ({len(stage.layers)})"
     joint = " … " if len(stage.layers) > 2 else ", "
+    rest = last.removeprefix(first.partition(".")[0] + ".")
+    last = last if rest[:1].isdigit() else rest  # "blocks.3 … 4" would say little
     each = max((room - len(count) - len(joint)) // 2, 8)
     spare = max(each - len(last), 0)
     first = _shorten(first, each + spare)

@@ -3,6 +3,7 @@
     python -m tests.benchmarks partition models [gpt2-medium llama-8b t5-large resnet-50 unet]
     python -m tests.benchmarks partition workloads DIR
     python -m tests.benchmarks partition large
+    python -m tests.benchmarks partition compile
     python -m tests.benchmarks partition scaling [--plot FILE.svg]
     python -m tests.benchmarks partition page DIR
 
@@ -16,6 +17,9 @@ import argparse
 import json
 import math
 import random
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -329,6 +333,50 @@ def unet() -> tuple[object, tuple[object, ...], dict[str, object]]:
     return model, (torch.zeros(1, 3, 256, 256),), {}
 
 
+def llama_405b() -> tuple[object, tuple[object, ...], dict[str, object]]:
+    """Give the shape of the model of 405 billion parameters, and a fake batch of sixteen sequences."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        dtype="bfloat16",
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    with FakeTensorMode():
+        ids = torch.zeros(16, 4096, dtype=torch.long)
+    return model, (), {"input_ids": ids, "labels": ids}
+
+
+def compile_one() -> str:
+    """Compile the largest model in this process; give seconds of the call and the process's largest memory."""
+    import fxpipe
+
+    model, args, kwargs = llama_405b()
+    wall, processor = time.perf_counter(), time.process_time()
+    pipe = fxpipe.compile(model, 16, args, kwargs, grain="op")  # type: ignore[arg-type]
+    seconds = time.perf_counter() - wall, time.process_time() - processor
+    gap = pipe.plan.bottleneck / pipe.plan.lower_bound - 1
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    row = ["Llama, 405 billion", 16, *seconds, f"{resident / 1e9:.2f} GB", f"{gap:.2%}"]
+    headers = ["model", "stages", "seconds", "of the processor", "resident, torch included", "gap"]
+    return table([row], headers, ".1f")
+
+
+def run_compile() -> str:
+    """Compile in a fresh process, whose memory is its own."""
+    command = [sys.executable, "-m", "tests.benchmarks", "partition", "compile", "--here"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 PEERS = ("DeepSpeed parameters", "DeepSpeed uniform", "torchtitan", "Megatron", "torchgpipe")
 
 
@@ -434,6 +482,12 @@ node and its backward share a stage; transfers are paid once by every stage that
 
 {large}
 
+## From module to plan
+
+`fxpipe.compile` of a model on the meta device at op grain, capture included, in a fresh process.
+
+{compile}
+
 ## Time against size
 
 ![time against size](partition-time.svg)
@@ -448,6 +502,8 @@ def main() -> None:
     one = commands.add_parser("models", help="models against one order of calling and others' rules")
     one.add_argument("names", nargs="*", choices=[[], *models()], help="all of them if none is named")
     commands.add_parser("large", help="100,000 nodes into 1,024 stages; 10,000 into 64, links free and not")
+    largest = commands.add_parser("compile", help="a model of 405 billion parameters, capture included")
+    largest.add_argument("--here", action="store_true", help="in this process rather than a fresh one")
     scaling = commands.add_parser("scaling", help="time against number of nodes")
     scaling.add_argument("--plot", type=Path, help="write the plot here, as SVG")
     workloads = commands.add_parser("workloads", help="the sixteen published pipeline workloads")
@@ -460,6 +516,8 @@ def main() -> None:
         print(run_models(arguments.names))
     elif arguments.command == "large":
         print(run_large())
+    elif arguments.command == "compile":
+        print(compile_one() if arguments.here else run_compile())
     elif arguments.command == "scaling":
         print(run_scaling(arguments.plot))
     elif arguments.command == "workloads":
@@ -469,6 +527,7 @@ def main() -> None:
             models=run_models([]),
             workloads=run_workloads(arguments.directory),
             large=run_large(),
+            compile=run_compile(),
             scaling=run_scaling(arguments.docs / "partition-time.svg"),
         )
         (arguments.docs / "benchmarks.md").write_text(text, encoding="utf-8")

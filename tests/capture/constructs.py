@@ -1433,3 +1433,410 @@ class CompiledBlocks(Around):
 
 
 CONSTRUCTS["CompiledBlocks"] = Construct(CompiledBlocks, (sample(),))
+
+
+# --- what comes back, what is written and read ---
+
+
+@model
+class ReturnsWhatItWroteTo(Around):
+    """Tensors filled row by row, and through a view, and returned as they are."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        out, kept = torch.zeros(ROWS, WIDTH), torch.zeros_like(y)
+        for row in range(ROWS):
+            out[row] = y[row] * 2
+        kept[1] = y[0]
+        y[2].mul_(3)
+        return out, kept, y
+
+
+@model(refusal=r"__bool__\(\) takes a path that depends on values")
+class BranchesOnAMaskThatItFilled(Around):
+    """The mask is made of constants, and filled with what is not known."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(ROWS, dtype=torch.bool)
+        mask[:] = x[:, 0] > 0
+        return super().forward(x) if mask.any() else self.end(x)
+
+
+@model(refusal=r"tolist\(\) takes a path that depends on values")
+class ListsAMaskThatItFilled(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(ROWS, dtype=torch.bool)
+        mask.view(-1)[:] = x[:, 0] > 0
+        return super().forward(x) * sum(mask.tolist())
+
+
+@body
+def branch_on_a_filled_mask_inside_a_block(self, x):
+    mask = torch.zeros(ROWS, dtype=torch.bool)
+    mask[:] = x[:, 0] < 100
+    return self.second(self.first(x)) if mask.any() else self.first(x)
+
+
+@model
+class DataOfAParameterAssigned(Around):
+    """As momentum encoders do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.end.weight.data = self.end.weight.data * 0.5
+        self.begin.weight.data *= 2
+        return super().forward(x)
+
+
+@model(refusal="writes to its input 'x'")
+class WritesToAViewOfItsInput(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.view(-1)[2:5].add_(1)
+        return super().forward(x)
+
+
+@body
+def detached_in_place(self, x):
+    return self.second(self.first(x).detach_()) + x.data + self.second(x).data
+
+
+@body
+def out_is_a_buffer(self, x):
+    with torch.no_grad():
+        torch.mul(self.mean, 2, out=self.mean)
+    return self.second(self.first(x)) * self.mean
+
+
+@model
+class BufferRegisteredAnew(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("decay", torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.register_buffer("decay", self.decay * 0.9)
+        return super().forward(x) * self.decay
+
+
+@model
+class SetsAndDeletesAttributes(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.hidden = self.begin(x)
+        self.both = [self.hidden, x]
+        y = super().forward(self.hidden) + self.both[1]
+        del self.hidden, self.both
+        return y
+
+
+@model
+class TiesInTheForward(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.end.weight = self.begin.weight
+        return super().forward(x)
+
+
+@model(refusal="changes requires_grad of blocks.0.scale")
+class FreezesInTheForward(Around):
+    def __init__(self) -> None:
+        super().__init__(lambda: Inner(lambda self, x: self.second(self.first(x))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for parameter in self.blocks[0].parameters():
+            parameter.requires_grad_(False)
+        return super().forward(x)
+
+
+@model
+class SwitchesABlockToEvaluation(Around):
+    def __init__(self) -> None:
+        super().__init__(lambda: Inner(lambda self, x: self.dropout(self.second(self.first(x)))))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.blocks[0].eval()
+        return super().forward(x)
+
+
+@model(refusal="copies end.weight")
+class CopiesAModule(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return copy.deepcopy(self.end)(super().forward(x))
+
+
+@body
+def module_sent_to_a_device(self, x):
+    self.first.to(x.device)
+    return self.second.to("cpu")(self.first(x))
+
+
+@model(refusal="converts end.weight to float64")
+class ConvertsAModule(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end.double()(super().forward(x).double())
+
+
+@model(refusal=r"item\(\) takes a path")
+class ReadsAParameter(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.end.bias[0].item()
+
+
+@model(refusal=r"equal\(\) takes a path")
+class ComparesValues(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if torch.equal(x, x * 2) else self.end(x)
+
+
+@model(refusal="that takes a gradient is hidden")
+class ParameterMadeInTheForward(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * nn.Parameter(torch.ones(WIDTH))
+
+
+# --- hooks ---
+
+
+@model
+class HookThatIsRemoved(Around):
+    """It never runs: it is gone before the backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.begin(x)
+        handle = x.register_hook(lambda gradient: gradient * 2)
+        y = super().forward(x)
+        handle.remove()
+        return y
+
+
+@model
+class HookThatIsAMethod(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: dict[str, torch.Tensor] = {}
+        self.blocks[0].register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.features["x"] = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.features["x"].mean()
+
+
+@model(refusal="a hook of blocks.0 holds a HookWithAClosure of the model in its closure")
+class HookWithAClosure(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features: dict[str, torch.Tensor] = {}
+        self.blocks[0].register_forward_hook(lambda module, args, output: self.features.update(x=output))
+
+
+@block
+class HooksThatChangeArgumentsAndOutput(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.register_forward_hook(lambda module, args, output: output * 2)
+        self.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        self.register_forward_hook(lambda module, args, output: output - 1)
+
+
+# --- paths and shapes that depend on values ---
+
+
+class Selects(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.first(x)[:, 0] > 0.1]
+
+
+@model(refusal="the shape of what it returns depends on values")
+class SelectsRows(Around):
+    def __init__(self) -> None:
+        super().__init__(Selects)
+
+
+@block
+class RoutesRows(nn.Module):
+    """What it returns takes a gradient on one path, and none on the path of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.expert = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        rows = (self.gate(x).abs().sum(-1) > 0.01).nonzero()[:, 0]
+        return out.index_add(0, rows, self.expert(x[rows])) if len(rows) else out
+
+
+@model(kwargs={"lengths": torch.tensor([2, 3, 1])})
+class PackedSequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin, self.end = nn.Linear(1, WIDTH), nn.Linear(2 * WIDTH, 1)
+        self.recurrences = nn.ModuleList([nn.LSTM(WIDTH, WIDTH, bidirectional=True), nn.GRU(2 * WIDTH, 2 * WIDTH)])
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> Any:
+        hidden = self.begin(x[..., None])
+        packed = nn.utils.rnn.pack_padded_sequence(hidden, lengths, batch_first=True, enforce_sorted=False)
+        for recurrence in self.recurrences:
+            packed, _ = recurrence(packed)
+        padded, counts = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+        return self.end(padded) / counts.sum()
+
+
+@model(kwargs={"ids": torch.tensor([[1, 2, 2], [3, 0, 1], [2, 2, 3]])})
+class PositionsOfIds(Around):
+    """Rows, counts and lists that depend on integers: each is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, WIDTH)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        rows, columns = torch.where(ids == 2)
+        x = x.index_add(0, rows, self.embed(columns))
+        unique, places = ids.unique(return_inverse=True)
+        x = x + self.embed(unique)[places].sum(1)
+        for kept in ([number for number in row if number != 2] for row in ids.tolist()):
+            x = x + self.embed(torch.tensor(kept, dtype=torch.long)).sum(0)
+        if 3 in ids:
+            x = x * int(np.asarray(ids).max())
+        return super().forward(x)[:, : int((ids > 1).sum(1).max())] + self.embed(ids[ids > 0]).sum()
+
+
+@model
+class Distributions(Around):
+    """They look at their arguments' values to complain, and for nothing else."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        normal = torch.distributions.Normal(self.begin(x), self.end(x).exp())
+        standard = torch.distributions.Normal(torch.zeros(WIDTH), torch.ones(WIDTH))
+        chosen = torch.distributions.Categorical(logits=super().forward(normal.rsample()))
+        return chosen.log_prob(chosen.sample()), torch.distributions.kl_divergence(normal, standard)
+
+
+# --- Python around modules ---
+
+
+@model
+class SlicesOfLists(Around):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.steps[:2](super().forward(x))
+        for layer in (*self.steps[2:], *self.blocks[::-1]):
+            x = layer(x)
+        return x
+
+
+@model
+class GeneratorsOfModules(Around):
+    def layers(self) -> Any:
+        yield self.begin
+        yield from self.blocks
+        yield self.end
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states = [x := layer(x) for layer in self.layers()]
+        return torch.stack(tuple(state * 2 for state in states)).sum(0)
+
+
+@block
+class OwnCall(Plain):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().__call__(x) * 2
+
+
+@model
+class CallsForwardDirectly(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.begin.forward(x)
+        for inner in self.blocks:
+            x = inner.forward(x)
+        return self.end(x)
+
+
+class Box:
+    def __init__(self, inside: torch.Tensor) -> None:
+        self.inside = inside
+
+    def __add__(self, other: Box) -> Box:
+        return Box(self.inside + other.inside)
+
+
+@model
+class ObjectsOfItsOwn(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        box = Box(self.begin(x))
+        for inner in self.blocks:
+            box = Box(inner(box.inside)) + box
+        return self.end(box.inside)
+
+
+@dataclasses.dataclass
+class Result:
+    value: torch.Tensor
+    more: Any = None
+
+    def __post_init__(self) -> None:
+        self.times = 3
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.value.sum()
+
+
+@model
+class DataclassWithProperties(Around):
+    def forward(self, x: torch.Tensor) -> Result:
+        result = Result(super().forward(x))
+        result.more = result.total * result.times
+        return result
+
+
+@model
+class Profiled(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.profiler.record_function("part"):
+            return super().forward(x)
+
+
+@body
+def decorated_functions(self, x):
+    @torch.compiler.disable
+    def twice(y):
+        return y * 2
+
+    @torch.jit.ignore
+    def more(y):
+        return y + 1
+
+    return self.second(more(twice(self.first(x))))
+
+
+@body
+def partial_functions(self, x):
+    leaky = functools.partial(F.leaky_relu, negative_slope=0.2)
+    return self.second(leaky(functools.reduce(torch.add, [self.first(x), x, x])))
+
+
+@body
+def tensors_of_shapes(self, x):
+    sizes = torch.tensor(x.shape)
+    return self.second(self.first(x)) * sizes.prod() / sizes[0] + torch.as_tensor(x.size(1))
+
+
+@body
+def rearranged_memory(self, x):
+    y = self.first(x).t().contiguous().t()
+    z = y.unflatten(1, (2, 2)).movedim(1, 2).flatten(1)
+    return self.second(torch.ops.aten.add(z, y).reshape_as(y).expand(ROWS, WIDTH)).masked_fill(y.isnan(), 0)
+
+
+@model
+class EmptyTensors(Around):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.cat([x, x[:0], x.new_empty(0, WIDTH)])[:2])

@@ -170,6 +170,14 @@ def agree(problem, stages, memory_limit, placement=None, **options):
     assert max(rank_loads) == pytest.approx(best_load, rel=1e-12, abs=1e-12)
     if len(set(where.rank_of_stage)) < stages:
         assert max(loads) == pytest.approx(best_stage, rel=1e-12, abs=1e-12)
+    evened = partition_nodes(problem, stages, memory_limit=memory_limit, placement=placement, even=True, **options)
+    used = stages if exactly else max(evened.stage_of) + 1
+    assert evened.stage_of in set(assignments(problem, used, exactly=exactly))
+    assert evened.bottleneck == pytest.approx(best_load, rel=1e-12, abs=1e-12)
+    memory = stage_costs(problem, evened.stage_of, where.first(used), routing=routing)[2]
+    assert memory_limit is None or max(memory) <= memory_limit
+    rounding = 1e-12 * (1 + best_load**2)
+    assert sum(load**2 for load in evened.loads) <= sum(load**2 for load in found.loads) + rounding
 
 
 LIMIT = st.one_of(st.none(), st.integers(1, 150))
@@ -295,6 +303,21 @@ def test_chains_agree_with_an_exact_programme(chain, stages, memory_limit):
             loads[stage + 1] += transfers[node]
     assert max(loads) == answer
     assert sorted(stage_of.values()) == list(stage_of.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(chains(most_nodes=9), st.integers(1, 4))
+def test_of_equally_good_cuts_of_a_chain_the_most_even_is_taken(chain, stages):
+    seconds, transfers, _ = chain
+    values = tuple(TransferValue(cost, (node, node + 1)) for node, cost in enumerate(transfers[:-1]))
+    problem = PartitionProblem(tuple(seconds), edges=tuple(itertools.pairwise(range(len(seconds)))), values=values)
+    stages = min(stages, len(seconds))
+    found = partition_nodes(problem, stages, exactly=True, even=True)
+    scores = []
+    for stage_of in assignments(problem, stages, exactly=True):
+        loads = stage_costs(problem, stage_of, Placement.simple(stages))[0]
+        scores.append((max(loads), sum(load**2 for load in loads)))
+    assert (found.bottleneck, sum(load**2 for load in found.loads)) == min(scores)
 
 
 def random_graph(seed, count=60, width=6):
@@ -547,3 +570,16 @@ def test_a_group_over_the_limit_is_named_with_the_least_limit_that_works():
 def test_more_stages_than_nodes_are_an_error_where_all_must_be_used():
     with pytest.raises(PartitionError, match="cannot cut 2 nodes into 3 stages"):
         partition_nodes(PartitionProblem(seconds=(1.0, 1.0)), 3, exactly=True)
+
+
+@pytest.mark.parametrize("goal", [0.5, 4.0, 100.0])
+def test_a_goal_that_one_stage_would_keep_leaves_no_stage_empty(goal):
+    # What crosses costs more than all nodes together, and the last node alone may not be a stage.
+    problem = PartitionProblem(
+        (1.0, 1.0, 1.0, 1.0),
+        edges=((0, 1), (1, 2), (2, 3)),
+        values=tuple(TransferValue(9.0, (node, node + 1)) for node in range(3)),
+        anchors=(0, 1),
+    )
+    found = partition_nodes(problem, 2, exactly=True, goal=goal)
+    assert found.stage_of == (0, 1, 1, 1)

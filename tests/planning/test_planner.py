@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from test_memory import TRAININGS, assignments, graphs, needers, rank_memory
 
 from fxpipe.errors import InfeasibleError, PartitionError, ScheduleError
+from fxpipe.ir.cost import LayerCounts
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.plan import PipelinePlan
+from fxpipe.ir.spec import LayerSpec
 from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.planning.planner import plan_pipeline, solve_pipeline
 from fxpipe.planning.solve import LEAST_GAIN
@@ -141,6 +143,24 @@ def test_recomputed_layers_outside_of_blocks_are_listed_where_they_run_again():
     assert "mask" in found.stages[0].layers
     assert found.stages[1].recomputed == ("mask",)
     assert all(meta != "mask" for stage in found.stages for meta in stage.sends)
+
+
+def test_a_block_that_is_recomputed_whole_is_listed_wherever_it_is_needed():
+    """A stage between got no rotary table: its module has a buffer that is never read, which stood under its name."""
+    graph = layer_graphs.gpt(blocks=6)
+    names, mask = graph.layer_names, graph.recomputed[0]
+    blocks = tuple("tables" if layer == mask else name for layer, name in enumerate(graph.blocks))
+    idle = LayerSpec.captured("tables", "torch.nn:Module")
+    graph = dataclasses.replace(
+        graph, specs=(*graph.specs, idle), blocks=(*blocks, ""), counts=(*graph.counts, LayerCounts())
+    )
+    assert names[mask] == "mask"
+    found = plan(graph, layer_graphs.settings(3))
+    assert [("tables" in stage.layers, "tables" in stage.recomputed) for stage in found.stages] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
 
 
 # --- grain ---

@@ -1,0 +1,126 @@
+"""What layers are said to cost is what a real run on the CPU does: FLOPs, bytes kept, microbatches alive, times."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import launch
+import pytest
+import torch
+from architectures import ARCHITECTURES, split
+from costs_worker import RANKS, SCHEDULES, kept_bytes
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+import fxpipe
+from fxpipe import profiling
+from fxpipe.capture.capture import Capture
+from fxpipe.capture.count import LayerCounter
+from fxpipe.ir.graph import LayerGraph
+
+aten = torch.ops.aten
+CHOSEN = [
+    *(
+        "GPT-2",
+        "Llama",
+        "OPT",
+        "Mixtral",
+        "Mamba",
+        "BERT",
+        "T5",
+        "Whisper",
+        "ViT",
+        "Swin",
+        "ConvNeXt",
+        "ResNet",
+        "CLIP",
+    ),
+    *("Wav2Vec2", "U-Net with skips", "nn.Transformer", "module called twice"),
+]
+# Torch has formulas for attention, but not under the name of the CPU's kernel.
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, value, *_, **__: (
+        sdpa_backward_flop_count(grad, query, key, value)
+    ),
+}
+FORMULAS = {str(packet).rpartition(".")[2] for packet in (*flop_registry, *ATTENTION)}
+
+
+def built(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    torch.manual_seed(0)
+    return ARCHITECTURES[name].build().train(), *split(ARCHITECTURES[name].batch(0))
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output
+    return output["loss"] if isinstance(output, Mapping) else output.loss
+
+
+def counted(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grain: str) -> LayerGraph:
+    capture = Capture(model)
+    counter = LayerCounter(capture.skeleton, fused_attention=False)
+    return capture.layer_graph(capture.capture(capture.inputs(args, kwargs), grain=grain, counter=counter))
+
+
+def flops_of(graph: LayerGraph, names: set[str] | None = None) -> int:
+    """Add up the layers' FLOPs, of some operations or of all; what is recomputed runs once in one process."""
+    ops = [op for counts in graph.counts for op in counts.ops]
+    return sum(op.flops for op in ops if names is None or op.name in names)
+
+
+def run_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Count a real forward and backward."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as mode:
+        loss_of(copy.deepcopy(model)(*args, **copy.deepcopy(kwargs))).backward()
+    return mode.get_total_flops()
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize("name", CHOSEN)
+def test_flops_are_those_of_a_real_forward_and_backward(name, grain):
+    model, args, kwargs = built(name)
+    assert flops_of(counted(model, args, kwargs, grain), FORMULAS) == run_flops(model, args, kwargs) > 0
+
+
+def test_grouped_products_of_experts_count_as_experts_one_by_one_do():
+    model, args, kwargs = built("Mixtral")
+    grouped = flops_of(counted(model, args, kwargs, "op"))
+    model.set_experts_implementation("eager")
+    assert grouped == run_flops(model, args, kwargs)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_bytes_kept_for_backward_are_within_five_per_cent_of_a_real_run(name):
+    model, args, kwargs = built(name)
+    pipe = fxpipe.compile(model, 1, args, kwargs, microbatches=1, hardware="cpu")
+    real = kept_bytes(copy.deepcopy(model), lambda copied: loss_of(copied(*args, **copy.deepcopy(kwargs))))
+    assert pipe.plan.stages[0].activation_bytes == pytest.approx(real, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def said():
+    return {ranks: launch.launch_cases("end_to_end/costs_worker.py", ranks, timeout_s=300) for ranks in RANKS}
+
+
+@pytest.mark.timeout(620)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_live_activations_are_within_ten_per_cent_of_what_ranks_keep(ranks, schedule, said):
+    launch.passed(said[ranks], schedule, ranks)
+
+
+def test_equal_blocks_are_measured_once(monkeypatch):
+    measured: list[object] = []
+    real = profiling.measure_layer
+    monkeypatch.setattr(profiling, "measure_layer", lambda call, *rest: measured.append(call) or real(call, *rest))
+    blocks = (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(24))
+    model = nn.Sequential(nn.Linear(16, 16), *blocks, nn.Linear(16, 4))
+    pipe = fxpipe.compile(model, 1, (torch.zeros(2, 8, 16),), microbatches=1, cost="profile")
+    assert len(measured) == 3
+    assert len({pipe.profile.costs[str(block)] for block in range(1, 25)}) == 1
