@@ -26,7 +26,7 @@ class Repeat:
     """What a call gave.
 
     Attributes:
-        result: A result of it, the tensors of which are copied for each further call.
+        result: A copy of what it returned, of which each further call gets one: the model may write into its own.
         trace: What it did below Python.
         attention: Forms of the attention calls inside.
         kept: What the key names by identity.
@@ -39,7 +39,7 @@ class Repeat:
 
     def again(self) -> Any:
         """Give the result of an equal call: other tensors, alike in everything that is known of them."""
-        return map_tree(lambda _, leaf: _alike(leaf) if isinstance(leaf, torch.Tensor) else leaf, self.result)
+        return _copied(self.result)
 
 
 class Repeats:
@@ -84,8 +84,10 @@ class Repeats:
         storages = [storage_of(tensor) for tensor in tensors]
         taken = {storage_of(tensor) for tensor in given}
         if len(set(storages)) == len(storages) and taken.isdisjoint(storages):
-            seen = self._seen.setdefault(key, Repeat(result, trace, attention, tuple(self._kept)))
-            if seen.result is not result and seen.trace == trace:
+            seen = self._seen.get(key)
+            if seen is None:
+                self._seen[key] = Repeat(_copied(result), trace, attention, tuple(self._kept))
+            elif seen.trace == trace:
                 self._known[key] = seen
 
     def _spelled_module(self, module: nn.Module, own: dict[int, int]) -> Any:
@@ -135,6 +137,10 @@ def _can_be_copied(tensor: torch.Tensor) -> bool:
         return False
     unusual = tensor.is_conj() or tensor.is_neg() or tensor.is_inference() or (tensor.requires_grad and tensor.is_leaf)
     return not unusual and _alike(tensor).stride() == tensor.stride()
+
+
+def _copied(result: Any) -> Any:
+    return map_tree(lambda _, leaf: _alike(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
 
 
 def _alike(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate, pairwise
 
 from fxpipe.ir.plan import Baseline
@@ -221,21 +222,36 @@ def block_partition(sizes: Sequence[float], stages: int) -> list[int]:
     count = len(sizes)
     if count < stages:
         raise NoCutError(f"needs {stages} modules, there are {count}")
-    low, high = min(sizes), max(sizes)
-    scaled = [(size - low) / (high - low) if high > low else 0.0 for size in sizes]
+    # Exact, and not divided by the range: a difference of one module that rounds to more would be moved for ever.
+    low = Fraction(min(sizes))
+    above = [Fraction(size) - low for size in sizes]
+    found = _moved(above, stages, closest=False)
+    return found if found is not None else _moved(above, stages, closest=True) or uniform(count, stages)
+
+
+def _moved(above: Sequence[Fraction], stages: int, *, closest: bool) -> list[int] | None:
+    """Move ends until the stages are even enough; None where that would never end.
+
+    Args:
+        above: Size of each module above the smallest.
+        stages: Number of stages.
+        closest: Whether the closest of equally small stages grows, as in the paper, or the first, as in torchgpipe,
+            which may go round in circles.
+    """
+    count, one = len(above), max(above)
     ends = [count // stages * (stage + 1) for stage in range(stages - 1)] + [count]
-
-    def totals() -> list[float]:
-        return [sum(scaled[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
+    seen: set[tuple[int, ...]] = set()
     while True:
-        own = totals()
+        own = _totals(above, ends)
         largest = max(range(stages), key=lambda stage: (own[stage], stage))
         while True:
-            own = totals()
-            smallest = min(range(stages), key=lambda stage: (own[stage], stage))
-            if own[largest] <= own[smallest] + 1:
-                return [0, *ends]
+            own = _totals(above, ends)
+            smallest = min(range(stages), key=lambda stage: (own[stage], abs(stage - largest) if closest else stage))
+            if own[largest] <= own[smallest] + one:
+                return [0, *ends] if ends == sorted(ends) else None
+            if (*ends, largest) in seen or not 0 <= min(ends) <= max(ends) <= count:
+                return None
+            seen.add((*ends, largest))
             if largest < smallest:
                 giver = smallest - 1
                 ends[giver] -= 1
@@ -244,3 +260,7 @@ def block_partition(sizes: Sequence[float], stages: int) -> list[int]:
                 ends[smallest] += 1
             if giver == largest:
                 break
+
+
+def _totals(above: Sequence[Fraction], ends: Sequence[int]) -> list[Fraction]:
+    return [sum(above[start:end], Fraction()) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
