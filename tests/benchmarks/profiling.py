@@ -1,6 +1,6 @@
 """Measure how true measured times are: layers one by one against the whole model, and what measuring itself takes.
 
-    python -m tests.benchmarks profile [gpt2 llama t5 bert resnet unet] [--threads 1]
+    python -m tests.benchmarks profiling [gpt2 llama t5 bert resnet unet] [--threads 1]
 
 For each model: seconds of all layers by ``cost="profile"`` added up, seconds of a forward and backward of the whole
 model (median of runs before and after), and their ratio. Last, how long GPT-2 medium's 24 equal blocks take to measure,
