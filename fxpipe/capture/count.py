@@ -307,6 +307,10 @@ def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any
         left, right = args[0], args[1]
         groups = 1 if left.dim() == 2 or right.dim() == 2 else left.shape[0]
         return int(2 * groups * left.shape[-2] * left.shape[-1] * right.shape[-1])
+    if name in ("mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"):
+        # A layer of an LSTM: per row and step a product with either weight; backward as much for each side of it.
+        products = 2 if name.endswith("backward") else 1
+        return int(2 * products * args[0].numel() // args[0].shape[-1] * (args[1].numel() + args[2].numel()))
     if name == "_scaled_dot_product_flash_attention_for_cpu":
         return _attention_flops(*_attention_shapes(*args[:3]))
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":

@@ -124,3 +124,13 @@ def test_equal_blocks_are_measured_once(monkeypatch):
     pipe = fxpipe.compile(model, 1, (torch.zeros(2, 8, 16),), microbatches=1, cost="profile")
     assert len(measured) == 3
     assert len({pipe.profile.costs[str(block)] for block in range(1, 25)}) == 1
+
+
+def test_recurrent_layers_count_a_product_with_either_weight_per_step():
+    rows, steps, sizes, width = 8, 5, (16, 32), 32
+    model = nn.Sequential(nn.LSTM(sizes[0], width, len(sizes), batch_first=True))
+    pipe = fxpipe.compile(model, 1, (torch.zeros(rows, steps, sizes[0]),), microbatches=1, hardware="cpu")
+    (counts,) = [counts for counts in pipe.graph.counts if counts.ops]
+    flops = {phase: sum(op.flops for op in counts.ops if op.phase == phase) for phase in ("forward", "weight_grad")}
+    products = sum(2 * rows * steps * 4 * width * (size + width) for size in sizes)
+    assert flops == {"forward": products, "weight_grad": 2 * products}
