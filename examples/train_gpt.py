@@ -166,7 +166,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     parser.add_argument("--stages", type=int, default=ranks if ranks > 1 else 4)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--schedule", default="1F1B")
     parser.add_argument("--plan-only", action="store_true")
