@@ -134,3 +134,10 @@ def test_recurrent_layers_count_a_product_with_either_weight_per_step():
     flops = {phase: sum(op.flops for op in counts.ops if op.phase == phase) for phase in ("forward", "weight_grad")}
     products = sum(2 * rows * steps * 4 * width * (size + width) for size in sizes)
     assert flops == {"forward": products, "weight_grad": 2 * products}
+
+
+def test_recurrent_layers_keep_what_they_keep():
+    model, x = nn.LSTM(128, 128, 2, batch_first=True), torch.randn(16, 32, 128)
+    pipe = fxpipe.compile(nn.Sequential(model), 1, (x,), microbatches=1, hardware="cpu")
+    real = kept_bytes(model, lambda module: module(x.clone().requires_grad_())[0])
+    assert pipe.plan.stages[0].activation_bytes == pytest.approx(real, rel=0.05)
