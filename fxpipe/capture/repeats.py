@@ -29,13 +29,11 @@ class Repeat:
         result: A copy of what it returned, of which each further call gets one: the model may write into its own.
         trace: What it did below Python.
         attention: Forms of the attention calls inside.
-        kept: What the key names by identity.
     """
 
     result: Any
     trace: tuple[Any, ...]
     attention: tuple[str, ...]
-    kept: tuple[Any, ...]
 
     def again(self) -> Any:
         """Give the result of an equal call: other tensors, alike in everything that is known of them."""
@@ -48,7 +46,6 @@ class Repeats:
     def __init__(self) -> None:
         self._seen: dict[Any, Repeat] = {}
         self._known: dict[Any, Repeat] = {}
-        self._kept: list[Any] = []
 
     def find(self, key: Any) -> Repeat | None:
         """Give what an equal call gave, if there was one."""
@@ -56,7 +53,6 @@ class Repeats:
 
     def key(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Give what is equal for two calls that do the same; None where that cannot be told."""
-        self._kept = []
         try:
             own: dict[int, int] = {}
             parts = tuple(self._spelled_module(part, own) for part in module.modules())
@@ -72,7 +68,7 @@ class Repeats:
         find.
 
         Args:
-            key: Of the call, from ``key`` just before it.
+            key: Of the call, from before it.
             given: Every tensor it could reach.
             result: What it returned.
             trace: What it did below Python.
@@ -86,7 +82,7 @@ class Repeats:
         if len(set(storages)) == len(storages) and taken.isdisjoint(storages):
             seen = self._seen.get(key)
             if seen is None:
-                self._seen[key] = Repeat(_copied(result), trace, attention, tuple(self._kept))
+                self._seen[key] = Repeat(_copied(result), trace, attention)
             elif seen.trace == trace:
                 self._known[key] = seen
 
@@ -114,18 +110,29 @@ class Repeats:
             return type(value), tuple(self._spelled(item, own) for item in value)
         if type(value) in (dict, OrderedDict):
             return type(value), tuple((key, self._spelled(item, own)) for key, item in value.items())
-        self._kept.append(value)
-        return type(value), id(value)
+        return _Same(value)
 
     def _spelled_tensor(self, tensor: torch.Tensor, own: dict[int, int]) -> Any:
         seen = own.setdefault(id(tensor), len(own))
         if not isinstance(tensor, FakeTensor):  # the same values only in the same tensor
-            self._kept.append(tensor)
-            return id(tensor), tensor._version
+            return _Same(tensor), tensor._version
         if tensor.layout != torch.strided:
             raise _Unknown
         flags = tensor.requires_grad, tensor.is_leaf, type(tensor), tensor.device, tensor.is_inference()
         return seen, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, flags
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Same:
+    """An object, equal to nothing else; kept, so that no other takes its identity."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 class _Unknown(Exception):

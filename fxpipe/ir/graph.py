@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import networkx as nx
 
@@ -136,7 +136,3 @@ class LayerGraph:
                     )
                     graph.add_edge(value.producer, reader, values=(*crossing, value))
         return graph
-
-    def with_counts(self, counts: tuple[LayerCounts, ...]) -> LayerGraph:
-        """Give the same graph with its layers counted."""
-        return replace(self, counts=counts)

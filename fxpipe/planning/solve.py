@@ -53,7 +53,7 @@ def solve(layout: Layout) -> Solution:
         InfeasibleError: No partition keeps the memory limit.
     """
     grain = layout.settings.grain
-    several = len(set(layout.placement.rank_of_stage)) < layout.settings.stages
+    several = _has_several_per_rank(layout)
     if grain == "auto":
         solution = _fewest_opened(layout)
     elif grain == "block":
@@ -118,6 +118,10 @@ def _bounded(solution: Solution, lower_bound: float, fine: Solution | None = Non
     return replace(solution, partition=replace(solution.partition, lower_bound=bound, proven=proven))
 
 
+def _has_several_per_rank(layout: Layout) -> bool:
+    return layout.settings.ranks < layout.settings.stages
+
+
 def _least_load(layout: Layout) -> float:
     """Give what no partition at any grain is below: the mean load and the largest layer."""
     seconds = layout.problem.seconds
@@ -162,8 +166,7 @@ def _solved(layout: Layout, problem: PartitionProblem, start: Solution | None = 
         bare = True
         partition = _cut(layout, problem, known, goal)
     most = partition.bottleneck * (1 - LEAST_GAIN)
-    several = len(set(layout.placement.rank_of_stage)) < stages
-    if not bare and not several and most > max(_least_load(layout), partition.lower_bound):
+    if not bare and not _has_several_per_rank(layout) and most > max(_least_load(layout), partition.lower_bound):
         # The loss of a large vocabulary beside its projection may be more than any other stage.
         other = _cut(layout, problem, partition.stage_of, goal)
         if other.bottleneck <= most:
