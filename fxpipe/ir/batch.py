@@ -115,9 +115,9 @@ def _checked(batch_size: int, stages: int, ranks: int, schedule: str, microbatch
             needs = f"needs at least {least} microbatches for {stages} stages"
         else:
             needs = f"needs equal rounds of about {ranks} microbatches"
+        fitting = ", ".join(map(str, _fitting(batch_size, stages, ranks, schedule)))
+        way = f"use one of {fitting} for a batch of {batch_size}" if fitting else "use a larger batch, fewer stages"
         raise ScheduleError(
-            f"{microbatches} microbatches do not suit {schedule}, which {needs}\n"
-            f"  use one of {', '.join(map(str, _fitting(batch_size, stages, ranks, schedule))) or 'no divisor'} "
-            f"for a batch of {batch_size}, or schedule='GPipe'"
+            f"{microbatches} microbatches do not suit {schedule}, which {needs}\n  {way}, or schedule='GPipe'"
         )
     return microbatches
