@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
     from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
     from fxpipe.pipeline import Pipeline
-    from fxpipe.planning.partition import partition
+    from fxpipe.planning.search.partition import partition
 
 __all__ = [
     "CaptureError",
@@ -70,7 +70,7 @@ _HOMES = {
     "fxpipe.ir.plan": ("PipelinePlan", "StagePlan", "TieGroup"),
     "fxpipe.ir.spec": ("LayerSpec", "TiedLayerSpec"),
     "fxpipe.pipeline": ("Pipeline",),
-    "fxpipe.planning.partition": ("partition",),
+    "fxpipe.planning.search.partition": ("partition",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

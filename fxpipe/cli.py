@@ -107,7 +107,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _compiled(options: argparse.Namespace) -> Pipeline:
-    from fxpipe.capture.factory import build_on_meta
+    from fxpipe.capture.model.factory import build_on_meta
     from fxpipe.compiler import compile
 
     model, args, kwargs = build_on_meta(_factory(options.factory))

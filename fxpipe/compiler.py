@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fxpipe.batch.example import example_batch, split_example
+from fxpipe.batch.split import Microbatch
 from fxpipe.capture.capture import Capture, Captured
-from fxpipe.capture.count import LayerCounter
-from fxpipe.capture.sequence import build_sequence
+from fxpipe.capture.model.sequence import build_sequence
+from fxpipe.capture.record.counting import LayerCounter
 from fxpipe.errors import PartitionError, PlanError, ScheduleError
-from fxpipe.example import example_batch, split_example
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.hardware_file import resolve_hardware
@@ -23,13 +24,12 @@ from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import default_ranks, least_microbatches, placement, schedule_named
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.pipeline import Pipeline, Source
-from fxpipe.planning.estimate import Estimate, estimate_costs
+from fxpipe.planning.costs.estimate import Estimate, estimate_costs
 from fxpipe.planning.layout import make_layout
 from fxpipe.planning.peers import compare
 from fxpipe.planning.planner import plan_pipeline
 from fxpipe.planning.settings import GRAINS, Settings
 from fxpipe.profiling import Profiler
-from fxpipe.runtime.batch import Microbatch
 from fxpipe.variants import Variants
 
 if TYPE_CHECKING:

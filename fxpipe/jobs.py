@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from fxpipe.capture.inputs import Inputs
+from fxpipe.batch.example import as_microbatch
+from fxpipe.batch.inputs import Inputs
+from fxpipe.batch.microbatches import fit_microbatches
+from fxpipe.batch.split import Microbatch, batch_size_of, check_microbatches, loss_weights, split_batch
 from fxpipe.errors import ScheduleError
-from fxpipe.example import as_microbatch
-from fxpipe.ir.batch import fit_microbatches
 from fxpipe.ir.program import LossTerm
 from fxpipe.ir.schedule import check_microbatches as check_schedule
-from fxpipe.runtime.batch import Microbatch, batch_size_of, check_microbatches, loss_weights, split_batch
-from fxpipe.runtime.randomness import microbatch_seed
-from fxpipe.runtime.stage import StageModule
-from fxpipe.runtime.work import Job
+from fxpipe.runtime.build.randomness import microbatch_seed
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.run.work import Job
 from fxpipe.variants import Variant, Variants
 
 

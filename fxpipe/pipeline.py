@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fxpipe.batch.split import Microbatch, merge_outputs
 from fxpipe.capture.capture import Capture
-from fxpipe.capture.sequence import SpecSequential
+from fxpipe.capture.model.sequence import SpecSequential
 from fxpipe.errors import FxpipeError, MaterializeError, ScheduleError
 from fxpipe.ir.canonical import import_path
 from fxpipe.ir.graph import LayerGraph
@@ -22,15 +23,8 @@ from fxpipe.ir.profile import Profile
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.jobs import Order, Prepared, install, make_jobs, prepare_inference, prepare_training
 from fxpipe.report.table import render
-from fxpipe.runtime.agreement import agree
-from fxpipe.runtime.batch import Microbatch, merge_outputs
-from fxpipe.runtime.distributed import DistributedEngine
-from fxpipe.runtime.gradients import Gradients
-from fxpipe.runtime.groups import Groups, make_groups, start_process_group, stop_process_group
-from fxpipe.runtime.local import LocalEngine
-from fxpipe.runtime.place import default_device, is_distributed, is_first
-from fxpipe.runtime.stage import StageModule, StageParts, build_stages
-from fxpipe.runtime.state import (
+from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages
+from fxpipe.runtime.build.state import (
     StateNames,
     full_state,
     match_state,
@@ -38,7 +32,13 @@ from fxpipe.runtime.state import (
     state_names,
     write_state,
 )
-from fxpipe.runtime.values import initial_values
+from fxpipe.runtime.build.values import initial_values
+from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.groups import Groups, make_groups, start_process_group, stop_process_group
+from fxpipe.runtime.ranks.place import default_device, is_distributed, is_first
+from fxpipe.runtime.run.distributed import DistributedEngine
+from fxpipe.runtime.run.gradients import Gradients
+from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.variants import Variants
 from fxpipe.verification import Verification, Verifier
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fxpipe.capture.alone import Activation, LayerAlone, Weight, layers_alone
 from fxpipe.capture.capture import Captured
+from fxpipe.capture.cut.alone import Activation, LayerAlone, Weight, layers_alone
 from fxpipe.ir.cost import LayerCost, LayerCounts
 from fxpipe.ir.profile import Profile
-from fxpipe.runtime.groups import start_process_group
-from fxpipe.runtime.place import default_device, from_first, is_distributed, is_first
-from fxpipe.runtime.profile import measure_layer, random_like
+from fxpipe.runtime.ranks.groups import start_process_group
+from fxpipe.runtime.ranks.place import default_device, from_first, is_distributed, is_first
+from fxpipe.runtime.run.profile import measure_layer, random_like
 
 
 class Profiler:
@@ -32,7 +32,7 @@ class Profiler:
         Under torchrun it starts the process group, measures on rank 0 and hands the times to all.
         """
         device = default_device()
-        layers = layers_alone(captured)
+        layers = layers_alone(captured.observation, captured.structure)
         if is_distributed():
             start_process_group(device)
         if is_first():

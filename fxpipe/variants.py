@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.capture import Capture, Captured
-from fxpipe.capture.inputs import Inputs
-from fxpipe.capture.reads import answer_of
-from fxpipe.capture.recorder import Ambient
+from fxpipe.capture.record.guards import answer_of
+from fxpipe.capture.record.recorder import Ambient
 from fxpipe.errors import CaptureError
 from fxpipe.ir.program import Program
 

@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 
 from fxpipe.capture.capture import Capture
-from fxpipe.capture.observe import find_loss
+from fxpipe.capture.record.observe import find_loss
 from fxpipe.errors import FxpipeError, MismatchError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tree import map_tree
 from fxpipe.jobs import Prepared, install, make_jobs, on_one_stage, with_outputs
-from fxpipe.runtime.agreement import agree
-from fxpipe.runtime.distributed import DistributedEngine
-from fxpipe.runtime.gradients import Gradients
-from fxpipe.runtime.groups import Groups
-from fxpipe.runtime.local import LocalEngine
-from fxpipe.runtime.stage import StageModule, StageParts, build_stages, build_whole
-from fxpipe.runtime.state import StateNames, gather_tensors
-from fxpipe.runtime.stepwise import StepwiseEngine
-from fxpipe.runtime.work import Job, Tensors
+from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages, build_whole
+from fxpipe.runtime.build.state import StateNames, gather_tensors
+from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.run.distributed import DistributedEngine
+from fxpipe.runtime.run.gradients import Gradients
+from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.stepwise import StepwiseEngine
+from fxpipe.runtime.run.work import Job, Tensors
 from fxpipe.variants import Variants
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxpipe.capture.blocks import Leaves, choose_leaves, find_blocks
-from fxpipe.capture.count import LayerCounter
-from fxpipe.capture.inputs import Inputs, name_inputs, parameter_names
-from fxpipe.capture.layers import layer_of, make_layer_graph
-from fxpipe.capture.loss import Term, describe_terms, find_terms, loss_terms
-from fxpipe.capture.observe import Observation, observe
-from fxpipe.capture.preserve import Change
+from fxpipe.batch.inputs import Inputs, name_inputs, parameter_names
+from fxpipe.capture.cut.slices import make_program
+from fxpipe.capture.graph.layers import layer_of, make_layer_graph
+from fxpipe.capture.graph.loss import Term, describe_terms, find_terms, loss_terms
+from fxpipe.capture.graph.reading import reader_of
+from fxpipe.capture.graph.structure import Structure, make_structure, spelled
+from fxpipe.capture.graph.trace import trace_layers
+from fxpipe.capture.model.blocks import Leaves, choose_leaves, find_blocks
+from fxpipe.capture.model.preserve import Change
+from fxpipe.capture.model.skeleton import Skeleton, make_skeleton
 from fxpipe.capture.progress import shown_progress
-from fxpipe.capture.reads import Guard
-from fxpipe.capture.recorder import Blocked
-from fxpipe.capture.skeleton import Skeleton, make_skeleton
-from fxpipe.capture.slices import make_program, reader_of
-from fxpipe.capture.structure import Structure, make_structure, spelled
-from fxpipe.capture.trace import trace_layers
+from fxpipe.capture.record.counting import LayerCounter
+from fxpipe.capture.record.guards import Guard
+from fxpipe.capture.record.observe import Observation, observe
+from fxpipe.capture.record.recorder import Blocked
 from fxpipe.errors import CaptureError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.program import Program

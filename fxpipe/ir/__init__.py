@@ -1,1 +1,5 @@
-"""Frozen values shared by all rooms; standard library and networkx only."""
+"""Frozen values shared by all rooms; standard library and networkx only.
+
+In: numbers, strings, enums, tuples. Out: the same, checked, comparable, with JSON that reads back. Never: a tensor, a
+module, a device or a process group is held, or anything here changes after it was made.
+"""

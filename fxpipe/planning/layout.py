@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from fxpipe.ir.cost import LayerCost
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.tensor import TensorMeta
-from fxpipe.planning.blocks import Block, find_blocks
-from fxpipe.planning.estimate import Estimate
-from fxpipe.planning.memory import LayerMemory, Shared, layer_memory
-from fxpipe.planning.precision import Precision, precision_of
-from fxpipe.planning.problem import PartitionProblem, Placement, TiedNodes, TransferValue
+from fxpipe.planning.costs.blocks import Block, find_blocks
+from fxpipe.planning.costs.estimate import Estimate
+from fxpipe.planning.costs.memory import LayerMemory, Shared, layer_memory
+from fxpipe.planning.costs.precision import Precision, precision_of
+from fxpipe.planning.search.problem import PartitionProblem, Placement, TiedNodes, TransferValue
 from fxpipe.planning.settings import Settings
 
 

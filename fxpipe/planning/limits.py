@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from fxpipe.errors import InfeasibleError, PartitionError, ScheduleError
 from fxpipe.ir.schedule import SCHEDULES
-from fxpipe.planning.estimate import Estimate
+from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.layout import Layout, make_layout
-from fxpipe.planning.problem import Measured, measure
+from fxpipe.planning.search.problem import Measured, measure
 from fxpipe.planning.settings import Settings
 from fxpipe.planning.solve import Solution, least_memory, solve
 

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 
 from fxpipe.ir.plan import Baseline
 from fxpipe.planning.layout import Layout
-from fxpipe.planning.problem import measure
+from fxpipe.planning.search.problem import measure
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from fxpipe.ir.graph import LayerGraph, Tie, Value
 from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tensor import dtype_bytes
-from fxpipe.planning.blocks import block_names
+from fxpipe.planning.costs.blocks import block_names
+from fxpipe.planning.costs.memory import gradient_bytes
+from fxpipe.planning.costs.precision import Precision
 from fxpipe.planning.layout import Layout, tie_seconds
-from fxpipe.planning.memory import gradient_bytes
-from fxpipe.planning.precision import Precision
-from fxpipe.planning.problem import Measured, measure
+from fxpipe.planning.search.problem import Measured, measure
 
 
 def crossing(graph: LayerGraph, stage_of: Sequence[int], boundary: int) -> tuple[Value, ...]:

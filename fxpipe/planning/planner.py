@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxpipe.errors import InfeasibleError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
-from fxpipe.planning.estimate import Estimate
+from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.layout import Layout, make_layout
 from fxpipe.planning.limits import explained, limited_by
 from fxpipe.planning.plan import make_plan

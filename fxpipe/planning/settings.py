@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fxpipe.errors import ScheduleError
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.schedule import SCHEDULES, check_microbatches, live_microbatches, live_sets, placement, schedule_named
-from fxpipe.planning.problem import Placement
+from fxpipe.planning.search.problem import Placement
 
 GRAINS = ("block", "op", "auto")
 

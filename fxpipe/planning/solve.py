@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from fxpipe.errors import InfeasibleError, PartitionError
-from fxpipe.planning.blocks import Block
+from fxpipe.planning.costs.blocks import Block
 from fxpipe.planning.layout import Layout
-from fxpipe.planning.partition import Partition, most_stages, partition_nodes
-from fxpipe.planning.problem import PartitionProblem
+from fxpipe.planning.search.partition import Partition, most_stages, partition_nodes
+from fxpipe.planning.search.problem import PartitionProblem
 
 LEAST_GAIN = 0.02  # share of the bottleneck that opening blocks must save
 EVENNESS = 0.02  # share that a rank of several stages may have more, so that its stages are more alike

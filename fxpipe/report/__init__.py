@@ -1,1 +1,5 @@
-"""What a plan looks like to a person; imports no torch."""
+"""What a plan looks like to a person; imports no torch.
+
+In: a ``PipelinePlan`` and its ``Baseline`` rows. Out: text, Markdown, HTML. Never: a number that the plan does not
+hold.
+"""

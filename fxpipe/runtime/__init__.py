@@ -1,1 +1,7 @@
-"""The only effects: memory, process groups, forward and backward."""
+"""The only effects: memory, process groups, forward and backward.
+
+In: a plan, a ``Program`` for each variant, values for this rank's tensors. Out: losses, gradients, states. Floors,
+each seeing only those above it here: ``ranks`` (groups, agreement, failures), ``build`` (values and stages), ``run``
+(work, engines, exchange, gradients). Never: a rank waits for one that has failed; a number depends on the number of
+stages.
+"""

@@ -51,7 +51,7 @@ from torch import fx, nn
 from torch.distributed.pipelining import SplitPoint, pipeline
 
 from fxpipe.capture.capture import Capture, Captured
-from fxpipe.capture.count import LayerCounter
+from fxpipe.capture.record.counting import LayerCounter
 from fxpipe.ir.program import Program
 from fxpipe.ir.tree import tree_leaves
 from fxpipe.variants import Variants

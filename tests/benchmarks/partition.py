@@ -31,11 +31,11 @@ from tabulate import tabulate
 
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
-from fxpipe.planning.estimate import estimate_costs
-from fxpipe.planning.graphs import read_graph
+from fxpipe.planning.costs.estimate import estimate_costs
 from fxpipe.planning.layout import Layout, make_layout
-from fxpipe.planning.partition import Partition, partition, partition_nodes
 from fxpipe.planning.peers import compare
+from fxpipe.planning.search.graphs import read_graph
+from fxpipe.planning.search.partition import Partition, partition, partition_nodes
 from fxpipe.planning.settings import Settings
 
 STAGES = (4, 8, 16)
@@ -199,7 +199,7 @@ def models() -> dict[str, Callable[[], LayerGraph]]:
 def captured(model: object, args: Sequence[object], kwargs: dict[str, object]) -> LayerGraph:
     """Capture a model at op grain."""
     from fxpipe.capture.capture import Capture
-    from fxpipe.capture.count import LayerCounter
+    from fxpipe.capture.record.counting import LayerCounter
 
     capture = Capture(model)
     counter = LayerCounter(capture.skeleton, fused_attention=True)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxpipe.capture.sequence import SpecSequential
+from fxpipe.capture.model.sequence import SpecSequential
 from fxpipe.errors import SpecError, TieError
 from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
 

@@ -19,7 +19,7 @@ from torch import nn
 import fxpipe
 import fxpipe.pipeline
 import fxpipe.verification
-from fxpipe.runtime.distributed import DistributedEngine
+from fxpipe.runtime.run.distributed import DistributedEngine
 
 RANKS = 4
 STAGES = {

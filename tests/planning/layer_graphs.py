@@ -10,7 +10,7 @@ from fxpipe.ir.graph import LayerGraph, SavedTensor, Tie, Value
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.spec import LayerSpec, TensorInfo
 from fxpipe.ir.tensor import TensorMeta, dtype_bytes
-from fxpipe.planning.estimate import estimate_costs
+from fxpipe.planning.costs.estimate import estimate_costs
 from fxpipe.planning.settings import Settings
 
 

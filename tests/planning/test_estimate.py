@@ -13,7 +13,7 @@ from fxpipe.ir.cost import LayerCost, LayerCounts, OpCount
 from fxpipe.ir.hardware import Training
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.spec import LayerSpec
-from fxpipe.planning.estimate import estimate_costs
+from fxpipe.planning.costs.estimate import estimate_costs
 
 DEVICE = layer_graphs.hardware(flops={"float32": 1e3, "bfloat16": 4e3}, memory_bandwidth=100.0)
 

@@ -16,7 +16,7 @@ from fxpipe.ir.hardware import OPTIMIZER_STATES, Training
 from fxpipe.ir.schedule import live_sets
 from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.planning.layout import make_layout
-from fxpipe.planning.problem import measure
+from fxpipe.planning.search.problem import measure
 
 
 def needers(graph, layer):

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxpipe.errors import InfeasibleError, PartitionError
-from fxpipe.planning.bound import crossing_bound, load_bound
-from fxpipe.planning.instance import make_instance
-from fxpipe.planning.partition import most_stages, partition, partition_nodes
-from fxpipe.planning.problem import PartitionProblem, Placement, TiedNodes, TransferValue
-from fxpipe.planning.request import Request
+from fxpipe.planning.search.bounds import crossing_bound, load_bound
+from fxpipe.planning.search.instance import make_instance
+from fxpipe.planning.search.partition import most_stages, partition, partition_nodes
+from fxpipe.planning.search.problem import PartitionProblem, Placement, TiedNodes, TransferValue
+from fxpipe.planning.search.request import Request
 
 INFEASIBLE = math.inf
 

@@ -14,13 +14,13 @@ from torch import nn
 from fxpipe.errors import PlanError, ScheduleError
 from fxpipe.ir.plan import TieGroup
 from fxpipe.ir.schedule import SCHEDULES, fits_microbatches, live_microbatches, placement
-from fxpipe.runtime.agreement import agree
-from fxpipe.runtime.distributed import DistributedEngine
-from fxpipe.runtime.gradients import Gradients
-from fxpipe.runtime.groups import make_groups, start_process_group
-from fxpipe.runtime.local import LocalEngine
-from fxpipe.runtime.state import full_state, match_state, own_state, state_names, write_state
-from fxpipe.runtime.work import Job
+from fxpipe.runtime.build.state import full_state, match_state, own_state, state_names, write_state
+from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.groups import make_groups, start_process_group
+from fxpipe.runtime.run.distributed import DistributedEngine
+from fxpipe.runtime.run.gradients import Gradients
+from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.work import Job
 
 CPU = torch.device("cpu")
 RANKS = 4

@@ -7,7 +7,7 @@ import handmade
 import torch
 import torch.distributed as dist
 
-from fxpipe.runtime.groups import start_process_group
+from fxpipe.runtime.ranks.groups import start_process_group
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

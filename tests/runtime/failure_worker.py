@@ -9,7 +9,7 @@ import handmade
 import torch
 
 from fxpipe.errors import RankError
-from fxpipe.runtime.groups import start_process_group
+from fxpipe.runtime.ranks.groups import start_process_group
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -14,8 +14,8 @@ from torch import fx, nn
 
 from fxpipe.ir.program import BoundaryTensor, LossTerm, Program, StageProgram
 from fxpipe.ir.tensor import TensorMeta
-from fxpipe.runtime.stage import StageParts, build_stages
-from fxpipe.runtime.work import Job
+from fxpipe.runtime.build.stage import StageParts, build_stages
+from fxpipe.runtime.run.work import Job
 
 
 class Draft:

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fxpipe.errors import ScheduleError
 from fxpipe.ir.schedule import SCHEDULES, placement
-from fxpipe.runtime.groups import start_process_group
-from fxpipe.runtime.work import Job
+from fxpipe.runtime.ranks.groups import start_process_group
+from fxpipe.runtime.run.work import Job
 
 CPU = torch.device("cpu")
 PIPELINES = ((0, 1), (2, 3))

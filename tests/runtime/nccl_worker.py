@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from fxpipe.ir.schedule import SCHEDULES, fits_microbatches, placement
-from fxpipe.runtime.distributed import DistributedEngine
-from fxpipe.runtime.gradients import Gradients
-from fxpipe.runtime.groups import make_groups, start_process_group
+from fxpipe.runtime.ranks.groups import make_groups, start_process_group
+from fxpipe.runtime.run.distributed import DistributedEngine
+from fxpipe.runtime.run.gradients import Gradients
 
 if __name__ == "__main__":
     num = int(sys.argv[1])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fxpipe.ir.program import BoundaryTensor
 from fxpipe.ir.tensor import TensorMeta
-from fxpipe.runtime.boundary import (
+from fxpipe.runtime.build.boundary import (
     PACKED_BYTES,
     conform,
     gradient_layout,

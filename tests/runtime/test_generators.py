@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxpipe.runtime.generators import kept_generators, seed_generators
+from fxpipe.runtime.build.generators import kept_generators, seed_generators
 
 
 def draws():

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxpipe.runtime.gradients import Gradients, accumulators
-from fxpipe.runtime.local import LocalEngine
+from fxpipe.runtime.run.gradients import Gradients, accumulators
+from fxpipe.runtime.run.local import LocalEngine
 
 
 def trained(case, num, **options):

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.pipelining.schedules import get_schedule_class
 
 from fxpipe.ir.schedule import SCHEDULES, fits_microbatches, placement
-from fxpipe.runtime.schedule import keep_messages_in_order
+from fxpipe.runtime.run.schedule import keep_messages_in_order
 
 
 @pytest.fixture(scope="module")

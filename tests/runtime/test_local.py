@@ -4,7 +4,7 @@ import handmade
 import pytest
 import torch
 
-from fxpipe.runtime.local import LocalEngine
+from fxpipe.runtime.run.local import LocalEngine
 
 
 @pytest.mark.parametrize("name", ["chain", "knot", "image"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fxpipe.runtime.poison import OTHER_POISON, POISON, looks_untouched, poisoned, same_bytes
+from fxpipe.runtime.build.poison import OTHER_POISON, POISON, looks_untouched, poisoned, same_bytes
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2fnuz]
 DTYPES = [*FLOATS, torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxpipe.ir.program import Draw, DrawScope
-from fxpipe.runtime.local import LocalEngine
-from fxpipe.runtime.randomness import microbatch_seed
-from fxpipe.runtime.work import Job
+from fxpipe.runtime.build.randomness import microbatch_seed
+from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.work import Job
 
 WIDTH = 8
 

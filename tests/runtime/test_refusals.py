@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxpipe.errors import ScheduleError
-from fxpipe.runtime.local import LocalEngine
-from fxpipe.runtime.work import Job
+from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.work import Job
 
 
 class Wrapped(nn.Module):

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from fxpipe.ir.program import BoundaryTensor
 from fxpipe.ir.tensor import TensorMeta
-from fxpipe.runtime.boundary import join
-from fxpipe.runtime.gradients import accumulators
-from fxpipe.runtime.work import Pass, run_backward, run_backward_for_inputs, run_backward_for_weights
+from fxpipe.runtime.build.boundary import join
+from fxpipe.runtime.run.gradients import accumulators
+from fxpipe.runtime.run.work import Pass, run_backward, run_backward_for_inputs, run_backward_for_weights
 
 WIDTH, WEIGHTS, RECEIVED = 3, 4, 2
 BOUNDARY = tuple(BoundaryTensor(f"x{place}", TensorMeta((2, WIDTH), "float64", True)) for place in range(2))

@@ -13,9 +13,9 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from fxpipe.errors import MaterializeError, PlanError
 from fxpipe.ir.program import AutocastState, CallContext, DrawScope
-from fxpipe.runtime.local import LocalEngine
-from fxpipe.runtime.stage import StageParts, build_stages
-from fxpipe.runtime.work import Job
+from fxpipe.runtime.build.stage import StageParts, build_stages
+from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.work import Job
 
 CPU = torch.device("cpu")
 

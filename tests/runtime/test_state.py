@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fxpipe.errors import WeightsError
-from fxpipe.runtime.stage import StageParts, build_stages
-from fxpipe.runtime.state import full_state, match_state, own_state, state_names, write_state
+from fxpipe.runtime.build.stage import StageParts, build_stages
+from fxpipe.runtime.build.state import full_state, match_state, own_state, state_names, write_state
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from fxpipe._torch import FakeTensorMode
-from fxpipe.capture.blocks import find_blocks
-from fxpipe.capture.sequence import SpecSequential
-from fxpipe.capture.skeleton import make_skeleton
+from fxpipe.capture.model.blocks import find_blocks
+from fxpipe.capture.model.sequence import SpecSequential
+from fxpipe.capture.model.skeleton import make_skeleton
 from fxpipe.errors import MaterializeError
 from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
-from fxpipe.runtime.values import initial_values
+from fxpipe.runtime.build.values import initial_values
 
 
 def on_meta(build):
@@ -1019,9 +1019,9 @@ def test_peak_memory_is_that_of_the_tensors_and_one_block():
     code = """
         import re, torch
         from torch import nn
-        from fxpipe.capture.blocks import find_blocks
-        from fxpipe.capture.skeleton import make_skeleton
-        from fxpipe.runtime.values import initial_values
+        from fxpipe.capture.model.blocks import find_blocks
+        from fxpipe.capture.model.skeleton import make_skeleton
+        from fxpipe.runtime.build.values import initial_values
 
         torch.set_num_threads(1)
         MIB, width = 2**20, 1448  # a layer of 8 MiB, a block of 16 MiB

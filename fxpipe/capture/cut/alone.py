@@ -1,0 +1,91 @@
+"""Each layer by itself: what to call and with what, for measuring how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from fxpipe.capture.graph.layers import find_layers, layer_name
+from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.record.observe import Observation
+from fxpipe.capture.record.recorder import CONSTANT
+from fxpipe.ir.cost import LayerCounts
+from fxpipe.ir.tensor import TensorMeta
+
+
+class Weight:
+    """Stands for a parameter or buffer among the arguments of a layer; a leaf, so no dataclass."""
+
+    __slots__ = ("meta",)
+
+    def __init__(self, meta: TensorMeta) -> None:
+        self.meta = meta
+
+
+class Activation:
+    """Stands for a tensor that a layer is given; a leaf, so no dataclass."""
+
+    __slots__ = ("meta", "strides")
+
+    def __init__(self, meta: TensorMeta, strides: tuple[int, ...] = ()) -> None:
+        self.meta = meta
+        self.strides = strides
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerAlone:
+    """One layer, ready to be called.
+
+    Attributes:
+        name: The layer's name in plans.
+        counts: What it does; layers that do the same take the same time.
+        call: The user's module (with fake tensors), or a function.
+        args: Its arguments; ``Weight`` and ``Activation`` stand for tensors.
+        kwargs: Its keyword arguments, likewise.
+    """
+
+    name: str
+    counts: LayerCounts
+    call: nn.Module | Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def layers_alone(observation: Observation, structure: Structure) -> list[LayerAlone]:
+    """Give every layer of a capture that is not recomputed."""
+    layers = find_layers(structure)
+    root = observation.recorder.skeleton.module
+    constants = observation.recorder.constants
+    found = []
+    for key, nodes in zip(layers.keys, layers.nodes, strict=True):
+        node = next((node for node in nodes if "counts" in node.meta), None)
+        if node is None or node in structure.derived:
+            continue
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: _stand_in(arg, constants))
+        found.append(LayerAlone(layer_name(key), node.meta["counts"], _callable(node, root), args, kwargs))
+    return found
+
+
+def _stand_in(node: fx.Node, constants: Mapping[str, Any]) -> Any:
+    meta = node.meta.get("tensor")
+    if node.op == "get_attr" and str(node.target).startswith(CONSTANT):
+        return constants[str(node.target)]
+    if node.meta.get("container"):
+        parts = [_stand_in(part, constants) for part in node.args if isinstance(part, fx.Node)]
+        return node.target(*parts)  # type: ignore[operator]
+    if meta is None:
+        return None
+    return Weight(meta) if node.op == "get_attr" else Activation(meta, node.meta.get("strides", ()))
+
+
+def _callable(node: fx.Node, root: nn.Module) -> nn.Module | Callable[..., Any]:
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))
+    if node.op == "call_method":
+        name = str(node.target)
+        return lambda first, *rest, **named: getattr(first, name)(*rest, **named)
+    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    return function

@@ -1,0 +1,153 @@
+"""Which stage runs which layer of a recorded graph, by a plan that may have been made for another variant of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from fxpipe.capture.graph.layers import Key, Layers, find_layers, layer_name
+from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.record.recorder import CONSTANT
+from fxpipe.errors import CaptureError
+
+
+def place_layers(structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int) -> dict[Key, int]:
+    """Give the stage of every layer that is not derived.
+
+    A layer with tensors of the model runs where the plan has them. Any other one follows the plan where it can, but
+    another mask or another mode may make other calls than the plan knows, or the same under other names: it runs
+    between the stages that make what it reads and those that read what it makes.
+
+    Args:
+        structure: The recorded graph.
+        stage_of_layer: Stage of each layer of the plan, by name.
+        num_stages: Number of stages.
+
+    Raises:
+        CaptureError: A layer with tensors reads what a later stage makes.
+    """
+    return _Placement(structure, stage_of_layer, num_stages).place()
+
+
+class _Placement:
+    def __init__(self, structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int) -> None:
+        self.layers: Layers = find_layers(structure)
+        self.structure = structure
+        self.planned = [_planned(layer_name(key), stage_of_layer) for key in self.layers.keys]
+        self.last = num_stages - 1
+        self.unit = self._units()
+        self.edges = self._edges()
+
+    def _units(self) -> list[int]:
+        """Give a common number to layers that must share a stage."""
+        unit = list(range(len(self.layers.keys)))
+
+        def root(index: int) -> int:
+            while unit[index] != index:
+                index = unit[index] = unit[unit[index]]
+            return index
+
+        for group in self.structure.groups:
+            first, *rest = (self.layers.index_of[node] for node in group)
+            for index in rest:
+                unit[root(index)] = root(first)
+        return [root(index) for index in range(len(unit))]
+
+    def _edges(self) -> list[tuple[int, int]]:
+        """List the pairs of layers whose stages are ordered, by the order of their readers."""
+        index_of, derived = self.layers.index_of, self.structure.derived
+        return list(
+            dict.fromkeys(
+                (index_of[source], index)
+                for node, index in index_of.items()
+                if node not in derived
+                for source in (*node.all_input_nodes, *node.meta.get("after", ()), *node.meta.get("before", ()))
+                if source in index_of and source not in derived and index_of[source] != index
+            )
+        )
+
+    def place(self) -> dict[Key, int]:
+        """Give the stages."""
+        low, high = self._bounds()
+        wanted = dict(low)
+        for unit, stage in zip(reversed(self.unit), reversed(self.planned), strict=True):
+            wanted[unit] = wanted[unit] if stage is None else stage
+        stages = {unit: min(max(stage, low[unit]), high[unit]) for unit, stage in wanted.items()}
+        changed = True
+        while changed:  # nothing runs before what it reads; never above ``high``, which grows along edges
+            changed = False
+            for source, reader in self.edges:
+                if stages[self.unit[reader]] < stages[self.unit[source]]:
+                    stages[self.unit[reader]] = stages[self.unit[source]]
+                    changed = True
+        return {
+            key: stages[self.unit[index]]
+            for index, key in enumerate(self.layers.keys)
+            if not all(node in self.structure.derived for node in self.layers.nodes[index])
+        }
+
+    def _bounds(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Give the first and the last stage each unit may run on."""
+        low = dict.fromkeys(self.unit, 0)
+        high = dict.fromkeys(self.unit, self.last)
+        cause: dict[int, int] = {}  # by unit: the layer whose stage is its lowest
+        for index, stage in enumerate(self.planned):
+            if stage is not None and any(map(_holds_tensors, self.layers.nodes[index])):
+                unit = self.unit[index]
+                if stage > low[unit]:
+                    low[unit], cause[unit] = stage, index
+                high[unit] = min(high[unit], stage)
+        changed = True
+        while changed:
+            changed = False
+            for source, reader in self.edges:
+                first, second = self.unit[source], self.unit[reader]
+                if low[second] < low[first]:
+                    low[second], cause[second] = low[first], cause[first]
+                    changed = True
+                    if low[second] > high[second]:
+                        self._refuse(reader, high[second], cause[second], low[second])
+            for source, reader in reversed(self.edges):
+                first, second = self.unit[source], self.unit[reader]
+                if high[first] > high[second]:
+                    high[first] = high[second]
+                    changed = True
+        for unit, stage in low.items():
+            if stage > high[unit]:
+                self._refuse(unit, high[unit], cause[unit], stage)
+        return low, high
+
+    def _refuse(self, index: int, stage: int, cause: int, late: int) -> None:
+        name, other = (layer_name(self.layers.keys[i]) for i in (index, cause))
+        raise CaptureError(
+            f"the model no longer follows its plan: {name} of stage {stage} reads what {other} of stage {late} makes\n"
+            "  compile again with an example input that takes this path"
+        )
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    """Whether a call needs tensors of the model, which lie on one stage."""
+    if node.op == "call_module":
+        return True
+    return any(source.op == "get_attr" and not _is_constant(source) for source in node.all_input_nodes)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return str(node.target).startswith(CONSTANT)
+
+
+def _planned(name: str, stage_of_layer: Mapping[str, int]) -> int | None:
+    """Give the plan's stage of a layer: its own, else that of the block around it, else that of what lies inside it."""
+    if name in stage_of_layer:
+        return stage_of_layer[name]
+    fqn, _, call = name.partition("@")
+    suffix = f"@{call}" if call else ""
+    parts = fqn.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        around = ".".join(parts[:length])
+        for candidate in (f"{around}{suffix}", around):
+            if candidate in stage_of_layer:
+                return stage_of_layer[candidate]
+    inside = {stage for other, stage in stage_of_layer.items() if other.startswith(f"{fqn}.")}
+    return min(inside) if len(inside) == 1 else None

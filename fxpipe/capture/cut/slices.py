@@ -1,0 +1,150 @@
+"""Cut a recorded graph into one graph per stage: a ``Program``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from fxpipe.capture.cut.placement import place_layers
+from fxpipe.capture.graph.layers import layer_of
+from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.record.frames import draw_at, scope_at
+from fxpipe.capture.record.observe import Observation
+from fxpipe.capture.record.recorder import CONSTANT
+from fxpipe.ir.program import BoundaryTensor, LossTerm, Program, StageProgram
+
+_CARRIED = ("layer", "context", "draw", "scope", "checkpoint")
+
+
+def make_program(
+    observation: Observation,
+    structure: Structure,
+    stage_of_layer: Mapping[str, int],
+    num_stages: int,
+    loss_terms: Sequence[LossTerm] = (),
+) -> Program:
+    """Cut a structure into stages.
+
+    Args:
+        observation: What the forward did.
+        structure: The finished graph.
+        stage_of_layer: Stage of each layer of the plan, by name. A layer that the plan does not know (another mask,
+            another mode) goes to the first stage that has what it reads.
+        num_stages: Number of stages.
+        loss_terms: For a loss: its summands, nodes of the structure.
+
+    Returns:
+        One graph per stage.
+
+    Raises:
+        CaptureError: The graph does not follow the plan: a layer reads what a later stage makes.
+    """
+    cutter = _Cutter(observation, structure, stage_of_layer, num_stages)
+    terms = tuple(loss_terms)
+    by_name = {node.name: node for node in structure.nodes}
+    results = [by_name[term.name] for term in terms] if terms else list(structure.results)
+    stages = tuple(cutter.stage(index, results) for index in range(num_stages))
+    draw_names = observation.frames.draw_names()
+    return Program(
+        stages=stages,
+        outputs=() if terms else tuple(node.name for node in results),
+        rebuild=structure.rebuild,
+        loss_terms=terms,
+        constants={name: observation.recorder.constants[name] for stage in stages for name in stage.constants},
+        drawing=observation.frames.drawing(draw_names),
+        draw_names=draw_names,
+    )
+
+
+class _Cutter:
+    def __init__(
+        self, observation: Observation, structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int
+    ) -> None:
+        self.observation = observation
+        self.structure = structure
+        self.num_stages = num_stages
+        placed = place_layers(structure, stage_of_layer, num_stages)
+        self.order = {node: place for place, node in enumerate(structure.nodes)}
+        self.stage_of = {
+            node: placed[key]
+            for node in structure.nodes
+            if node not in structure.derived and (key := layer_of(node)) is not None
+        }
+        self.draw_names = observation.frames.draw_names()
+        self.last_reader = self._last_readers()
+
+    def _last_readers(self) -> dict[fx.Node, int]:
+        """Give the last stage that reads each tensor."""
+        last: dict[fx.Node, int] = {}
+        for node, stage in self.stage_of.items():
+            for source in node.all_input_nodes:
+                last[source] = max(last.get(source, 0), stage)
+        for node in self.structure.results:
+            last[node] = self.num_stages - 1
+        return last
+
+    def crossing(self, boundary: int) -> list[fx.Node]:
+        """Give the tensors that cross from stage ``boundary`` to the next, in order."""
+        return [node for node, stage in self.stage_of.items() if stage <= boundary < self.last_reader.get(node, -1)]
+
+    def stage(self, index: int, results: Sequence[fx.Node]) -> StageProgram:
+        """Build the graph of one stage."""
+        received = self.crossing(index - 1) if index else []
+        sent = self.crossing(index) if index < self.num_stages - 1 else list(results)
+        own = [node for node, stage in self.stage_of.items() if stage == index]
+        needed = self._needed(own, sent, received)
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in received:
+            copies[node] = graph.create_node("placeholder", node.name, name=node.name)
+        inputs = [node for node in needed if node.op == "placeholder"]
+        for node in inputs:
+            copies[node] = graph.create_node("placeholder", str(node.target), name=node.name)
+        for node in needed:
+            if node not in copies:
+                copies[node] = self._copied(graph, node, copies)
+        graph.output(tuple(copies[node] for node in sent))
+        attributes = [str(node.target) for node in needed if node.op == "get_attr"]
+        return StageProgram(
+            stage_index=index,
+            graph=graph,
+            received=tuple(map(_boundary, received)),
+            sent=tuple(map(_boundary, sent)) if index < self.num_stages - 1 else (),
+            inputs=tuple(str(node.target) for node in inputs),
+            modules=tuple(dict.fromkeys(str(node.target) for node in needed if node.op == "call_module")),
+            attributes=tuple(name for name in attributes if not name.startswith(CONSTANT)),
+            constants=tuple(name for name in attributes if name.startswith(CONSTANT)),
+            draws=any("draw" in node.meta or "scope" in node.meta for node in graph.nodes),
+        )
+
+    def _needed(self, own: Sequence[fx.Node], sent: Sequence[fx.Node], received: Sequence[fx.Node]) -> list[fx.Node]:
+        """Give what a stage runs, in the model's order: its own calls, and what is derived for them."""
+        have = set(received)
+        needed: set[fx.Node] = set()
+        todo = [*own, *(node for node in sent if node not in have)]
+        while todo:
+            node = todo.pop()
+            if node in needed or node in have:
+                continue
+            needed.add(node)
+            todo += [
+                source
+                for source in (*node.all_input_nodes, *node.meta.get("after", ()))
+                if source in self.structure.derived or source.op in ("get_attr", "placeholder")
+            ]
+        return sorted(needed, key=self.order.__getitem__)
+
+    def _copied(self, graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        copy = graph.node_copy(node, copies.__getitem__)
+        copy.meta = {name: node.meta[name] for name in _CARRIED if name in node.meta}
+        frame = node.meta.get("frame")
+        if frame is not None and "position" in node.meta:
+            copy.meta["draw"] = draw_at(frame, node.meta["position"], self.draw_names)
+        elif frame is not None and (scope := scope_at(frame)) is not None:
+            copy.meta["scope"] = scope
+        return copy
+
+
+def _boundary(node: fx.Node) -> BoundaryTensor:
+    return BoundaryTensor(node.name, node.meta["tensor"], node.meta.get("strides", ()))

@@ -1,0 +1,46 @@
+"""Part of a recorded graph as one function of the inputs: what guards and weights of microbatches are read with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+
+def reader_of(graph: fx.Graph, nodes: Sequence[fx.Node], constants: Mapping[str, Any]) -> Callable[..., Any]:
+    """Compile the calls that compute ``nodes`` from inputs and constants into one function of the named inputs.
+
+    Args:
+        graph: A recorded graph.
+        nodes: What is asked for.
+        constants: The graph's constants.
+
+    Returns:
+        ``function(tensors) -> tuple`` of the nodes' values; ``tensors`` holds the inputs by name.
+    """
+    needed: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += [*node.all_input_nodes, *node.meta.get("after", ())]
+    small = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    names = []
+    ordered = [node for node in graph.nodes if node in needed]
+    for node in sorted(ordered, key=lambda node: node.op != "placeholder"):
+        if node.op == "placeholder":
+            names.append(str(node.target))
+            copies[node] = small.create_node("placeholder", str(node.target), name=node.name)
+        else:
+            copies[node] = small.node_copy(node, copies.__getitem__)
+    small.output(tuple(copies[node] for node in nodes))
+    module = fx.GraphModule(dict(constants), small)
+    forward = module.forward
+
+    def read(tensors: Mapping[str, Any]) -> Any:
+        return forward(*(tensors[name] for name in names))
+
+    return read

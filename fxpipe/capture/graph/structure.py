@@ -1,0 +1,235 @@
+"""What the recorded graph means: which calls are needed, which can be made again anywhere, which belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpipe.capture.model.skeleton import Skeleton, named_tensors
+from fxpipe.capture.record.derive import derives, is_setting
+from fxpipe.capture.record.observe import Observation
+from fxpipe.capture.record.recorder import Slot, storage_of
+from fxpipe.errors import CaptureError
+from fxpipe.ir.tree import map_tree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Structure:
+    """A finished graph.
+
+    Attributes:
+        nodes: The calls that are needed, in order, with the placeholders and attributes they read.
+        derived: Those that depend on inputs, buffers and constants alone: every stage that reads one makes it itself.
+        groups: Calls that must share a stage.
+        before: ``(earlier, later)`` pairs of calls whose order matters though no value passes between them.
+        results: The nodes whose values leave the graph: the loss, or the tensors the model returns.
+        rebuild: Puts the values of ``results`` into the structure that the model returns.
+        is_loss: Whether ``results`` is the loss alone.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    derived: frozenset[fx.Node]
+    groups: tuple[tuple[fx.Node, ...], ...]
+    before: tuple[tuple[fx.Node, fx.Node], ...]
+    results: tuple[fx.Node, ...]
+    rebuild: Callable[[tuple[Any, ...]], Any]
+    is_loss: bool
+
+
+def make_structure(observation: Observation, *, training: bool, summands: Sequence[fx.Node] = ()) -> Structure:
+    """Find what an observation's graph needs for its loss (``training``) or for what the model returns.
+
+    Args:
+        observation: What the forward did.
+        training: Whether the loss is wanted, where there is one.
+        summands: The nodes that add up to the loss; empty for the loss itself.
+
+    Raises:
+        CaptureError: The forward writes to an input, or returns one.
+    """
+    recorder = observation.recorder
+    is_loss = training and observation.loss is not None
+    if is_loss:
+        results = list(summands) or [observation.result_node(observation.loss)]  # type: ignore[arg-type]
+        rebuild: Callable[[tuple[Any, ...]], Any] = _first
+    else:
+        results, rebuild = _outputs(observation)
+    live = _live(recorder.graph, results, recorder.storages)
+    derived = _derived(live, recorder.storages)
+    _check_inputs(live, recorder.storages)
+    groups = [*_groups(live, derived, recorder.storages), *_shared_state(live, recorder.skeleton, recorder.storages)]
+    return Structure(
+        nodes=tuple(live),
+        derived=frozenset(derived),
+        groups=_tidy(groups, live),
+        before=tuple((reader, node) for node in live for reader in node.meta.get("before", ()) if reader in live),
+        results=tuple(results),
+        rebuild=rebuild,
+        is_loss=is_loss,
+    )
+
+
+def spelled(observation: Observation, training: bool) -> tuple[Any, ...]:
+    """Give what a forward computes in a form that is equal for two forwards that compute the same."""
+    structure = make_structure(observation, training=training)
+    place = {node: index for index, node in enumerate(structure.nodes)}
+    constants = observation.recorder.constants
+
+    def spell(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return ("node", place[argument])
+        if isinstance(argument, tuple | list):
+            return (type(argument).__name__, *map(spell, argument))
+        if isinstance(argument, dict):
+            return ("dict", *((key, spell(item)) for key, item in argument.items()))
+        if isinstance(argument, slice):
+            return ("slice", spell(argument.start), spell(argument.stop), spell(argument.step))
+        return repr(argument)
+
+    lines = []
+    for node in structure.nodes:
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", "")
+        if target in constants:
+            target = repr(constants[target])
+        lines.append((node.op, target, spell(node.args), spell(node.kwargs), node.meta.get("context")))
+    guards = tuple((guard.where, guard.answer) for guard in observation.guards)
+    return (*lines, guards, tuple(place[node] for node in structure.results))
+
+
+def _first(tensors: tuple[Any, ...]) -> Any:
+    return tensors[0]
+
+
+def _outputs(observation: Observation) -> tuple[list[fx.Node], Callable[[tuple[Any, ...]], Any]]:
+    """Give the nodes of the tensors that the model returns, and what puts them back into their containers."""
+    recorder = observation.recorder
+    nodes: list[fx.Node] = []
+    inputs = {node.meta.get("storage"): node for node in recorder.graph.nodes if node.op == "placeholder"}
+
+    def take(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        source = inputs.get(storage_of(leaf))
+        if source is not None:
+            raise CaptureError(
+                f"{path or 'the output'} is the input {source.target!r} itself, or a view of it\n"
+                "  return a copy (.clone()), or leave it out of what the model returns"
+            )
+        nodes.append(observation.result_node(leaf))
+        return Slot(len(nodes) - 1)
+
+    template = map_tree(take, observation.output, "")
+
+    def rebuild(tensors: tuple[Any, ...]) -> Any:
+        return map_tree(lambda _, leaf: tensors[leaf.index] if isinstance(leaf, Slot) else leaf, template)
+
+    return nodes, rebuild
+
+
+def _live(graph: fx.Graph, results: Sequence[fx.Node], storages: Mapping[int, Any]) -> dict[fx.Node, None]:
+    """Give the nodes that the results need, in order: what they read, and the writes that reading sees."""
+    lasting = {node.meta["storage"] for node in graph.nodes if node.op == "get_attr" and "storage" in node.meta}
+    needed: set[fx.Node] = set()
+    todo = [*results, *(node for node in graph.nodes if lasting.intersection(node.meta.get("writes", ())))]
+    todo += [node for node in graph.nodes if node.op == "call_module" and "writes" in node.meta]
+    hooks = [node for node in graph.nodes if is_setting(node)]
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo += [*node.all_input_nodes, *node.meta.get("after", ())]
+        if not todo:
+            todo = [hook for hook in hooks if hook not in needed and hook.args[0] in needed]
+    return {node: None for node in graph.nodes if node in needed}
+
+
+def _derived(live: Mapping[fx.Node, None], storages: Mapping[int, Any]) -> set[fx.Node]:
+    """Give the nodes that depend on inputs, buffers and constants alone, writes to their storages included."""
+    derived: set[fx.Node] = set()
+    for node in live:
+        sources = (*node.all_input_nodes, *node.meta.get("after", ()))
+        if derives(node) and all(source in derived for source in sources):
+            derived.add(node)
+    changed = True
+    while changed:
+        changed = False
+        for storage in storages.values():
+            writers = [node for node in storage.writers if node in live]
+            lasting = any(node.op == "get_attr" for node in storage.aliases)
+            if writers and (lasting or not all(node in derived for node in writers)):
+                lost = {node for node in (*storage.aliases, *writers) if node in derived and node.op != "placeholder"}
+                changed |= bool(lost)
+                derived -= lost
+        for node in live:
+            if node in derived and not all(s in derived for s in (*node.all_input_nodes, *node.meta.get("after", ()))):
+                derived.discard(node)
+                changed = True
+    return derived
+
+
+def _check_inputs(live: Iterable[fx.Node], storages: Mapping[int, Any]) -> None:
+    for node in live:
+        if node.op != "placeholder":
+            continue
+        storage = storages.get(node.meta.get("storage", -1))
+        for writer in storage.writers if storage is not None else ():
+            raise CaptureError(
+                f"the forward writes to its input {node.target!r} ({writer.meta['layer']}, {writer.meta['where']})\n"
+                "  write to a copy: x = x.clone()"
+            )
+
+
+def _groups(live: Mapping[fx.Node, None], derived: set[fx.Node], storages: Mapping[int, Any]) -> list[list[fx.Node]]:
+    """Give the sets of calls that share a stage: a write with all that aliases what it writes to, hooks, objects."""
+    groups: list[list[fx.Node]] = []
+    order = {node: place for place, node in enumerate(live)}
+    for storage in storages.values():
+        writers = [node for node in storage.writers if node in live and node not in derived]
+        if not writers:
+            continue
+        lasting = any(node.op == "get_attr" for node in storage.aliases)
+        last = max(order[node] for node in writers)
+        touching = [*writers, *(node for node in storage.aliases if node in live and order[node] <= last)]
+        touching += [node for node in storage.readers if node in live] if lasting else []
+        groups.append(touching)
+    for node in live:
+        if is_setting(node) or node.target in ("as_strided", torch.as_strided):  # memory beyond the tensor's own
+            groups.append([node, *(source for source in node.all_input_nodes if source not in derived)])
+        if "object" in node.meta:
+            groups.append([node, *(user for user in node.users if user in live)])
+    return groups
+
+
+def _shared_state(
+    live: Mapping[fx.Node, None], skeleton: Skeleton, storages: Mapping[int, Any]
+) -> Iterator[list[fx.Node]]:
+    """Yield the calls of modules with a tensor of the model that some call writes to, with the writers."""
+    written = {key: [node for node in storage.writers if node in live] for key, storage in storages.items()}
+    written = {key: writers for key, writers in written.items() if writers}
+    if not written:
+        return
+    holders: dict[int, list[str]] = {}
+    for fqn, tensor in named_tensors(skeleton.module):
+        key = storage_of(tensor)
+        if key in written:
+            holders.setdefault(key, []).append(fqn)
+    for key, fqns in holders.items():
+        calls = [
+            node for node in live if node.op == "call_module" and any(fqn.startswith(f"{node.target}.") for fqn in fqns)
+        ]
+        yield [*written[key], *calls]
+
+
+def _tidy(groups: Sequence[Sequence[fx.Node]], live: Mapping[fx.Node, None]) -> tuple[tuple[fx.Node, ...], ...]:
+    """Leave only calls, in order, and each group once."""
+    order = {node: place for place, node in enumerate(live)}
+    kept = (tuple(sorted({node for node in group if _is_call(node)}, key=order.__getitem__)) for group in groups)
+    return tuple(dict.fromkeys(group for group in kept if len(group) > 1))
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method", "call_module")

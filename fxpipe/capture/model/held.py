@@ -1,0 +1,50 @@
+"""Tensors and modules that functions and objects hold: what belongs to one copy of a model."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def held_by(value: Any, depth: int = 4) -> Any:
+    """Find a tensor or a module that a function or an object holds: such an argument belongs to one copy of a model.
+
+    Returns:
+        What was found; None for nothing.
+
+    >>> def scaled_by(weight):
+    ...     return lambda x: x * weight
+    >>> held_by(scaled_by(torch.ones(1))), held_by(len)
+    (tensor([1.]), None)
+    """
+    if isinstance(value, torch.Tensor | nn.Module):
+        return value
+    if depth == 0 or isinstance(value, type | types.ModuleType | str | int | float):
+        return None
+    parts: list[Any] = []
+    if isinstance(value, types.FunctionType):
+        parts = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        parts += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    elif isinstance(value, types.MethodType):
+        parts = [value.__self__, value.__func__]
+    elif isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, tuple | list | set | frozenset):
+        parts = list(value)
+    elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif hasattr(value, "__dict__"):
+        parts = list(vars(value).values())
+    return next((found for part in parts if (found := held_by(part, depth - 1)) is not None), None)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:  # a name that is not bound yet
+        return False
+    return True

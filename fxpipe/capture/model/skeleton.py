@@ -1,0 +1,309 @@
+"""A private copy of the user's model whose tensors are fake: what is captured, and what stages are cloned from."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxpipe._torch import FakeTensor, FakeTensorMode, storage_key
+from fxpipe.capture.model.held import held_by
+from fxpipe.errors import CaptureError, TieError
+from fxpipe.ir.spec import TensorInfo
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Skeleton:
+    """The user's modules, copied, with fake tensors in the place of parameters and buffers.
+
+    Attributes:
+        module: The copy; its tensors are fake, on the CPU.
+        mode: The fake mode they belong to.
+        infos: Every parameter and buffer, by first FQN, in the model's order.
+        aliases: First FQN of every FQN.
+        originals: The user's own tensors by first FQN; never written.
+        fqn_of: First FQN by ``id`` of a fake tensor, and of the user's own tensor (closures may hold it).
+        module_fqns: First FQN by ``id`` of a copied module, and of the user's own.
+        plain: Tensors kept as plain attributes, by ``id``: the dotted place and the tensor.
+        generators: ``id`` of the random generators that the copied modules keep.
+    """
+
+    module: nn.Module
+    mode: FakeTensorMode
+    infos: Mapping[str, TensorInfo]
+    aliases: Mapping[str, str]
+    originals: Mapping[str, torch.Tensor]
+    fqn_of: Mapping[int, str]
+    module_fqns: Mapping[int, str]
+    plain: Mapping[int, tuple[str, torch.Tensor]]
+    generators: frozenset[int]
+
+    def build_layer(self, fqn: str, device: Any, dtype: Any) -> nn.Module:
+        """Make one module anew, without values: what a captured ``LayerSpec.build`` gives."""
+        source = self.module.get_submodule(fqn)
+        memo: dict[int, Any] = {}
+        for tensor in _unique(source):
+            kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            empty = torch.empty(tensor.shape, dtype=_dtype(kept), device=device)
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        return copy.deepcopy(source, memo)
+
+
+def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleton:
+    """Copy a model's structure without its memory.
+
+    Args:
+        model: On meta, on a real device, or fake; not modified.
+        dtype: Of every floating-point parameter and buffer of the copy; None for the model's own.
+
+    Returns:
+        The copy and the names of its tensors.
+
+    Raises:
+        CaptureError: A tensor is of a kind that cannot be faked, or a module cannot be copied.
+        TieError: Tied tensors differ in shape or dtype.
+
+    >>> skeleton = make_skeleton(nn.Linear(2, 3, device="meta"))
+    >>> [(fqn, info.shape) for fqn, info in skeleton.infos.items()]
+    [('weight', (3, 2)), ('bias', (3,))]
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = list(named_tensors(model))
+    aliases, originals = _first_names(model, named)
+    fakes = {fqn: _fake(fqn, tensor, mode, dtype) for fqn, tensor in originals.items()}
+    memo: dict[int, Any] = {id(tensor): fakes[aliases[fqn]] for fqn, tensor in named}
+    plain = {id(tensor): (place, tensor) for place, tensor in _plain_tensors(model) if id(tensor) not in memo}
+    _refuse_hidden(plain)
+    _refuse_hidden_modules(model)
+    _refuse_foreign_hooks(model)
+    _refuse_overlaps(aliases, originals)
+    memo.update({key: tensor for key, (_, tensor) in plain.items()})
+    module = _copied(model, memo)
+    _switch_caches_off(module)
+    fqn_of = {id(fake): fqn for fqn, fake in fakes.items()}
+    fqn_of.update({id(tensor): aliases[fqn] for fqn, tensor in named})
+    persistent = set(model.state_dict(keep_vars=True)) if named else set()
+    infos = {
+        fqn: TensorInfo(
+            fqn,
+            tuple(fake.shape),
+            str(fake.dtype).removeprefix("torch."),
+            fake.numel() * fake.element_size(),
+            trainable=isinstance(fake, nn.Parameter) and fake.requires_grad,
+            persistent=fqn in persistent,
+        )
+        for fqn, fake in fakes.items()
+    }
+    module_fqns = {id(part): fqn for fqn, part in model.named_modules()}
+    module_fqns.update({id(part): fqn for fqn, part in module.named_modules()})
+    generators = frozenset(id(item) for _, item in _plain_items(module) if isinstance(item, torch.Generator))
+    return Skeleton(module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every parameter and buffer under every one of its FQNs, in the model's order of modules."""
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        for leaf, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            yield (f"{prefix}.{leaf}" if prefix else leaf), tensor
+
+
+def _unique(module: nn.Module) -> list[torch.Tensor]:
+    return list({id(tensor): tensor for _, tensor in named_tensors(module)}.values())
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return found
+
+
+def _first_names(
+    model: nn.Module, named: list[tuple[str, torch.Tensor]]
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Give the first FQN of every FQN, and each tensor by its first FQN; declared ties count where meta lost them."""
+    first: dict[int, str] = {}
+    originals: dict[str, torch.Tensor] = {}
+    aliases = {}
+    for fqn, tensor in named:
+        aliases[fqn] = first.setdefault(id(tensor), fqn)
+        originals.setdefault(aliases[fqn], tensor)
+    for fqn, source in _declared_ties(model):
+        if fqn in aliases and source in aliases and aliases[fqn] != aliases[source]:
+            lost, kept = sorted((aliases[fqn], aliases[source]), key=list(originals).index, reverse=True)
+            _check_tie(lost, originals[lost], kept, originals[kept])
+            if not (originals[lost].is_meta and originals[kept].is_meta):
+                continue  # two real tensors are what they are, whatever the model declares
+            originals.pop(lost)
+            aliases = {name: kept if target == lost else target for name, target in aliases.items()}
+    return aliases, originals
+
+
+def _declared_ties(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield ``(fqn, source)`` of ties that Hugging Face models declare by name (``_tied_weights_keys``)."""
+    for prefix, part in model.named_modules():
+        expand = getattr(part, "get_expanded_tied_weights_keys", None)  # patterns as names, none where not wanted
+        if expand is None or not isinstance(getattr(part, "_tied_weights_keys", None), Mapping):
+            continue
+        start = f"{prefix}." if prefix else ""
+        yield from ((f"{start}{fqn}", f"{start}{source}") for fqn, source in expand().items())
+
+
+def _check_tie(fqn: str, tensor: torch.Tensor, source: str, other: torch.Tensor) -> None:
+    if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+        raise TieError(
+            f"{fqn} {tuple(tensor.shape)} {tensor.dtype} is tied to {source} {tuple(other.shape)} {other.dtype}\n"
+            "  tied parameters have one shape and dtype; correct the model, or switch the tie off in its configuration"
+        )
+
+
+def _fake(fqn: str, tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype | None) -> torch.Tensor:
+    kind = type(tensor)
+    if nn.parameter.is_lazy(tensor):
+        raise CaptureError(
+            f"{fqn} has no shape yet: it belongs to a lazy module that was never called\n"
+            "  call the model once on a small batch, or give the module its sizes"
+        )
+    known = kind in (torch.Tensor, nn.Parameter, nn.Buffer) or isinstance(tensor, FakeTensor)
+    if not known or tensor.layout != torch.strided:
+        raise CaptureError(
+            f"{fqn} is a {kind.__module__}.{kind.__qualname__} of layout {tensor.layout}, which cannot be captured\n"
+            "  compile the model first and wrap or quantize the stages afterwards (pipe.stage_modules)"
+        )
+    kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, tensor.requires_grad)
+        return fake
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors that modules keep outside their parameters and buffers, with the place they lie at."""
+    yield from ((place, item) for place, item in _plain_items(model) if isinstance(item, torch.Tensor))
+
+
+def _plain_items(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what modules keep as plain attributes, and in lists and dictionaries there, with the place it lies at."""
+    for prefix, part in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        for name, value in vars(part).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            if isinstance(value, list | tuple):
+                yield from ((f"{start}{name}[{i}]", item) for i, item in enumerate(value))
+            elif isinstance(value, dict):
+                yield from ((f"{start}{name}[{key!r}]", item) for key, item in value.items())
+            else:
+                yield f"{start}{name}", value
+
+
+def _refuse_hidden(plain: Mapping[int, tuple[str, torch.Tensor]]) -> None:
+    for place, tensor in plain.values():
+        if tensor.requires_grad:
+            raise CaptureError(
+                f"{place} takes a gradient but is no parameter of its module: no optimiser and no checkpoint sees it\n"
+                "  register it: assign an nn.Parameter to an attribute of its own, or use nn.ParameterList"
+            )
+
+
+def _refuse_hidden_modules(model: nn.Module) -> None:
+    registered = {id(part) for part in model.modules()}
+    for place, item in _plain_items(model):
+        if isinstance(item, nn.Module) and id(item) not in registered and next(item.parameters(), None) is not None:
+            raise CaptureError(
+                f"{place} is a {type(item).__qualname__} with parameters that its module does not register: no "
+                "optimiser and no checkpoint sees them\n  keep it as an attribute, or in an nn.ModuleList"
+            )
+
+
+def _refuse_foreign_hooks(model: nn.Module) -> None:
+    """Refuse hooks that know the user's modules: those of a copy would call, and change, the modules copied from."""
+    registered = {id(part) for part in model.modules()}
+    for fqn, part in model.named_modules():
+        for name, hooks in vars(part).items():
+            if name.startswith("_") and name.endswith("_hooks") and isinstance(hooks, Mapping):
+                for hook in hooks.values():
+                    held = held_by(hook) if isinstance(hook, types.FunctionType) else None
+                    if id(held) in registered:
+                        raise CaptureError(
+                            f"a hook of {fqn or 'the model'} holds a {type(held).__qualname__} of the model in its "
+                            "closure\n  make it a method of that module (functools.partial binds more), which goes "
+                            "along when the model is copied"
+                        )
+
+
+def _refuse_overlaps(aliases: Mapping[str, str], originals: Mapping[str, torch.Tensor]) -> None:
+    """Refuse parameters that lie in the same memory without being one tensor: on stages each would have its own.
+
+    Views side by side in one memory (an LSTM's flattened weights) are separate tensors, and fine.
+    """
+    by_storage: dict[int, list[str]] = {}
+    for fqn, tensor in originals.items():
+        if tensor.layout == torch.strided and tensor.numel():
+            by_storage.setdefault(storage_key(tensor), []).append(fqn)
+    for fqns in by_storage.values():
+        for fqn, other in itertools.combinations(fqns, 2):
+            pair = originals[fqn], originals[other]
+            if any(tensor.requires_grad for tensor in pair) and _overlap(*pair):
+                raise TieError(
+                    f"{fqn} and {other} are different tensors in the same memory\n"
+                    "  let both names be one parameter (b.weight = a.weight), or give one a copy (.clone())"
+                )
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the stretches of memory that two tensors reach over have an element in common."""
+    (start, end), (other_start, other_end) = _reach(one), _reach(other)
+    return start < other_end and other_start < end
+
+
+def _reach(tensor: torch.Tensor) -> tuple[int, int]:
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (int(last) + 1) * tensor.element_size()
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    for fqn, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"module {fqn or '(the model)'} is a scripted {part.original_name}: its code cannot be observed\n"
+                "  pass the Python module that was scripted"
+            )
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a foreign __deepcopy__ raises
+        raise CaptureError(
+            f"{type(model).__qualname__} cannot be copied: {_uncopyable(model, memo)}{error}\n"
+            "  capture works on a copy of the modules (not of their tensors); give what it names a __deepcopy__"
+        ) from error
+
+
+def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> str:
+    """Name the attribute that cannot be copied."""
+    for fqn, part in model.named_modules():
+        for name, value in vars(part).items():
+            if name == "_modules":
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                return f"attribute {f'{fqn}.{name}' if fqn else name} is a {type(value).__qualname__}: "
+    return ""
+
+
+def _switch_caches_off(module: nn.Module) -> None:
+    """Hugging Face models fill key-value caches by default, one Python object that all blocks share.
+
+    In training a cache is dead weight, and one made during capture would carry a microbatch into the next.
+    """
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        for each in (config, *(vars(config).values() if hasattr(config, "__dict__") else ())):
+            if getattr(each, "use_cache", False) is True:
+                each.use_cache = False

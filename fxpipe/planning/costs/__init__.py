@@ -1,0 +1,5 @@
+"""What a layer costs: seconds, bytes, the dtypes it is trained in.
+
+In: a ``LayerGraph`` with counts, ``Hardware``, ``Training``. Out: ``Estimate`` and ``LayerMemory``. Never: a cost is
+negative, or depends on the machine that plans.
+"""

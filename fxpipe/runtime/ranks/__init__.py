@@ -1,0 +1,5 @@
+"""Ranks that work together: groups, agreement before anything is exchanged, word of a failure.
+
+In: the ranks of each pipeline. Out: ``Groups``. Never: two ranks create groups in different orders, or go on with
+different plans or batches.
+"""

@@ -1,0 +1,129 @@
+"""The stages of one rank among others: torch's schedules give the order, fxpipe's stages do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fxpipe.ir.schedule import placement, schedule_named
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.ranks.failures import Failures
+from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.run.engine_stage import EngineStage
+from fxpipe.runtime.run.forward_only import infer
+from fxpipe.runtime.run.refusals import refuse_modules
+from fxpipe.runtime.run.schedule import forget_exchanges, make_schedule, run_schedule
+from fxpipe.runtime.run.work import Job, Tensors
+
+
+class DistributedEngine:
+    """Runs jobs through the stages of all ranks of a pipeline."""
+
+    def __init__(
+        self,
+        stages: Sequence[StageModule],
+        num_stages: int,
+        schedule: str,
+        groups: Groups,
+        device: torch.device,
+        *,
+        defer_recv: bool = False,
+    ) -> None:
+        self._modules = list(stages)
+        self._name = schedule
+        self._split_by = schedule if schedule_named(schedule).splits_backward else None
+        self._groups = groups
+        self._device = device
+        self._defer_recv = defer_recv
+        self._placement = placement(schedule, num_stages, len(groups.ranks))
+        self._stages = [EngineStage(stage, num_stages, device, groups.pipeline) for stage in stages]
+        for stage in self._stages:
+            stage.split_by = self._split_by
+        self._schedules: dict[int, Any] = {}
+        self._loss_dtypes: dict[Any, torch.dtype] = {}
+        self._failures = Failures(groups, self._let_go)
+
+    def check(self) -> None:
+        """Refuse what this rank's stages hold that the schedule would get wrong; without communication.
+
+        Raises:
+            ScheduleError: Names the module.
+        """
+        refuse_modules(self._modules, self._split_by)
+
+    def train(self, jobs: Sequence[Job]) -> torch.Tensor:
+        """Run forward and backward of all microbatches; gradients accumulate, ties are not summed yet.
+
+        Args:
+            jobs: The same number on all ranks, of programs all ranks agree on.
+
+        Returns:
+            The batch's loss: a detached scalar, the same on every rank.
+
+        Raises:
+            RankError: Another rank failed.
+        """
+        with self.guard(), torch.enable_grad():
+            for stage in self._stages:
+                stage.jobs = jobs
+            run_schedule(self._schedule(len(jobs)), len(jobs))
+            for stage in self._stages:
+                stage.jobs = ()
+            return self._share_loss(jobs[0].key)
+
+    def infer(self, jobs: Sequence[Job], *, gather: bool = True) -> list[Tensors] | None:
+        """Run forward only, any number of microbatches.
+
+        Args:
+            jobs: The same number on all ranks.
+            gather: Whether every rank gets the outputs; else only the last stage's rank does.
+
+        Returns:
+            The model's flat output tensors of each microbatch; None on a rank that does not get them.
+        """
+        with self.guard(), torch.no_grad():
+            return infer(self._modules, self._placement, jobs, self._groups, self._device, gather=gather)
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Guard other communication of the pipeline: a rank that fails meanwhile raises on all ranks, as in a step.
+
+        Raises:
+            RankError: From within: another rank failed.
+        """
+        return self._failures.watch(self._failed_stage)
+
+    def _schedule(self, num_microbatches: int) -> Any:
+        if num_microbatches not in self._schedules:
+            self._schedules[num_microbatches] = make_schedule(
+                self._name, self._stages, num_microbatches, defer_recv=self._defer_recv
+            )
+        return self._schedules[num_microbatches]
+
+    def _let_go(self, error: Exception) -> None:
+        forget_exchanges(error)
+        for stage in self._stages:
+            stage.group = None
+            stage.clear_runtime_states()
+        self._schedules.clear()
+
+    def _failed_stage(self) -> int | None:
+        return next((stage.stage_index for stage in self._stages if stage.failed), None)
+
+    def _share_loss(self, key: Hashable) -> torch.Tensor:
+        """Give every rank what the last stage computed."""
+        source = self._placement[-1]
+        last = self._stages[-1] if source == self._groups.position else None
+        if key not in self._loss_dtypes:
+            dtypes = [last.loss_dtype if last else None]
+            dist.broadcast_object_list(dtypes, group=self._groups.control, group_src=source)
+            self._loss_dtypes[key] = dtypes[0] or torch.float64
+        if last:
+            loss = torch.stack([last.losses[index] for index in sorted(last.losses)]).sum()
+        else:
+            loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        dist.broadcast(loss, group=self._groups.pipeline, group_src=source)
+        return loss.to(self._loss_dtypes[key])

@@ -1,0 +1,176 @@
+"""What torch's schedules call: a stage that exchanges exactly what crosses, and computes what the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+
+from fxpipe._torch import WithoutMetadata
+from fxpipe.ir.program import StageProgram
+from fxpipe.runtime.build.boundary import Layout, gradient_layout, message_layout, pack, receive_buffers
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.run.gradients import accumulators
+from fxpipe.runtime.run.refusals import watch_checkpoints
+from fxpipe.runtime.run.sharded import hold_reduction, reduce_now
+from fxpipe.runtime.run.work import (
+    Job,
+    Pass,
+    Tensors,
+    run_backward,
+    run_backward_for_inputs,
+    run_backward_for_weights,
+    run_forward,
+)
+
+
+class EngineStage(WithoutMetadata, PipelineStage):
+    """One stage of a schedule; the shapes of each microbatch are those of its own job.
+
+    Attributes:
+        jobs: The microbatches of this step.
+        split_by: Name of the schedule where it splits the backward, else None.
+        submod: The stage's module.
+        losses: On the last stage: the weighted loss of each microbatch so far, in float64.
+        loss_dtype: On the last stage: dtype of the model's own loss.
+        failed: Whether an error came from this stage's own work, not from an exchange.
+    """
+
+    submod: StageModule
+
+    def __init__(self, module: StageModule, num_stages: int, device: torch.device, group: dist.ProcessGroup) -> None:
+        super().__init__(module, module.stage_index, num_stages, device, group=group)
+        self.jobs: Sequence[Job] = ()
+        self.split_by: str | None = None
+        self.losses: dict[int, torch.Tensor] = {}
+        self.loss_dtype: torch.dtype | None = None
+        self.failed = False
+        self._passes: dict[int, Pass] = {}
+        self._received: dict[int, Tensors] = {}
+        self._gradients: dict[int, Tensors] = {}
+        self._given: dict[int, Tensors] = {}
+        self._weights: list[Any] | None = None
+        self._sharded = False
+
+    # --- what crosses ---
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Receive what the stage before sends; allocated now, in the shapes of this microbatch."""
+        layout = message_layout(self._program(fwd_chunk_id).received)
+        return self._receive(layout, self._received, fwd_chunk_id, self.stage_index - 1)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send what the next stage receives."""
+        if self.is_last:
+            return []
+        layout = message_layout(self._program(fwd_chunk_id).sent)
+        return self._send(layout, self._passes[fwd_chunk_id].outputs, self.stage_index + 1)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Receive the gradients of what was sent, where one flows."""
+        layout = gradient_layout(self._program(bwd_chunk_id).sent)
+        return self._receive(layout, self._gradients, bwd_chunk_id, self.stage_index + 1)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send the gradients of what was received, where one flows."""
+        layout = gradient_layout(self._program(bwd_chunk_id).received)
+        return self._send(layout, self._given.pop(bwd_chunk_id, ()), self.stage_index - 1)
+
+    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
+        """Take what the stage before, on this rank, computed."""
+        self._received[mb_index] = tuple(output.detach() for output in prev_stage_outputs)
+
+    def get_local_bwd_output(self, mb_index: int) -> Tensors:
+        """Give the gradients of what was received to the stage before, on this rank."""
+        return self._given.pop(mb_index)
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """Take the gradients from the next stage, on this rank."""
+        self._gradients[mb_index] = next_stage_bwd_outputs
+
+    # --- the work ---
+
+    def forward_one_chunk(
+        self,
+        fwd_chunk_id: int,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        save_forward_output: bool = True,
+    ) -> Tensors:
+        """Run the forward of one microbatch."""
+        with self._blamed(), watch_checkpoints(self.submod, self.split_by):
+            received = self._received.pop(fwd_chunk_id, ())
+            work = run_forward(self.submod, self.jobs[fwd_chunk_id], received, training=self.has_backward)
+        self._passes[fwd_chunk_id] = work
+        if self.is_last:
+            self.losses[fwd_chunk_id] = work.loss()
+            self.loss_dtype = work.outputs[-1].dtype
+        return work.outputs
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Run the backward of one microbatch, or the half of it that other stages wait for."""
+        gradients = self._gradients.pop(bwd_chunk_id, ())
+        with self._blamed():
+            if full_backward:
+                given = run_backward(self._passes.pop(bwd_chunk_id), gradients)
+            else:
+                given = run_backward_for_inputs(self._passes[bwd_chunk_id], self._accumulators(), gradients)
+        if not self.is_first:
+            self._given[bwd_chunk_id] = given
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Run the other half of a split backward."""
+        with self._blamed():
+            run_backward_for_weights(self._passes.pop(bwd_chunk_id), self._accumulators())
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Reduce the gradients of sharded modules, once per step."""
+        with self._blamed():
+            reduce_now(self.submod)
+
+    def clear_runtime_states(self) -> None:
+        """Begin a step."""
+        for kept in (self.losses, self._passes, self._received, self._gradients, self._given):
+            kept.clear()
+        self.failed = False
+        self._weights = None
+        self._sharded = hold_reduction(self.submod)
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Note that an error is this stage's own, and not a lost connection."""
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            raise
+
+    def _accumulators(self) -> list[Any]:
+        # Sharded parameters come and go while a step runs.
+        if self._weights is None or self._sharded:
+            self._weights = accumulators(self.submod.parameters())
+        return self._weights
+
+    def _program(self, index: int) -> StageProgram:
+        return self.jobs[index].program.stages[self.stage_index]
+
+    def _receive(self, layout: Layout, kept: dict[int, Tensors], index: int, stage: int) -> list[dist.P2POp]:
+        if not 0 <= stage < self.num_stages or not layout.tensors:
+            return []
+        messages, tensors = receive_buffers(layout, self.device)
+        kept[index] = tuple(tensors)
+        return [self._operation(dist.irecv, message, stage) for message in messages]
+
+    def _send(self, layout: Layout, tensors: Tensors, stage: int) -> list[dist.P2POp]:
+        if stage < 0:
+            return []
+        return [self._operation(dist.isend, message, stage) for message in pack(layout, tensors)]
+
+    def _operation(self, kind: Any, message: torch.Tensor, stage: int) -> dist.P2POp:
+        return dist.P2POp(kind, message, group=self.group, group_peer=self.stage_index_to_group_rank[stage])

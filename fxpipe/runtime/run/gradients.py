@@ -1,0 +1,271 @@
+"""Gradients after the backward: tied ones summed over their holders, once; narrow ones rounded, once; the norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fxpipe.ir.plan import TieGroup
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.ranks.groups import Groups
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class Gradients:
+    """The gradients of one rank's parameters over the steps up to an optimiser's.
+
+    ``begin`` and ``finish`` go around the backward of each step. While several steps accumulate, the sum that was
+    finished before them is set aside: adding a gradient of all holders to one of this holder, and summing over holders
+    again, would count it twice.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageModule],
+        ties: Sequence[TieGroup] = (),
+        placement: Sequence[int] = (),
+        groups: Groups | None = None,
+        *,
+        wide: bool = True,
+        keep_wide: bool = False,
+    ) -> None:
+        """Store what to work on.
+
+        Args:
+            stages: This rank's stages.
+            ties: The plan's tied parameters.
+            placement: Position of the rank of each stage.
+            groups: The pipeline's groups; None where one process holds it all.
+            wide: Whether gradients of 16-bit parameters accumulate in float32.
+            keep_wide: Whether they stay so; else the sum is rounded to the parameter's dtype at the last step.
+        """
+        self._stages = list(stages)
+        self._groups = groups
+        self._wide = wide
+        self._keep_wide = keep_wide
+        self._holders = {tie.key: tuple(sorted({placement[stage] for stage in tie.stages})) for tie in ties if groups}
+        self._ties = [tie for tie in ties if len(self._holders.get(tie.key, ())) > 1]
+        self._aside: dict[nn.Parameter, torch.Tensor] = {}
+        self._returned: set[nn.Parameter] = set()
+        self._is_open = False
+
+    def begin(self) -> None:
+        """Make ready for the backward of a step."""
+        if not self._is_open:
+            self._aside.clear()
+        # None in the middle of an accumulation: the user has started anew.
+        self._aside = {p: gradient for p, gradient in self._aside.items() if p.grad is not None}
+        for parameter in self._apart():
+            if parameter.grad is not None and (not self._is_open or parameter in self._returned):
+                self._aside[parameter] = parameter.grad
+                parameter.grad = None
+            if self._accumulates_wide(parameter) and parameter.grad is None:
+                parameter.grad_dtype = torch.float32
+        self._returned.clear()
+
+    def finish(self, *, last: bool) -> None:
+        """End a step.
+
+        Args:
+            last: Whether the optimiser comes next: ties are summed over their holders and sums are rounded. Else more
+                steps accumulate.
+        """
+        self._is_open = not last
+        if not last:
+            for parameter in [p for p in self._aside if p.grad is None]:
+                _assign(parameter, self._aside.pop(parameter))
+                self._returned.add(parameter)
+            return
+        for tie in self._ties:
+            if tie.trainable:
+                self._sum_tie(tie)
+        for parameter in self._apart():
+            self._complete(parameter)
+        self._aside.clear()
+
+    def zero(self) -> None:
+        """Forget all gradients."""
+        for _, parameter in self._parameters():
+            parameter.grad = None
+        self._aside.clear()
+        self._returned.clear()
+
+    def clip(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale the gradients of the whole model so that their norm is at most ``max_norm``.
+
+        Args:
+            max_norm: The largest norm.
+            norm_type: Order of the norm; ``inf`` for the largest magnitude.
+
+        Returns:
+            The norm before, over all parameters of all ranks, ties once; in float32, or float64 if a gradient is.
+        """
+        counted = self._counted()
+        own = [parameter.grad for _, parameter in self._parameters() if parameter.grad is not None]
+        norms = [_norm(parameter.grad, norm_type) for parameter in counted if parameter.grad is not None]
+        is_double = any(gradient.dtype == torch.float64 for gradient in own)
+        device = own[0].device if own else self._device()
+        local = _combine(torch.stack(norms), norm_type) if norms else _nothing(norm_type, device)
+        found = self._gather(torch.stack([local, torch.tensor(float(is_double), dtype=torch.float64, device=device)]))
+        total = _combine(found[:, 0], norm_type)
+        coefficient = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for gradient in own:
+            _local(gradient).mul_(coefficient)
+        return total if bool(found[:, 1].any()) else total.float()
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield each parameter of this rank once."""
+        seen: set[int] = set()
+        for stage in self._stages:
+            for fqn, parameter in stage.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield fqn, parameter
+
+    def _apart(self) -> list[nn.Parameter]:
+        """List the parameters whose gradients are not simply what autograd accumulates."""
+        tied = {id(parameter) for tie in self._ties if (parameter := self._held(tie)) is not None}
+        return [p for _, p in self._parameters() if id(p) in tied or self._accumulates_wide(p)]
+
+    def _accumulates_wide(self, parameter: nn.Parameter) -> bool:
+        # FSDP2 has its own rule, MixedPrecisionPolicy(reduce_dtype=...).
+        return self._wide and parameter.requires_grad and parameter.dtype in _NARROW and not _is_sharded(parameter)
+
+    def _held(self, tie: TieGroup) -> nn.Parameter | None:
+        for stage in self._stages:
+            if stage.stage_index in tie.stages:
+                named: Mapping[str, nn.Parameter] = dict(stage.named_parameters(remove_duplicate=False))
+                found = [named[fqn] for fqn in tie.fqns if fqn in named]
+                if found:
+                    return found[0]
+        return None
+
+    def _sum_tie(self, tie: TieGroup) -> None:
+        parameter = self._held(tie)
+        if parameter is None or self._groups is None:
+            return
+        gradient = parameter.grad
+        if gradient is None:
+            dtype = torch.float32 if self._accumulates_wide(parameter) else parameter.dtype
+            gradient = torch.zeros_like(parameter, dtype=dtype)
+        if gradient.layout != torch.strided:
+            gradient = gradient.to_dense()  # another holder's is dense, or has other rows
+        local = _local(gradient)
+        summed = local.contiguous()
+        dist.all_reduce(summed, group=self._groups.ties[self._holders[tie.key]])
+        if summed is not local:
+            local.copy_(summed)
+        if parameter.requires_grad:
+            _assign(parameter, gradient)
+
+    def _complete(self, parameter: nn.Parameter) -> None:
+        """Add what was set aside, and round."""
+        fresh, before = parameter.grad, self._aside.get(parameter)
+        if fresh is None or before is None:
+            total = before if fresh is None else fresh
+        else:
+            total = fresh + before
+        if total is None:
+            return
+        if self._accumulates_wide(parameter):
+            total = total.to(torch.float32 if self._keep_wide else parameter.dtype)
+        _assign(parameter, total)
+
+    def _counted(self) -> list[nn.Parameter]:
+        """List the parameters whose gradients this rank counts: a tie's first holder does."""
+        position = self._groups.position if self._groups else 0
+        elsewhere = {id(self._held(tie)) for tie in self._ties if self._holders[tie.key][0] != position}
+        return [parameter for _, parameter in self._parameters() if id(parameter) not in elsewhere]
+
+    def _gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Give the values of all ranks, a row each, in one order: every rank then computes the same number."""
+        if self._groups is None:
+            return values.unsqueeze(0)
+        rows = [torch.empty_like(values) for _ in self._groups.ranks]
+        dist.all_gather(rows, values, group=self._groups.pipeline)
+        return torch.stack(rows)
+
+    def _device(self) -> torch.device:
+        return next((p.device for _, p in self._parameters()), torch.device("cpu"))
+
+
+class _WideWeight:
+    """A parameter with a wide gradient, as the second half of a split backward sees it: it assigns narrow ones."""
+
+    __slots__ = ("_parameter",)
+
+    requires_grad = True
+    grad_fn = None
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = parameter
+
+    def view_as(self, _: object) -> torch.Tensor:
+        return self._parameter.view_as(self._parameter)
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        return self._parameter.grad
+
+    @grad.setter
+    def grad(self, gradient: torch.Tensor) -> None:
+        self._parameter.grad = gradient.to(self._parameter.grad_dtype)
+
+
+def accumulators(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """List trainable parameters as a split backward accumulates into them.
+
+    torch's split backward assigns ``grad`` itself; where the gradient is wider than the parameter, a stand-in casts.
+    """
+    return [
+        _WideWeight(parameter) if parameter.grad_dtype not in (None, parameter.dtype) else parameter
+        for parameter in parameters
+        if parameter.requires_grad
+    ]
+
+
+def _assign(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    """Set a gradient of any dtype."""
+    parameter.grad = None
+    if parameter.grad_dtype not in (None, gradient.dtype):
+        parameter.grad_dtype = gradient.dtype
+    parameter.grad = gradient
+
+
+def _norm(gradient: torch.Tensor, order: float) -> torch.Tensor:
+    if gradient.layout != torch.strided:
+        gradient = gradient.coalesce().values()
+    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    if gradient.is_complex():
+        gradient = gradient.abs()
+    norm: Any = torch.linalg.vector_norm(gradient, order, dtype=dtype)
+    whole: torch.Tensor = norm.full_tensor() if _is_sharded(norm) else norm
+    return whole.double()
+
+
+def _combine(norms: torch.Tensor, order: float) -> torch.Tensor:
+    """Give the norm of the whole from those of its parts."""
+    if order == 0:
+        return norms.sum()  # counts of what is not zero
+    combined: torch.Tensor = torch.linalg.vector_norm(norms, order)
+    return combined
+
+
+def _nothing(order: float, device: torch.device) -> torch.Tensor:
+    return torch.tensor(math.inf if order < 0 else 0.0, dtype=torch.float64, device=device)
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "to_local")  # DTensor; importing its module takes a second
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """Give what of a tensor lies on this rank."""
+    local: torch.Tensor = tensor.to_local() if _is_sharded(tensor) else tensor
+    return local

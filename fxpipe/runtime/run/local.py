@@ -1,0 +1,74 @@
+"""All stages in one process: a loop over microbatches, with the numbers of the distributed run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.run.refusals import refuse_modules, watch_checkpoints
+from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
+
+
+class LocalEngine:
+    """Runs jobs through stages that all live in this process; no schedule, no process group."""
+
+    def __init__(self, stages: Sequence[StageModule]) -> None:
+        self._stages = list(stages)
+
+    def check(self) -> None:
+        """Refuse what the stages hold that would get wrong gradients.
+
+        Raises:
+            ScheduleError: Names the module.
+        """
+        refuse_modules(self._stages)
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Do nothing: there is no other rank that could fail."""
+        return nullcontext()
+
+    def train(self, jobs: Sequence[Job]) -> torch.Tensor:
+        """Run forward and backward of all microbatches, one after the other; gradients accumulate.
+
+        Returns:
+            The batch's loss: a detached scalar.
+
+        Raises:
+            ScheduleError: As ``check``.
+        """
+        self.check()
+        with torch.enable_grad():
+            losses = [self._train_one(job) for job in jobs]
+        dtype = losses[0][1]
+        return torch.stack([loss for loss, _ in losses]).sum().to(dtype)
+
+    def infer(self, jobs: Sequence[Job], *, gather: bool = True) -> list[Tensors]:
+        """Run forward only; ``gather`` is for other engines.
+
+        Returns:
+            The model's flat output tensors of each microbatch.
+        """
+        return [self._infer_one(job) for job in jobs]
+
+    def _train_one(self, job: Job) -> tuple[torch.Tensor, torch.dtype]:
+        passes: list[Pass] = []
+        received: Tensors = ()
+        for stage in self._stages:
+            with watch_checkpoints(stage):
+                passes.append(run_forward(stage, job, received, training=True))
+            received = tuple(output.detach() for output in passes[-1].outputs)
+        loss = passes[-1].loss(), passes[-1].outputs[-1].dtype
+        gradients: Tensors = ()
+        while passes:
+            gradients = run_backward(passes.pop(), gradients)
+        return loss
+
+    def _infer_one(self, job: Job) -> Tensors:
+        received: Tensors = ()
+        with torch.no_grad():
+            for stage in self._stages:
+                received = run_forward(stage, job, received, training=False).outputs
+        return received[: len(job.program.outputs)]

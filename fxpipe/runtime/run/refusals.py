@@ -1,0 +1,88 @@
+"""What cannot run inside a stage without silently wrong numbers, and is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fxpipe._torch import has_accumulation_hooks, is_compiled, watched_checkpoints
+from fxpipe.errors import ScheduleError
+from fxpipe.runtime.build.stage import StageModule
+
+_WHOLE_BACKWARD = "GPipe, 1F1B, Interleaved1F1B or LoopedBFS"
+
+
+def refuse_modules(stages: Iterable[StageModule], split_by: str | None = None) -> None:
+    """Refuse modules that a schedule would get wrong.
+
+    Args:
+        stages: This rank's stages.
+        split_by: Name of the schedule where it splits the backward, else None.
+
+    Raises:
+        ScheduleError: A stage holds a ``DistributedDataParallel`` module, or under a split backward a compiled module
+            or a parameter with a hook that would never be called.
+    """
+    for stage in stages:
+        for fqn, module in stage.named_modules():
+            if isinstance(module, DistributedDataParallel):
+                raise ScheduleError(
+                    f"{_where(fqn, stage)} is a DistributedDataParallel module, which would reduce the gradients of "
+                    "each microbatch apart, or not at all\n"
+                    "  give the pipeline a mesh with a data-parallel dimension, or wrap the stage with fully_shard"
+                )
+            if split_by is not None and (is_compiled(module) or (module is stage and stage.is_compiled)):
+                raise ScheduleError(
+                    f"{_where(fqn, stage)} is compiled, and {split_by} splits the backward, which compiled modules "
+                    f"cannot\n  use {_WHOLE_BACKWARD}, or leave the module uncompiled"
+                )
+        for fqn, parameter in stage.named_parameters() if split_by is not None else ():
+            if has_accumulation_hooks(parameter):
+                raise ScheduleError(
+                    f"{fqn} has a post-accumulate-grad hook, which would never be called: {split_by} splits the "
+                    f"backward\n  use {_WHOLE_BACKWARD}, or do the hook's work after step"
+                )
+
+
+def watch_checkpoints(stage: StageModule, split_by: str | None = None) -> AbstractContextManager[None]:
+    """Refuse activation checkpointing that gives wrong gradients, or recomputes many times, while a stage runs.
+
+    Raises:
+        ScheduleError: From within the forward: reentrant checkpointing, or any under a split backward.
+    """
+
+    def called(function: Callable[..., Any], reentrant: bool) -> None:
+        if reentrant:
+            raise ScheduleError(
+                f"{_caller(function, stage)} uses reentrant activation checkpointing, which gives no gradients to "
+                "parameters whose inputs need none, and cannot be split\n"
+                "  pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
+            )
+        if split_by is not None:
+            raise ScheduleError(
+                f"{_caller(function, stage)} uses activation checkpointing, and {split_by} splits the backward: it "
+                "would be recomputed once for every group of its parameters\n"
+                f"  use {_WHOLE_BACKWARD}, or switch the checkpointing off"
+            )
+
+    return watched_checkpoints(called)
+
+
+def _where(fqn: str, stage: StageModule) -> str:
+    return f"module {fqn}" if fqn else f"stage {stage.stage_index}"
+
+
+def _caller(function: Any, stage: StageModule) -> str:
+    """Name the module that is checkpointed, else the stage."""
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    for cell in getattr(function, "__closure__", None) or ():
+        if owner is None and isinstance(cell.cell_contents, nn.Module):
+            owner = cell.cell_contents
+    names = [fqn for fqn, module in stage.named_modules() if module is owner]
+    return f"module {names[0]}" if names and names[0] else f"a module of stage {stage.stage_index}"

@@ -1,0 +1,79 @@
+"""All stages one after the other, on whichever rank holds them: no schedule and no engine, only slower.
+
+What a pipeline's numbers are held against where the model does not fit one rank: every stage runs by itself, from the
+boundary tensors that the stage before gave, with autograd's whole backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
+
+
+class StepwiseEngine:
+    """Runs jobs through stages of several ranks, one microbatch and one stage at a time.
+
+    Args:
+        stages: This rank's stages.
+        placement: Rank of each stage, by position in the groups.
+        groups: The pipeline's groups; what crosses goes through the CPU.
+        device: Where this rank's stages run.
+    """
+
+    def __init__(
+        self, stages: Sequence[StageModule], placement: Sequence[int], groups: Groups, device: torch.device
+    ) -> None:
+        self._stages: Mapping[int, StageModule] = {stage.stage_index: stage for stage in stages}
+        self._placement = list(placement)
+        self._groups = groups
+        self._device = device
+
+    def train(self, jobs: Sequence[Job]) -> torch.Tensor:
+        """Run forward and backward of all microbatches; gradients accumulate, ties are not summed yet.
+
+        Returns:
+            The batch's loss: a detached scalar of float64, the same on every rank.
+        """
+        losses = []
+        with torch.enable_grad():
+            for job in jobs:
+                passes = self._forward(job, training=True)[0]
+                last = passes.get(len(self._placement) - 1)
+                (loss,) = self._shared(self._placement[-1], (last.loss(),) if last else ())
+                losses.append(loss)
+                self._backward(passes)
+        return torch.stack(losses).sum()
+
+    def infer(self, jobs: Sequence[Job]) -> list[Tensors]:
+        """Run forward only; gives the model's flat output tensors of each microbatch, on every rank."""
+        with torch.no_grad():
+            return [self._forward(job, training=False)[1][: len(job.program.outputs)] for job in jobs]
+
+    def _forward(self, job: Job, *, training: bool) -> tuple[dict[int, Pass], Tensors]:
+        """Give this rank's passes by stage, and what the last stage gave."""
+        passes: dict[int, Pass] = {}
+        tensors: Tensors = ()
+        for index, rank in enumerate(self._placement):
+            if index in self._stages:
+                passes[index] = run_forward(self._stages[index], job, tensors, training=training)
+            tensors = self._shared(rank, passes[index].outputs if index in passes else ())
+        return passes, tensors
+
+    def _backward(self, passes: dict[int, Pass]) -> None:
+        gradients: Tensors = ()
+        for index, rank in reversed(list(enumerate(self._placement))):
+            own = run_backward(passes.pop(index), gradients) if index in passes else ()
+            gradients = self._shared(rank, own)
+
+    def _shared(self, rank: int, tensors: Tensors) -> Tensors:
+        """Give every rank what one of them has."""
+        box: list[Any] = [tuple(tensor.detach().cpu() for tensor in tensors)]
+        dist.broadcast_object_list(box, group=self._groups.control, group_src=rank)
+        return tuple(tensor.to(self._device) for tensor in box[0])

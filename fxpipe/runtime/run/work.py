@@ -1,0 +1,172 @@
+"""One microbatch in one stage: its forward, its backward whole, and its backward in two halves."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxpipe._torch import backward_for_inputs, backward_for_weights
+from fxpipe.errors import ScheduleError
+from fxpipe.ir.program import BoundaryTensor, Program, StageProgram
+from fxpipe.runtime.build.boundary import conform
+from fxpipe.runtime.build.stage import StageModule
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One microbatch of a step.
+
+    Attributes:
+        key: What the stages call the variant by; ``add_program`` made it known to them.
+        program: The variant.
+        inputs: The model's inputs by name, on the stages' device.
+        shares: Weight of each of the program's loss terms in the batch's loss; a term of share 0 is left out.
+        draw_seed: The ``microbatch_seed`` of its random numbers.
+    """
+
+    key: Hashable
+    program: Program
+    inputs: Mapping[str, Any]
+    shares: tuple[float, ...] = ()
+    draw_seed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Pass:
+    """A microbatch in a stage, between its forward and its backward.
+
+    Attributes:
+        received: Boundary tensors as the stage got them; leaves of its autograd graph.
+        outputs: What the stage's graph returned.
+        declared: What crosses to this stage, and from it (nothing on the last one).
+        shares: On the last stage: the loss terms that count, and their weights.
+        groups: Between the halves of a split backward: what the second half needs; None to do all of it then.
+    """
+
+    received: Tensors
+    outputs: Tensors
+    declared: tuple[tuple[BoundaryTensor, ...], tuple[BoundaryTensor, ...]]
+    shares: tuple[tuple[torch.Tensor, float], ...] = ()
+    groups: list[Any] | None = None
+    pending: tuple[list[Any], list[torch.Tensor]] = field(default_factory=lambda: ([], []))
+
+    def loss(self) -> torch.Tensor:
+        """Give this microbatch's part of the batch's loss, in float64."""
+        zero = self.outputs[-1].new_zeros((), dtype=torch.float64)
+        return sum((term.detach().double() * share for term, share in self.shares), start=zero)
+
+
+def run_forward(stage: StageModule, job: Job, received: Tensors, *, training: bool) -> Pass:
+    """Run a microbatch through a stage.
+
+    Args:
+        stage: Knows the job's program.
+        job: The microbatch.
+        received: Tensors from the stage before: without a graph, and the stage's own to write into.
+        training: Whether a backward follows.
+
+    Raises:
+        ScheduleError: A tensor crosses with a gradient or a shape that the plan does not know of.
+    """
+    program = job.program.stages[stage.stage_index]
+    if training:
+        for tensor, declared in zip(received, program.received, strict=True):
+            tensor.requires_grad_(declared.meta.requires_grad)
+    outputs = stage(job.key, received, {name: job.inputs[name] for name in program.inputs}, job.draw_seed)
+    shares: tuple[tuple[torch.Tensor, float], ...] = ()
+    if stage.stage_index < len(job.program.stages) - 1:
+        _check_sent(program, outputs)
+    elif training:
+        terms = outputs[len(job.program.outputs) :]
+        shares = tuple((term, share) for term, share in zip(terms, job.shares, strict=True) if share != 0)
+    return Pass(received, outputs, (program.received, program.sent), shares)
+
+
+def run_backward(work: Pass, gradients: Tensors = ()) -> Tensors:
+    """Run the whole backward.
+
+    Args:
+        work: The microbatch; spent afterwards.
+        gradients: Of the sent tensors a gradient flows through, in order; none on the last stage.
+
+    Returns:
+        The gradients of the received tensors a gradient flows through, in order and declared strides.
+    """
+    roots, of_roots = _roots(work, gradients)
+    if roots:
+        torch.autograd.backward(roots, of_roots)
+    return _gradients(work, [leaf.grad for leaf in _leaves(work)])
+
+
+def run_backward_for_inputs(work: Pass, weights: list[Any], gradients: Tensors = ()) -> Tensors:
+    """Run the first half of a split backward: the gradients of the received tensors; arguments as ``run_backward``."""
+    roots, of_roots = _roots(work, gradients)
+    leaves = _leaves(work)
+    work.pending = ([torch.autograd.graph.get_gradient_edge(root) for root in roots], of_roots)
+    found: Sequence[torch.Tensor | None] = [None] * len(leaves)
+    if leaves and roots:
+        found, groups = backward_for_inputs(roots, of_roots, leaves, weights)
+        # No group: no path leads from a received tensor to an output, and the second half is the whole backward.
+        work.groups = groups or None
+        if work.groups:
+            work.pending = ([], [])
+    return _gradients(work, found)
+
+
+def run_backward_for_weights(work: Pass, weights: list[Any]) -> None:
+    """Run the second half of a split backward: accumulate the gradients of the weights."""
+    if work.groups:
+        backward_for_weights(weights, work.groups)
+    elif work.pending[0]:
+        torch.autograd.backward(*work.pending)
+    work.groups, work.pending = None, ([], [])
+
+
+def _roots(work: Pass, gradients: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Give where the backward starts, and the gradients it starts with."""
+    declared = work.declared[1]
+    if declared:
+        crossing = [output for output, what in zip(work.outputs, declared, strict=True) if what.meta.requires_grad]
+        pairs = list(zip(crossing, gradients, strict=True))
+    else:
+        pairs = [(term, torch.full_like(term, share)) for term, share in work.shares]
+    # A frozen output still gets a gradient from the next stage, which cannot know.
+    started = [(root, gradient) for root, gradient in pairs if root.requires_grad]
+    return [root for root, _ in started], [gradient for _, gradient in started]
+
+
+def _leaves(work: Pass) -> list[torch.Tensor]:
+    return [tensor for tensor in work.received if tensor.requires_grad]
+
+
+def _gradients(work: Pass, found: Sequence[torch.Tensor | None]) -> Tensors:
+    leaves = _leaves(work)
+    declared = [what for what in work.declared[0] if what.meta.requires_grad]
+    given = []
+    for leaf, what, gradient in zip(leaves, declared, found, strict=True):
+        leaf.grad = None
+        given.append(torch.zeros_like(leaf) if gradient is None else conform(gradient, what))
+    work.received = work.outputs = work.shares = ()
+    return tuple(given)
+
+
+def _check_sent(program: StageProgram, outputs: Tensors) -> None:
+    for tensor, declared in zip(outputs, program.sent, strict=True):
+        meta = declared.meta
+        if tuple(tensor.shape) != meta.shape or str(tensor.dtype) != f"torch.{meta.dtype}":
+            raise ScheduleError(
+                f"stage {program.stage_index} computed {declared.name} as {tensor.dtype} of shape "
+                f"{list(tensor.shape)}, but the plan sends {meta}\n"
+                "  capture the model with an example that takes this path (and under the same autocast)"
+            )
+        if tensor.requires_grad and not meta.requires_grad:
+            raise ScheduleError(
+                f"{declared.name}, which stage {program.stage_index} sends, needs a gradient, but nothing before it "
+                "was trainable when the model was compiled\n"
+                "  call requires_grad_ on the model's parameters before fxpipe.compile"
+            )

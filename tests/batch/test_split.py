@@ -1,0 +1,217 @@
+"""A batch into microbatches and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fxpipe.batch.split import batch_size_of, check_microbatches, loss_weights, merge_outputs, split_batch
+from fxpipe.errors import ScheduleError
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@dataclasses.dataclass
+class Sample:
+    ids: Any
+    scale: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenSample:
+    ids: Any
+
+
+def nested(leaf: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        leaf,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=3),
+            st.lists(inner, max_size=3).map(tuple),
+            st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+            st.tuples(inner, inner).map(lambda pair: Pair(*pair)),
+            st.builds(Sample, inner),
+            st.builds(FrozenSample, inner),
+        ),
+        max_leaves=6,
+    )
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[int, int, tuple[Any, ...], dict[str, Any]]:
+    rows, parts = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    size = rows * parts
+
+    def tensor(width: int) -> torch.Tensor:
+        return torch.arange(size * width).reshape(size, width)
+
+    leaf = st.one_of(
+        st.integers(0, 3).map(tensor),
+        st.just(torch.arange(size)),
+        st.just(torch.tensor(3.0)),
+        st.just(torch.ones(1, 5)),
+        st.none(),
+        st.integers(0, 9),
+        st.text("ab", max_size=2),
+    )
+    first = (torch.arange(size),)
+    return (
+        parts,
+        size,
+        first + tuple(draw(st.lists(nested(leaf), max_size=2))),
+        draw(st.dictionaries(st.sampled_from(["x", "y"]), nested(leaf), max_size=2)),
+    )
+
+
+def expected(value: Any, size: int, start: int, rows: int) -> Any:
+    """Judge by another way: slicing, one container type after the other."""
+    if isinstance(value, torch.Tensor):
+        return value[start : start + rows] if value.dim() and len(value) == size else value
+    if isinstance(value, Pair):
+        return Pair(expected(value.left, size, start, rows), expected(value.right, size, start, rows))
+    if isinstance(value, Sample | FrozenSample):
+        return dataclasses.replace(value, ids=expected(value.ids, size, start, rows))
+    if isinstance(value, dict):
+        return {key: expected(item, size, start, rows) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(expected(item, size, start, rows) for item in value)
+    return value
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, Sample | FrozenSample):
+        return type(left) is type(right) and same(left.ids, right.ids)
+    if isinstance(left, dict):
+        return isinstance(right, dict) and list(left) == list(right) and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return type(left) is type(right) and len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+@settings(deadline=None)
+@given(batches())
+def test_every_microbatch_holds_its_rows_of_each_batch_tensor(
+    batch: tuple[int, int, tuple[Any, ...], dict[str, Any]],
+) -> None:
+    parts, size, args, kwargs = batch
+    rows = size // parts
+    split = split_batch(args, kwargs, args[0], num_microbatches=parts)
+    assert len(split) == parts
+    for index, (part_args, part_kwargs, target) in enumerate(split):
+        assert same(part_args, expected(args, size, index * rows, rows))
+        assert same(part_kwargs, expected(kwargs, size, index * rows, rows))
+        assert torch.equal(target, args[0][index * rows : (index + 1) * rows])
+
+
+@settings(deadline=None)
+@given(batches())
+def test_merging_what_was_split_gives_the_batch_back(batch: tuple[int, int, tuple[Any, ...], dict[str, Any]]) -> None:
+    parts, size, args, kwargs = batch
+    assume(size > parts or parts == 1)  # one row per microbatch cannot be told from a repeated tensor of one row
+    split = split_batch(args, kwargs, num_microbatches=parts)
+    merged = merge_outputs([(a, k) for a, k, _ in split], [size // parts] * parts)
+    assert same(merged, (args, kwargs))
+
+
+def test_microbatches_are_views_of_the_batch() -> None:
+    ids = torch.arange(12).reshape(6, 2)
+    _, second, _ = split_batch((ids,), {}, num_microbatches=3)
+    assert second[0][0].data_ptr() == ids[2:].data_ptr()
+    assert second[0][0].untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
+
+
+def test_a_tensor_of_another_length_is_refused_by_name() -> None:
+    batch = {"nested": [torch.zeros(4), {"deep": torch.zeros(3, 2)}]}
+    message = r"cannot split batch\['nested'\]\[1\]\['deep'\] of shape \[3, 2\].*4 samples.*\n.*step\(microbatches="
+    with pytest.raises(ScheduleError, match=message):
+        split_batch((torch.zeros(4),), {"batch": batch}, num_microbatches=2)
+
+
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(ScheduleError, match=r"args\[1\] of shape \[3\]; target of shape \[5\]"):
+        split_batch((torch.zeros(4), torch.zeros(3)), {}, torch.zeros(5), num_microbatches=2)
+
+
+def test_a_numpy_array_is_refused_rather_than_repeated() -> None:
+    with pytest.raises(ScheduleError, match="weights, a numpy array"):
+        split_batch((torch.zeros(4),), {"weights": numpy.ones(4)}, num_microbatches=2)
+
+
+def test_a_batch_that_does_not_divide_names_the_numbers() -> None:
+    with pytest.raises(
+        ScheduleError, match=r"batch of 5 is not divisible into 2 microbatches\n.*microbatches=\[\.\.\.\]"
+    ):
+        split_batch((torch.zeros(5),), {}, num_microbatches=2)
+
+
+def test_a_hugging_face_output_keeps_items_and_attributes_alike() -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    parts = [outputs.CausalLMOutput(logits=torch.full((2, 3), float(i))) for i in range(2)]
+    merged = merge_outputs(parts, (2, 2))
+    assert merged.logits.shape == (4, 3)
+    assert merged["logits"] is merged.logits
+    assert parts[0].logits.shape == (2, 3)
+
+
+def test_rows_per_token_are_concatenated_too() -> None:
+    router = [torch.randn(rows * 5, 4) for rows in (3, 1)]
+    assert torch.equal(merge_outputs(router, (3, 1)), torch.cat(router))
+
+
+def test_a_later_batch_dimension_is_found_when_it_is_the_only_one() -> None:
+    states = [torch.randn(2, rows, 4) for rows in (3, 1)]
+    assert torch.equal(merge_outputs(states, (3, 1)), torch.cat(states, dim=1))
+
+
+def test_a_mean_that_differs_is_refused_not_averaged() -> None:
+    with pytest.raises(ScheduleError, match=r"output\['loss'\] of shape \[\] has no batch dimension and differs"):
+        merge_outputs([{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(2.0)}], (2, 2))
+
+
+def test_a_value_equal_in_all_microbatches_is_given_once() -> None:
+    merged = merge_outputs([(torch.tensor(4.6), None, "a")] * 3, (2, 2, 2))
+    assert merged[0].shape == ()
+    assert merged[1:] == (None, "a")
+
+
+def test_different_structures_are_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"another structure.*output\['b'\]"):
+        merge_outputs([{"a": torch.zeros(1)}, {"a": torch.zeros(1), "b": torch.zeros(1)}], (1, 1))
+
+
+def test_ready_split_microbatches_give_their_sizes() -> None:
+    sizes = (3, 1, 4, 2)
+    assert check_microbatches([((), {"x": torch.zeros(n, 7 - n)}, None) for n in sizes]) == sizes
+
+
+def test_no_microbatches_and_empty_ones_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="no microbatches"):
+        check_microbatches([])
+    with pytest.raises(ScheduleError, match="microbatch 1 has no samples"):
+        check_microbatches([((torch.zeros(2),), {}, None), ((torch.zeros(0),), {}, None)])
+
+
+def test_a_tensor_without_dimensions_does_not_give_the_batch_size() -> None:
+    assert batch_size_of((torch.tensor(3.0), [torch.zeros(6, 2)]), {}) == 6
+
+
+@pytest.mark.parametrize("weight", [float("nan"), -1.0, float("inf"), "many"])
+def test_a_loss_weight_must_be_a_finite_number(weight: Any) -> None:
+    with pytest.raises(ScheduleError, match=r"loss_weight gave .* for microbatch 0"):
+        loss_weights(lambda x: weight, [((torch.zeros(1),), {}, None)])
+
+
+def test_a_loss_weight_gets_the_target_by_name() -> None:
+    microbatches = split_batch((torch.zeros(4),), {}, torch.tensor([1, 0, 1, 1]), num_microbatches=2)
+    assert loss_weights(lambda x, target=None: target.sum(), microbatches) == (1.0, 2.0)
