@@ -213,7 +213,7 @@ class Pipeline:
         specs = self._specs()
         modules: dict[str, None] = {}
         attributes: dict[str, None] = {}
-        for name in (*stage.layers, *stage.recomputed):
+        for name in (*stage.layers, *stage.duplicated):
             for spec in specs.get(name, ()):
                 is_module = spec.fqn in closed and spec.type_path == import_path(type(root.get_submodule(spec.fqn)))
                 if is_module:

@@ -36,6 +36,9 @@ OPTIMIZER_STATES: dict[str, int] = {
 }
 """Tensors as large as the weight that each optimiser keeps."""
 
+RECOMPUTE = ("block", "attention", "auto")
+"""Ways of choosing what is recomputed in the backward, besides FQN patterns."""
+
 
 class PeakFlops(Mapping[str, float]):
     """Peak FLOP/s by dtype name: an immutable, hashable mapping in sorted order."""
@@ -205,7 +208,10 @@ class Training:
         optimizer: A key of ``OPTIMIZER_STATES``: ``"adamw"``, ``"sgd"``, ``"none"``, …
         param_dtype: Dtype of the weights, None for the model's own; torch's dtypes are accepted and kept by name.
         grad_dtype: Dtype gradients accumulate in, where it is wider than the weight's.
-        recompute: None, or ``"block"``: activation checkpointing of every block.
+        recompute: Whose activations are not kept, but computed anew in the backward (activation checkpointing): None,
+            ``"block"``: of every repeated block; ``"attention"``: of the innermost modules that call attention or
+            softmax, and of a block without one whole; a list of FQN patterns (``"model.layers.*.mlp"``); or ``"auto"``:
+            chosen per stage with the cut.
         data_parallel: Replicas of the pipeline.
         state_dtype: Dtype of the optimiser's state, None for the weight's.
         master_weights: Whether the optimiser keeps a float32 copy of narrower weights.
@@ -221,7 +227,7 @@ class Training:
     optimizer: str = "adamw"
     param_dtype: str | None = None
     grad_dtype: str = "float32"
-    recompute: str | None = None
+    recompute: str | tuple[str, ...] | None = None
     data_parallel: int = 1
     state_dtype: str | None = None
     master_weights: bool = False
@@ -236,8 +242,7 @@ class Training:
             value = getattr(self, field)
             if value is not None or field == "grad_dtype":
                 object.__setattr__(self, field, _dtype(value, f"training: {field}"))
-        if self.recompute not in (None, "block"):
-            raise PlanError(f'training: unknown recompute {self.recompute!r}\n  known: None, "block"')
+        object.__setattr__(self, "recompute", _recompute(self.recompute))
         if isinstance(self.data_parallel, bool) or not isinstance(self.data_parallel, int) or self.data_parallel < 1:
             raise PlanError(
                 f"training: data_parallel is {self.data_parallel!r}\n  give the number of replicas, 1 or more"
@@ -249,6 +254,15 @@ def _dtype(value: object, where: str) -> str:
         return dtype_name(value)
     except ValueError as error:
         raise PlanError(f"{where}: {error}") from error
+
+
+def _recompute(value: object) -> str | tuple[str, ...] | None:
+    if value is None or (isinstance(value, str) and value in RECOMPUTE):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(pattern, str) and pattern for pattern in value):
+        return tuple(value)
+    words = ", ".join(f'"{word}"' for word in RECOMPUTE)
+    raise PlanError(f"training: unknown recompute {value!r}\n  known: None, {words}, or a list of FQN patterns")
 
 
 def _check_positive(value: object, where: str, unit: str, *, zero: bool = False, infinite: bool = False) -> None:

@@ -12,7 +12,7 @@ from fxpipe.errors import PlanError
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.tensor import TensorMeta
 
-FORMAT = 1
+FORMAT = 2
 T = TypeVar("T")
 
 
@@ -35,7 +35,9 @@ class StagePlan:
         activation_bytes: Activations kept per live microbatch.
         live_microbatches: Most microbatches alive at once under the plan's schedule.
         sends: Tensors sent to the next stage, one microbatch.
-        recomputed: Layers run here as well as elsewhere instead of being sent (masks, rotary tables).
+        duplicated: Layers run here as well as elsewhere instead of being sent (masks, rotary tables).
+        recompute: FQNs of the modules whose activations are not kept: each runs its forward once more in the backward.
+            A block that a cut crosses is recomputed as far as it lies in the stage.
     """
 
     index: int
@@ -51,7 +53,8 @@ class StagePlan:
     activation_bytes: int = 0
     live_microbatches: int = 1
     sends: tuple[TensorMeta, ...] = ()
-    recomputed: tuple[str, ...] = ()
+    duplicated: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
 
     @property
     def send_bytes(self) -> int:

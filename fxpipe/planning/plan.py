@@ -186,7 +186,7 @@ def _stage_plan(
         activation_bytes=math.ceil(measured.per_live[index]),
         live_microbatches=settings.live_microbatches[index],
         sends=tuple(layout.precision.meta(value.meta) for value in sends),
-        recomputed=tuple(dict.fromkeys(elsewhere)),
+        duplicated=tuple(dict.fromkeys(elsewhere)),
     )
 
 

@@ -144,6 +144,10 @@ def check_recompute(schedule: str, training: Training) -> None:
     Raises:
         ScheduleError: The schedule splits the backward, and blocks are to be recomputed.
     """
+    if training.recompute not in (None, "block"):
+        raise ScheduleError(
+            f"recompute={training.recompute!r} is not planned yet\n  use recompute='block', or recompute=None"
+        )
     if training.recompute is not None and schedule_named(schedule).splits_backward:
         whole = ", ".join(name for name, known in SCHEDULES.items() if not known.splits_backward)
         raise ScheduleError(

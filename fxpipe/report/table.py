@@ -182,7 +182,7 @@ def _stage_table(plan: PipelinePlan, style: str) -> str:
     ]
     place = header.index("layers")
     others = sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(len(header)) if i != place)
-    shared = {name for stage in plan.stages for name in stage.recomputed}
+    shared = {name for stage in plan.stages for name in stage.duplicated}
     for row, stage in zip(rows, plan.stages, strict=True):
         row[place] = _layers(stage, WIDTH - others if style == "plain" else WIDTH, shared)
     align = ["left" if name in ("stage", "rank", "layers") else "right" for name in header]

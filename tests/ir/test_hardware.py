@@ -134,6 +134,8 @@ def test_training_keeps_torch_dtypes_by_name():
         ("param_dtype", "float31"),
         ("grad_dtype", None),
         ("recompute", "often"),
+        ("recompute", ()),
+        ("recompute", [1]),
         ("data_parallel", 0),
         ("data_parallel", True),
     ],

@@ -14,7 +14,7 @@ def plan() -> PipelinePlan:
         StagePlan(
             0, 0, ("wte", "h.0"), parameters=7, bytes=28, seconds=0.5, sends=(TensorMeta((4, 8), "float32", True),)
         ),
-        StagePlan(1, 1, ("h.1", "lm_head"), recomputed=("mask",)),
+        StagePlan(1, 1, ("h.1", "lm_head"), duplicated=("mask",)),
     )
     free = Hardware({"float32": 1e12}, 1e9, 1e9, float("inf"))
     ties = (TieGroup("wte.weight", ("wte.weight", "lm_head.weight"), (0, 1), 28, 1e-3),)

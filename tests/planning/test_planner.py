@@ -134,14 +134,14 @@ def test_the_pieces_of_a_stage_add_up():
     assert [(tie.key, tie.stages, tie.bytes) for tie in found.ties] == [("wte.weight", (0, 2), tied.nbytes)]
     assert found.ties[0].seconds == made_for.hardware.all_reduce_s(tied.nbytes, (0, 2))
     assert found.stages[1].sends[0].shape == (1, 32, 64)
-    assert found.stages[1].recomputed == ()  # whole blocks make their own masks
+    assert found.stages[1].duplicated == ()  # whole blocks make their own masks
 
 
 def test_recomputed_layers_outside_of_blocks_are_listed_where_they_run_again():
     graph = dataclasses.replace(layer_graphs.gpt(blocks=4), blocks=())
     found = plan(graph, layer_graphs.settings(2))
     assert "mask" in found.stages[0].layers
-    assert found.stages[1].recomputed == ("mask",)
+    assert found.stages[1].duplicated == ("mask",)
     assert all(meta != "mask" for stage in found.stages for meta in stage.sends)
 
 
@@ -156,7 +156,7 @@ def test_a_block_that_is_recomputed_whole_is_listed_wherever_it_is_needed():
     )
     assert names[mask] == "mask"
     found = plan(graph, layer_graphs.settings(3))
-    assert [("tables" in stage.layers, "tables" in stage.recomputed) for stage in found.stages] == [
+    assert [("tables" in stage.layers, "tables" in stage.duplicated) for stage in found.stages] == [
         (True, False),
         (False, True),
         (False, True),
