@@ -13,8 +13,8 @@ from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.microbatches import fit_microbatches
 from fxpipe.batch.split import Microbatch, batch_size_of, check_microbatches, loss_weights, split_batch
 from fxpipe.errors import ScheduleError
-from fxpipe.ir.program import LossTerm
 from fxpipe.ir.schedule import check_microbatches as check_schedule
+from fxpipe.program import LossTerm
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.work import Job

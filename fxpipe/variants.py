@@ -12,7 +12,7 @@ from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.record.guards import answer_of
 from fxpipe.capture.record.recorder import Ambient
 from fxpipe.errors import CaptureError
-from fxpipe.ir.program import Program
+from fxpipe.program import Program
 
 
 @dataclass(frozen=True, slots=True, eq=False)

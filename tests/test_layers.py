@@ -22,12 +22,14 @@ class Room:
 
 
 # Rooms with floors come floor by floor; a room's own row is for the files that stand in it directly.
-CAPTURE_BELOW = "errors ir batch _torch"
+CAPTURE_BELOW = "errors ir program batch _torch"
+STREET_BELOW = "errors ir program batch"
 TABLE = {
     "__init__": Room("errors ir planning.search pipeline compiler"),  # for type checkers; loaded on first use
     "errors": Room(""),
     "_torch": Room("errors", "torch"),
     "ir": Room("errors", "networkx"),
+    "program": Room("errors ir", "torch"),  # graphs and functions, alive: no value of ir
     "batch": Room("errors ir _torch", "torch numpy"),
     "planning.costs": Room("errors ir"),
     "planning.search": Room("errors", "networkx numpy"),
@@ -39,15 +41,15 @@ TABLE = {
     "capture.cut": Room(f"{CAPTURE_BELOW} capture.model capture.record capture.graph", "torch"),
     "capture": Room(f"{CAPTURE_BELOW} capture.model capture.record capture.graph capture.cut", "torch tqdm"),
     "runtime.ranks": Room("errors ir _torch", "torch"),
-    "runtime.build": Room("errors ir batch _torch runtime.ranks", "torch numpy"),
-    "runtime.run": Room("errors ir batch _torch runtime.ranks runtime.build", "torch"),
+    "runtime.build": Room("errors ir program batch _torch runtime.ranks", "torch numpy"),
+    "runtime.run": Room("errors ir program batch _torch runtime.ranks runtime.build", "torch"),
     # Modules that compose the rooms; each sees the ones above it here.
-    "variants": Room("errors ir batch capture", "torch"),
-    "jobs": Room("errors ir batch capture runtime variants", "torch"),
-    "verification": Room("errors ir batch capture runtime variants jobs", "torch"),
+    "variants": Room(f"{STREET_BELOW} capture", "torch"),
+    "jobs": Room(f"{STREET_BELOW} capture runtime variants", "torch"),
+    "verification": Room(f"{STREET_BELOW} capture runtime variants jobs", "torch"),
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
-    "pipeline": Room("errors ir batch planning report capture runtime variants jobs verification", "torch tqdm"),
-    "compiler": Room("errors ir batch planning report capture runtime variants profiling pipeline", "torch tqdm"),
+    "pipeline": Room(f"{STREET_BELOW} planning report capture runtime variants jobs verification", "torch tqdm"),
+    "compiler": Room(f"{STREET_BELOW} planning report capture runtime variants profiling pipeline", "torch tqdm"),
     "cli": Room("errors ir planning report capture compiler pipeline", "tqdm"),
     "__main__": Room("cli"),
 }

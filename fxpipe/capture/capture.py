@@ -29,7 +29,7 @@ from fxpipe.capture.record.observe import Observation, observe
 from fxpipe.capture.record.recorder import Blocked
 from fxpipe.errors import CaptureError
 from fxpipe.ir.graph import LayerGraph
-from fxpipe.ir.program import Program
+from fxpipe.program import Program
 
 MOST_CLOSINGS = 40
 """Kinds of modules that one model may need closed before capture gives up."""

@@ -52,8 +52,8 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.record.counting import LayerCounter
-from fxpipe.ir.program import Program
 from fxpipe.ir.tree import tree_leaves
+from fxpipe.program import Program
 from fxpipe.variants import Variants
 
 SEED = 7

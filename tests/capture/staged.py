@@ -19,8 +19,8 @@ import torch
 from torch import fx, nn
 
 from fxpipe.ir.graph import LayerGraph
-from fxpipe.ir.program import CallContext, Program, StageProgram
 from fxpipe.ir.tree import tree_leaves
+from fxpipe.program import CallContext, Program, StageProgram
 
 
 @dataclasses.dataclass

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxpipe.ir.program import BoundaryTensor, LossTerm, Program, StageProgram
 from fxpipe.ir.tensor import TensorMeta
+from fxpipe.program import BoundaryTensor, LossTerm, Program, StageProgram
 from fxpipe.runtime.build.stage import StageParts, build_stages
 from fxpipe.runtime.run.work import Job
 

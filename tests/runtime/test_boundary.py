@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxpipe.ir.program import BoundaryTensor
 from fxpipe.ir.tensor import TensorMeta
+from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import (
     PACKED_BYTES,
     conform,

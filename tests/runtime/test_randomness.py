@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxpipe.ir.program import Draw, DrawScope
+from fxpipe.program import Draw, DrawScope
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.work import Job

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxpipe.ir.program import BoundaryTensor
 from fxpipe.ir.tensor import TensorMeta
+from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import join
 from fxpipe.runtime.run.gradients import accumulators
 from fxpipe.runtime.run.work import Pass, run_backward, run_backward_for_inputs, run_backward_for_weights

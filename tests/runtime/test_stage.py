@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from fxpipe.errors import MaterializeError, PlanError
-from fxpipe.ir.program import AutocastState, CallContext, DrawScope
+from fxpipe.program import AutocastState, CallContext, DrawScope
 from fxpipe.runtime.build.stage import StageParts, build_stages
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.work import Job

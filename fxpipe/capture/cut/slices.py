@@ -12,7 +12,7 @@ from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.record.frames import draw_at, scope_at
 from fxpipe.capture.record.observe import Observation
 from fxpipe.capture.record.recorder import CONSTANT
-from fxpipe.ir.program import BoundaryTensor, LossTerm, Program, StageProgram
+from fxpipe.program import BoundaryTensor, LossTerm, Program, StageProgram
 
 _CARRIED = ("layer", "context", "draw", "scope", "checkpoint")
 

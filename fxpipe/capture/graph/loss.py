@@ -22,7 +22,7 @@ from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.observe import Observation
 from fxpipe.capture.record.recorder import CONSTANT
 from fxpipe.errors import CaptureError
-from fxpipe.ir.program import LossKind, LossTerm
+from fxpipe.program import LossKind, LossTerm
 
 Count = Callable[[Mapping[str, Any]], float]
 

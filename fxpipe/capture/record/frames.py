@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from fxpipe.ir.program import Draw, DrawScope
+from fxpipe.program import Draw, DrawScope
 
 
 @dataclass(slots=True, eq=False)

@@ -55,8 +55,8 @@ from fxpipe.capture.record.repeats import Repeat, Repeats
 from fxpipe.capture.record.watch import Watch
 from fxpipe.capture.record.zeros import Zeros
 from fxpipe.errors import CaptureError
-from fxpipe.ir.program import CallContext
 from fxpipe.ir.tree import map_tree, tree_leaves
+from fxpipe.program import CallContext
 
 UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 

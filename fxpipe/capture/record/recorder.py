@@ -21,9 +21,9 @@ from fxpipe._torch import FakeTensor, storage_key
 from fxpipe.capture.model.held import held_by
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.frames import Frame
-from fxpipe.ir.program import AutocastState, CallContext
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.ir.tree import map_tree, tree_leaves
+from fxpipe.program import AutocastState, CallContext
 
 CONSTANT = "_constant_"
 Role = Literal["aliases", "readers", "writers"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fxpipe.ir.program import BoundaryTensor
+from fxpipe.program import BoundaryTensor
 
 PACKED_BYTES = 256 * 1024
 """Tensors are packed into one message while they take no more than this together."""

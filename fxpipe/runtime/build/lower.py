@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import checkpoint
 
-from fxpipe.ir.program import BoundaryTensor, CallContext, StageProgram
+from fxpipe.program import BoundaryTensor, CallContext, StageProgram
 from fxpipe.runtime.build.boundary import conform
 
 Lowered = Callable[..., tuple[torch.Tensor, ...]]

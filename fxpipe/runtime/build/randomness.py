@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fxpipe._torch import watched_checkpoints
-from fxpipe.ir.program import Draw, DrawScope
+from fxpipe.program import Draw, DrawScope
 
 _ENTRY = -1  # the index that stands for entering a module, before it draws
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxpipe._torch import FakeTensor, compiled_in_place
 from fxpipe.errors import MaterializeError, PlanError
-from fxpipe.ir.program import Program
+from fxpipe.program import Program
 from fxpipe.ir.tree import map_tree
 from fxpipe.runtime.build.boundary import join
 from fxpipe.runtime.build.lower import Lowered, lower

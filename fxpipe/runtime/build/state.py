@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fxpipe.errors import WeightsError
-from fxpipe.ir.program import BoundaryTensor
+from fxpipe.program import BoundaryTensor
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.runtime.build.boundary import message_layout, pack, receive_buffers
 from fxpipe.runtime.ranks.groups import Groups

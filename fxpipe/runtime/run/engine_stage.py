@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from fxpipe._torch import WithoutMetadata
-from fxpipe.ir.program import StageProgram
+from fxpipe.program import StageProgram
 from fxpipe.runtime.build.boundary import Layout, gradient_layout, message_layout, pack, receive_buffers
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.gradients import accumulators

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from fxpipe.ir.program import BoundaryTensor
 from fxpipe.ir.tensor import TensorMeta
+from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import conform, message_layout, pack, receive_buffers
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups

@@ -10,7 +10,7 @@ import torch
 
 from fxpipe._torch import backward_for_inputs, backward_for_weights
 from fxpipe.errors import ScheduleError
-from fxpipe.ir.program import BoundaryTensor, Program, StageProgram
+from fxpipe.program import BoundaryTensor, Program, StageProgram
 from fxpipe.runtime.build.boundary import conform
 from fxpipe.runtime.build.stage import StageModule
 
