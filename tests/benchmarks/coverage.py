@@ -57,7 +57,8 @@ from fxpipe.program import Program
 from fxpipe.variants import Variants
 
 SEED = 7
-MOST_ULPS = 4
+CLOSE = 1e-12  # of a tensor's largest element, in float64
+CLOSE_IN_FLOAT32 = 1e-6  # the same for what others traced, which runs as it is
 GRAINS = ("block", "op")
 
 
@@ -75,39 +76,29 @@ def loss_of(model: nn.Module, args: Any, kwargs: Any) -> bool:
     return found is not None or (isinstance(given, torch.Tensor) and given.dim() == 0)
 
 
-def judged(off: Mapping[str, float]) -> float:
-    """The largest difference in ulp."""
-    return max(off.values(), default=0.0)
-
-
 def shown(distance: float) -> str:
-    return "exact" if not distance else f"{max(distance, 0.1):.1f} ulp" if distance < 1000 else "wrong"
+    return "exact" if distance <= CLOSE else f"{distance:.0e} off"
 
 
 # --- the architectures ---
 
 
 def run_architectures(names: Sequence[str]) -> str:
-    rows, reasons = [], {}
+    rows = []
     for name in names or ARCHITECTURES:
-        architecture = ARCHITECTURES[name]
-        row, worst = measure(architecture)
-        if worst:
-            reasons.setdefault(architecture.inexact, []).append(name)
-        rows.append([name, *row])
-        print(name, *row, file=sys.stderr, flush=True)
+        rows.append([name, *measure(ARCHITECTURES[name])])
+        print(*rows[-1], file=sys.stderr, flush=True)
     headers = ["architecture", "layers", "seconds", "result", "sends", "layers op", "seconds op", "result op"]
-    notes = [f"- {', '.join(found)}: {reason}." for reason, found in reasons.items()]
-    return "\n".join([tabulate(rows, headers, tablefmt="github", disable_numparse=True), "", *notes])
+    return str(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
-def measure(architecture: Architecture) -> tuple[list[str], float]:
-    """Capture at both grains and compare in both modes; give the row, and the largest difference."""
+def measure(architecture: Architecture) -> list[str]:
+    """Capture at both grains, compare in both modes and in float64, and give the row."""
     real = built(architecture, "cpu")
     args, kwargs = split(architecture.batch(0))
     with_loss = loss_of(real, args, kwargs)
-    expected = {mode: run_model(real.train(mode), args, kwargs, SEED, with_loss) for mode in (True, False)}
-    row, furthest = [], 0.0
+    expected = {mode: run_model(real.train(mode), args, kwargs, SEED, with_loss, wide=True) for mode in (True, False)}
+    row = []
     for grain in GRAINS:
         if grain == "op" and architecture.branches:
             row += ["–", "–", "blocks stay whole"]
@@ -122,13 +113,12 @@ def measure(architecture: Architecture) -> tuple[list[str], float]:
             graph = capture.layer_graph(captured)
             seconds.append(time.process_time() - begin)
             for program in programs(captured, graph):
-                found = run_program(program, real.train(mode), inputs.tensors, SEED)
-                worst = max(worst, judged(differences(expected[mode], found)))
+                found = run_program(program, real.train(mode), inputs.tensors, SEED, wide=True)
+                worst = max(worst, *differences(expected[mode], found).values(), 0.0)
             if mode:
                 layers, sends = len(graph.specs), sends_of(captured, graph)
         row += [str(layers), f"{min(seconds):.2f}", shown(worst)] + ([sends] if grain == "block" else [])
-        furthest = max(furthest, worst)
-    return row, furthest
+    return row
 
 
 def programs(captured: Captured, graph: Any) -> Iterator[Program]:
@@ -290,9 +280,9 @@ def outcome_of(run: Run, real: nn.Module, expected: Outcome) -> str:
         return f"fails ({type(error).__name__})"
     off = differences(in_order(expected), in_order(found))
     outputs = [distance for name, distance in off.items() if name.startswith("output")]
-    if any(distance > MOST_ULPS for distance in outputs):
+    if any(distance > CLOSE_IN_FLOAT32 for distance in outputs):
         return "wrong loss"
-    wrong = sum(distance > MOST_ULPS for distance in off.values())
+    wrong = sum(distance > CLOSE_IN_FLOAT32 for distance in off.values())
     return f"{wrong} gradients wrong" if wrong else "exact"
 
 
@@ -391,18 +381,18 @@ Written by `python -m tests.benchmarks coverage page`; seconds are processor tim
 
 Tiny random models, built on meta, captured with a batch at block grain (left) and op grain (right), in training with
 dropout on and in evaluation; cut into one stage, into 2, 3 and 4 at random and at every boundary at once, and compared
-with the untouched model: loss or outputs, every gradient and every buffer. *Exact* is bit-equal; else the largest
-difference in units of the last place of the tensor's largest element. *Sends* counts the tensors that pass from one
-stage to the next, over all boundaries between blocks: masks, position ids and rotary tables are made again at each
-stage and never travel.
+with the untouched model: loss or outputs, every gradient and every buffer. *Exact* is computed in float64, within 1e-12
+of the tensor's largest element: in which order sums run, and so the last bits, is the processor's matter. *Sends*
+counts the tensors that pass from one stage to the next, over all boundaries between blocks: masks, position ids and
+rotary tables are made again at each stage and never travel.
 
 {architectures}
 
 ## Side by side
 
-The same models and batches in training mode, one capture each: loss and all gradients against the model, both bit-equal
-up to the order in which a shared gradient is added up (4 ulp). The others get real parameters on the CPU; `pipeline()`
-is told to cut before the middle block.
+The same models and batches in training mode, one capture each, run in float32: loss and all gradients against the
+model, within 1e-6 of a tensor's largest element. The others get real parameters on the CPU; `pipeline()` is told to cut
+before the middle block.
 
 {peers}
 

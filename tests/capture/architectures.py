@@ -1,4 +1,4 @@
-"""What people train, tiny: a table of models to capture, each with a batch and how exactly it must come out.
+"""What people train, tiny: a table of models to capture, each with a batch.
 
 Nothing is downloaded: the Hugging Face models are built from configurations, with random weights.
 """
@@ -66,14 +66,12 @@ class Architecture:
         name: What people call it.
         build: Makes it on the default device.
         batch: Makes a batch of keyword arguments from a seed.
-        inexact: Why its numbers may differ from the model's by some ulp; empty where they are bit-equal.
         branches: Whether it branches on floating-point values, so that its blocks stay whole.
     """
 
     name: str
     build: Callable[[], nn.Module]
     batch: Callable[[int], Batch]
-    inexact: str = ""
     branches: bool = False
 
 
@@ -410,9 +408,6 @@ def _gemma3() -> Callable[[], nn.Module]:
     )
 
 
-ORDER = "a gradient that three or more stages add up is added in another order"
-LAYOUT = "a gradient that crossed a boundary is contiguous, so that sums over it run in another order"
-
 _TABLE = (
     # Decoders.
     Architecture("GPT-2", hugging_face("GPT2Config", "GPT2LMHeadModel", **GPT), tokens),
@@ -450,16 +445,14 @@ _TABLE = (
     Architecture("Llama", hugging_face("LlamaConfig", "LlamaForCausalLM", **GROUPED), tokens),
     Architecture("Mistral", hugging_face("MistralConfig", "MistralForCausalLM", **GROUPED, sliding_window=6), tokens),
     Architecture("Qwen2", hugging_face("Qwen2Config", "Qwen2ForCausalLM", **GROUPED), tokens),
-    Architecture(
-        "Qwen3", hugging_face("Qwen3Config", "Qwen3ForCausalLM", **GROUPED, head_dim=8), tokens, inexact=LAYOUT
-    ),
+    Architecture("Qwen3", hugging_face("Qwen3Config", "Qwen3ForCausalLM", **GROUPED, head_dim=8), tokens),
     Architecture("Gemma", hugging_face("GemmaConfig", "GemmaForCausalLM", **GROUPED, head_dim=8), tokens),
     Architecture(
         "Gemma-2",
         hugging_face("Gemma2Config", "Gemma2ForCausalLM", **GROUPED, head_dim=8, sliding_window=6),
         tokens,
     ),
-    Architecture("Gemma-3", _gemma3(), tokens, inexact=LAYOUT),
+    Architecture("Gemma-3", _gemma3(), tokens),
     Architecture("Phi", hugging_face("PhiConfig", "PhiForCausalLM", **SMALL, resid_pdrop=0.1), tokens),
     Architecture("Phi-3", hugging_face("Phi3Config", "Phi3ForCausalLM", **GROUPED, resid_pdrop=0.1), tokens),
     Architecture(
@@ -499,7 +492,6 @@ _TABLE = (
         "Qwen3-MoE",
         hugging_face("Qwen3MoeConfig", "Qwen3MoeForCausalLM", **GROUPED, **_EXPERTS, head_dim=8, num_experts=4),
         tokens,
-        inexact=LAYOUT,
     ),
     Architecture(
         "DeepSeek-V3",
@@ -520,7 +512,6 @@ _TABLE = (
             v_head_dim=8,
         ),
         tokens,
-        inexact=LAYOUT,
     ),
     # State space.
     Architecture(
@@ -529,7 +520,6 @@ _TABLE = (
             "MambaConfig", "MambaForCausalLM", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, state_size=4
         ),
         without_mask,
-        inexact=LAYOUT,
     ),
     # Encoders.
     Architecture("BERT", hugging_face("BertConfig", "BertForMaskedLM", **SMALL), tokens),
@@ -547,9 +537,7 @@ _TABLE = (
         ),
         tokens,
     ),
-    Architecture(
-        "ALBERT", hugging_face("AlbertConfig", "AlbertForMaskedLM", **SMALL, embedding_size=16), tokens, inexact=ORDER
-    ),
+    Architecture("ALBERT", hugging_face("AlbertConfig", "AlbertForMaskedLM", **SMALL, embedding_size=16), tokens),
     Architecture(
         "ELECTRA",
         hugging_face("ElectraConfig", "ElectraForSequenceClassification", **SMALL, embedding_size=16),
@@ -565,7 +553,6 @@ _TABLE = (
             pos_att_type=["p2c", "c2p"],
         ),
         sentences,
-        inexact=ORDER,
     ),
     # Encoders and decoders.
     Architecture(
@@ -582,12 +569,9 @@ _TABLE = (
             decoder_start_token_id=0,
         ),
         translations,
-        inexact=ORDER,
     ),
-    Architecture(
-        "BART", hugging_face("BartConfig", "BartForConditionalGeneration", **SEQUENCE), translations, inexact=ORDER
-    ),
-    Architecture("Marian", hugging_face("MarianConfig", "MarianMTModel", **SEQUENCE), translations, inexact=ORDER),
+    Architecture("BART", hugging_face("BartConfig", "BartForConditionalGeneration", **SEQUENCE), translations),
+    Architecture("Marian", hugging_face("MarianConfig", "MarianMTModel", **SEQUENCE), translations),
     Architecture(
         "Whisper",
         hugging_face(
@@ -628,7 +612,6 @@ _TABLE = (
             drop_path_rate=0.1,
         ),
         images,
-        inexact=LAYOUT,
     ),
     Architecture(
         "ResNet",
@@ -659,9 +642,8 @@ _TABLE = (
             drop_path_rate=0.1,
         ),
         segments,
-        inexact=LAYOUT,
     ),
-    Architecture("DETR", _detr, detections, branches=True, inexact=LAYOUT),
+    Architecture("DETR", _detr, detections, branches=True),
     # Several kinds of inputs, and sound.
     Architecture("CLIP", _clip, pairs),
     Architecture(
@@ -681,7 +663,6 @@ _TABLE = (
         ),
         waves,
         branches=True,
-        inexact=LAYOUT,
     ),
     # Plain torch.
     Architecture("nn.Transformer", Translator, sequences),
@@ -690,7 +671,7 @@ _TABLE = (
     Architecture("dictionary output", DictOutput, vectors),
     Architecture("dataclass output", DataclassOutput, vectors),
     Architecture("keyword-only inputs", KeywordOnly, options),
-    Architecture("module called twice", CalledTwice, vectors, inexact=ORDER),
+    Architecture("module called twice", CalledTwice, vectors),
     Architecture("parameters in forward", DirectParameters, without_mask),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.name: architecture for architecture in _TABLE}

@@ -1149,7 +1149,7 @@ def loop_with_a_break(self, x):
 @body
 def branch_on_sizes(self, x):
     y = self.first(x)
-    if len(y) > 2 and y.numel() and x.dtype is torch.float32 and x.device.type == "cpu":
+    if len(y) > 2 and y.numel() and x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu":
         return self.second(y.to(x.device, x.dtype))
     return y
 

@@ -11,12 +11,14 @@ import contextlib
 import copy
 import dataclasses
 import itertools
+import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from wide import in_float64, wide_inputs, wide_model, widened
 
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.tree import tree_leaves
@@ -57,19 +59,24 @@ def names_of(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int, loss: bool) -> Outcome:
-    """The model itself; its tensors are as before afterwards."""
-    model = copy.deepcopy(model)
+def run_model(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int, loss: bool, *, wide: bool = False
+) -> Outcome:
+    """The model itself, as it is or in float64; its tensors are as before afterwards."""
+    model = wide_model(model) if wide else copy.deepcopy(model)
     buffers = dict(model.named_buffers())
     torch.manual_seed(seed)
     random.seed(seed)
     args, kwargs = copy.deepcopy((args, dict(kwargs)))
-    output = model(*args, **kwargs)
-    if loss:
-        output = output if isinstance(output, torch.Tensor) else output["loss"] if _is_map(output) else output.loss
-    goal = objective(output)
-    if goal.requires_grad:
-        goal.backward()
+    if wide:
+        args, kwargs = wide_inputs((args, kwargs))
+    with in_float64(wide):
+        output = model(*args, **kwargs)
+        if loss:
+            output = output if isinstance(output, torch.Tensor) else output["loss"] if _is_map(output) else output.loss
+        goal = objective(output)
+        if goal.requires_grad:
+            goal.backward()
     gradients = {fqn: p.grad.to_dense() for fqn, p in model.named_parameters() if p.grad is not None}
     return Outcome(detached(output), gradients, {fqn: model.get_buffer(fqn) for fqn in buffers})
 
@@ -87,9 +94,15 @@ class _Stage:
     """One stage's graph and its own copies of the modules and tensors that it uses."""
 
     def __init__(
-        self, program: StageProgram, constants: Mapping[str, Any], model: nn.Module, names: Mapping[int, str]
+        self,
+        program: StageProgram,
+        constants: Mapping[str, Any],
+        model: nn.Module,
+        names: Mapping[int, str],
+        wide: bool,
     ) -> None:
         self.program = program
+        self.wide = wide
         self.constants = constants
         shared = (getattr(part, "config", None) for part in model.modules())
         memo: dict[int, Any] = {id(config): config for config in shared if config is not None}
@@ -114,7 +127,9 @@ class _Stage:
             elif node not in values:
                 values[node] = self._value(node, values)
         for boundary, tensor in zip(self.program.sent, self.sent, strict=False):
-            assert (tuple(tensor.shape), str(tensor.dtype)) == (boundary.meta.shape, f"torch.{boundary.meta.dtype}")
+            dtype = getattr(torch, boundary.meta.dtype)
+            planned = (boundary.meta.shape, widened(dtype) if self.wide else dtype)
+            assert (tuple(tensor.shape), tensor.dtype) == planned, boundary.name
             assert tensor.requires_grad == boundary.meta.requires_grad, boundary.name
         return self.sent
 
@@ -158,14 +173,24 @@ def surrounded(context: CallContext | None) -> Iterator[None]:
         yield
 
 
-def run_program(program: Program, model: nn.Module, inputs: Mapping[str, Any], seed: int) -> Outcome:
-    """The stages one after another, forward and backward; the model's tensors are not touched."""
+def run_program(
+    program: Program, model: nn.Module, inputs: Mapping[str, Any], seed: int, *, wide: bool = False
+) -> Outcome:
+    """The stages one after another, forward and backward, as they are or in float64; the model is not touched."""
+    model = wide_model(model) if wide else model
     names = names_of(model)
     constants = {name: _fresh(constant) for name, constant in program.constants.items()}
-    stages = [_Stage(part, constants, model, names) for part in program.stages]
     inputs = copy.deepcopy(dict(inputs))
+    if wide:
+        constants, inputs = wide_inputs((constants, inputs))
+    stages = [_Stage(part, constants, model, names, wide) for part in program.stages]
     torch.manual_seed(seed)
     random.seed(seed)
+    with in_float64(wide):
+        return _run(program, stages, model, inputs)
+
+
+def _run(program: Program, stages: list[_Stage], model: nn.Module, inputs: Mapping[str, Any]) -> Outcome:
     values: list[torch.Tensor] = []
     for stage in stages:
         values = stage.forward(values, inputs)
@@ -206,28 +231,42 @@ def _buffers(stages: list[_Stage], model: nn.Module) -> dict[str, torch.Tensor]:
     return buffers
 
 
-def ulps(one: Any, other: Any) -> float:
-    """The largest difference, in units of the last place of the larger tensor's largest element."""
+ROUNDING = 1e-13  # of the largest of its kind: such a tensor is zero but for rounding, as of an attention key's bias
+
+
+def largest(tensors: Iterable[Any]) -> float:
+    """The largest element of all tensors of numbers with a point."""
+    numbers = [t for t in tensors if isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())]
+    return max((float(tensor.abs().max()) for tensor in numbers if tensor.numel()), default=0.0)
+
+
+def distance(one: Any, other: Any, nothing: float = 0.0) -> float:
+    """The largest difference, as a part of the larger tensor's largest element; infinite where nothing compares.
+
+    None where both tensors are no larger than ``nothing``.
+    """
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return 0.0 if type(one) is type(other) and one == other else float("inf")
     if torch.equal(one, other):
         return 0.0
-    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point():
+    if one.shape != other.shape or one.dtype != other.dtype or not (one.is_floating_point() or one.is_complex()):
         return float("inf")
-    scale = max(float(one.abs().max()), float(other.abs().max()), torch.finfo(one.dtype).tiny)
-    return float((one.double() - other.double()).abs().max()) / (torch.finfo(one.dtype).eps * scale)
+    scale = largest((one, other))
+    off = 0.0 if scale <= nothing else float((one - other).abs().max()) / scale
+    return off if math.isfinite(off) else float("inf")
 
 
-def differences(expected: Outcome, found: Outcome) -> dict[str, float]:
-    """By name of everything that is not bit-equal: how many ulps it is off; infinite where it is missing."""
+def differences(expected: Outcome, found: Outcome, *, bits: bool = False) -> dict[str, float]:
+    """By name of everything that is not equal: how far it is off; infinite where it is missing."""
     off = {}
     for kind in ("output", "gradients", "buffers"):
         wanted, given = getattr(expected, kind), getattr(found, kind)
+        nothing = 0.0 if bits else ROUNDING * largest(wanted.values())
         for name in {**wanted, **given}:
             both = name in wanted and name in given
-            distance = ulps(wanted[name], given[name]) if both else float("inf")
-            if distance:
-                off[f"{kind} {name}"] = distance
+            far = distance(wanted[name], given[name], nothing) if both else float("inf")
+            if far:
+                off[f"{kind} {name}"] = far
     return off
 
 
