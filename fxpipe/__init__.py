@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from fxpipe.ir.graph import LayerGraph
     from fxpipe.ir.hardware import Hardware, Training
     from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
+    from fxpipe.ir.simulation import Simulation
     from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
     from fxpipe.pipeline import Pipeline
     from fxpipe.planning.search.partition import partition
+    from fxpipe.planning.simulation.simulate import simulate
 
 __all__ = [
     "CaptureError",
@@ -48,6 +50,7 @@ __all__ = [
     "PlanError",
     "RankError",
     "ScheduleError",
+    "Simulation",
     "SpecError",
     "StagePlan",
     "TieError",
@@ -57,6 +60,7 @@ __all__ = [
     "WeightsError",
     "compile",
     "partition",
+    "simulate",
 ]
 
 _HOMES = {
@@ -68,9 +72,11 @@ _HOMES = {
     "fxpipe.ir.graph": ("LayerGraph",),
     "fxpipe.ir.hardware": ("Hardware", "Training"),
     "fxpipe.ir.plan": ("PipelinePlan", "StagePlan", "TieGroup"),
+    "fxpipe.ir.simulation": ("Simulation",),
     "fxpipe.ir.spec": ("LayerSpec", "TiedLayerSpec"),
     "fxpipe.pipeline": ("Pipeline",),
     "fxpipe.planning.search.partition": ("partition",),
+    "fxpipe.planning.simulation.simulate": ("simulate",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -22,6 +22,7 @@ from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.jobs import Order, Prepared, install, make_jobs, prepare_inference, prepare_training
+from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.table import render
 from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages
 from fxpipe.runtime.build.state import (
@@ -111,7 +112,8 @@ class Pipeline:
         Raises:
             PlanError: The format is none of these.
         """
-        return render(self.plan, format, self._source.baselines() if baselines else ())
+        compared = self._source.baselines() if baselines else ()
+        return render(self.plan, format, compared, simulation=simulate(self.plan))
 
     def print_report(self) -> None:
         """Print the text report, on rank 0 only."""

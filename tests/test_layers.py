@@ -25,7 +25,9 @@ class Room:
 CAPTURE_BELOW = "errors ir program batch _torch"
 STREET_BELOW = "errors ir program batch"
 TABLE = {
-    "__init__": Room("errors ir planning.search pipeline compiler"),  # for type checkers; loaded on first use
+    "__init__": Room(
+        "errors ir planning.search planning.simulation pipeline compiler"
+    ),  # for type checkers; loaded on first use
     "errors": Room(""),
     "_torch": Room("errors", "torch"),
     "ir": Room("errors", "networkx"),
@@ -33,7 +35,8 @@ TABLE = {
     "batch": Room("errors ir _torch", "torch numpy"),
     "planning.costs": Room("errors ir"),
     "planning.search": Room("errors", "networkx numpy"),
-    "planning": Room("errors ir planning.costs planning.search", "numpy"),
+    "planning.simulation": Room("errors ir"),
+    "planning": Room("errors ir planning.costs planning.search planning.simulation", "numpy"),
     "report": Room("errors ir", "tabulate"),
     "capture.model": Room(CAPTURE_BELOW, "torch numpy"),
     "capture.record": Room(f"{CAPTURE_BELOW} capture.model", "torch numpy"),

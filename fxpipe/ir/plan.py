@@ -29,6 +29,7 @@ class StagePlan:
         seconds: Forward and backward of one microbatch, transfers included.
         forward_s: Forward of one microbatch, without transfers.
         backward_s: Backward of one microbatch, without transfers.
+        weight_grad_s: The part of it that computes gradients of weights, which some schedules do later.
         transfer_s: Sends and receives of one microbatch, and its share of adding up tied gradients.
         peak_bytes: Most memory alive at once: weights, gradients, optimiser state, activations, buffers. Where a rank
             has several stages, the stage's part of it when the rank needs most.
@@ -48,6 +49,7 @@ class StagePlan:
     seconds: float = 0.0
     forward_s: float = 0.0
     backward_s: float = 0.0
+    weight_grad_s: float = 0.0
     transfer_s: float = 0.0
     peak_bytes: int = 0
     activation_bytes: int = 0

@@ -169,6 +169,7 @@ def _stage_plan(
     tensors = _weights(graph, (*own, *needed))
     forward_s = math.fsum(layout.costs[layer].forward_s for layer in working)
     backward_s = math.fsum(layout.costs[layer].backward_s for layer in working)
+    weight_grad_s = min(math.fsum(layout.costs[layer].weight_grad_s for layer in working), backward_s)
     sends = crossing(graph, stage_of, index) if index < settings.stages - 1 else ()
     # A whole block runs what is free in it; a block that is all free runs wherever it is needed.
     elsewhere = [units[layer] for layer in needed if home[layer] != index and units[layer] not in whole]
@@ -181,6 +182,7 @@ def _stage_plan(
         seconds=measured.loads[index],
         forward_s=forward_s,
         backward_s=backward_s,
+        weight_grad_s=weight_grad_s,
         transfer_s=moved_s,
         peak_bytes=math.ceil(measured.stage_memory[index]),
         activation_bytes=math.ceil(measured.per_live[index]),

@@ -11,12 +11,18 @@ from tabulate import tabulate
 
 from fxpipe.errors import PlanError
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, TieGroup
+from fxpipe.ir.simulation import Simulation
 
 WIDTH = 100
-_SIMPLE_SCHEDULES = ("GPipe", "1F1B")
 
 
-def render(plan: PipelinePlan, format: str = "text", baselines: Sequence[Baseline] = ()) -> str:
+def render(
+    plan: PipelinePlan,
+    format: str = "text",
+    baselines: Sequence[Baseline] = (),
+    *,
+    simulation: Simulation | None = None,
+) -> str:
     """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"``, ``"html"`` or ``"json"``.
 
     The page is one file that needs no other. The JSON is the plan itself; ``PipelinePlan.from_json`` reads it back.
@@ -26,6 +32,7 @@ def render(plan: PipelinePlan, format: str = "text", baselines: Sequence[Baselin
         format: One of the above.
         baselines: The same model cut by others' rules, to stand beside the plan; in JSON the plan is then the entry
             ``"plan"`` beside ``"baselines"``.
+        simulation: The plan's step, simulated: what the step and the bubble are read from; without it neither is shown.
 
     Raises:
         PlanError: The format is none of these.
@@ -35,7 +42,7 @@ def render(plan: PipelinePlan, format: str = "text", baselines: Sequence[Baselin
     >>> print(render(PipelinePlan("GPT", "", stages, num_ranks=2)).splitlines()[0])
     GPT · 2 stages · 1F1B · 1 microbatch · h100 · cost: roofline
     """
-    renderers: dict[str, Callable[[PipelinePlan, Sequence[Baseline]], str]] = {
+    renderers: dict[str, Callable[[PipelinePlan, Sequence[Baseline], Simulation | None], str]] = {
         "text": _text,
         "markdown": _markdown,
         "html": _page,
@@ -43,16 +50,16 @@ def render(plan: PipelinePlan, format: str = "text", baselines: Sequence[Baselin
     }
     if format not in renderers:
         raise PlanError(f"unknown report format {format!r}\n  known: {', '.join(renderers)}")
-    return renderers[format](plan, baselines)
+    return renderers[format](plan, baselines, simulation)
 
 
-def _text(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
+def _text(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
     lines = textwrap.wrap(_headline(plan), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     lines += _paragraph("inputs", ", ".join(plan.inputs)) if plan.inputs else []
     lines += ["", _stage_table(plan, "plain"), ""]
     if plan.ties:
         lines += [_tie_table(plan, "plain"), ""]
-    lines += _pieces(_summary(plan))
+    lines += _pieces(_summary(plan, simulation))
     lines += _paragraph("opened", ", ".join(plan.opened)) if plan.opened else []
     for note in _notes(plan):
         lines += _paragraph("note", note)
@@ -61,14 +68,14 @@ def _text(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
+def _markdown(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
     parts = [f"**{_headline(plan)}**"]
     if plan.inputs:
         parts.append("Inputs of one microbatch: " + ", ".join(f"`{text}`" for text in plan.inputs))
     parts.append(_stage_table(plan, "github"))
     if plan.ties:
         parts.append(_tie_table(plan, "github"))
-    parts.append("  \n".join(_summary(plan)))
+    parts.append("  \n".join(_summary(plan, simulation)))
     if plan.opened:
         parts.append("Opened, because a cut crosses them: " + ", ".join(f"`{name}`" for name in plan.opened))
     parts += [f"> {note}" for note in _notes(plan)]
@@ -76,7 +83,7 @@ def _markdown(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
     return "\n\n".join(parts)
 
 
-def _json(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
+def _json(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
     if not baselines:
         return plan.to_json()
     rows = [dataclasses.asdict(row) for row in baselines]
@@ -123,7 +130,7 @@ td, th { font-variant-numeric: tabular-nums; text-align: left; }
 """
 
 
-def _page(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
+def _page(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
     """One self-contained page; the model is a bar, cut into stages as wide as the time they take."""
     text = html.escape
     slowest = max(plan.stages, key=lambda stage: stage.seconds)
@@ -136,7 +143,7 @@ def _page(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
     parts += [f"<p>inputs: {text(', '.join(plan.inputs))}</p>"] if plan.inputs else []
     parts.append(_stage_table(plan, "html"))
     parts += [_tie_table(plan, "html")] if plan.ties else []
-    parts += [f"<p>{text(piece)}</p>" for piece in _summary(plan)]
+    parts += [f"<p>{text(piece)}</p>" for piece in _summary(plan, simulation)]
     parts += [f"<p>opened, because a cut crosses them: {text(', '.join(plan.opened))}</p>"] if plan.opened else []
     parts += [f"<p><em>{text(note)}</em></p>" for note in _notes(plan)]
     parts += [f"<p>{text(_BASELINES)}:</p>", _baseline_table(plan, baselines, "html")] if baselines else []
@@ -220,7 +227,7 @@ def _tie_cells(tie: TieGroup) -> tuple[str, str, str]:
     return stages, _size(tie.bytes), f"all-reduce {_digits(tie.seconds * scale)} {unit}"
 
 
-def _summary(plan: PipelinePlan) -> list[str]:
+def _summary(plan: PipelinePlan, simulation: Simulation | None) -> list[str]:
     """Bottleneck, balance, bubble, step time and limit: the pieces of the last lines."""
     mean = _mean(plan)
     bottleneck = _bottleneck(plan)
@@ -233,11 +240,10 @@ def _summary(plan: PipelinePlan) -> list[str]:
             gap = "best possible" if plan.proven else f"gap {100 * plan.gap:.1f} %"
             bound = f" (lower bound {plan.lower_bound / mean:.3f}, {gap})"
         pieces.append(f"balance max/mean {_balance(plan):.3f}{bound}")
-    step = estimated_step_s(plan)
-    if step:
-        unit, scale = _time_unit(step)
-        pieces.append(f"bubble ≈ {100 * (1 - plan.num_microbatches * mean / step):.1f} %")
-        pieces.append(f"step ≈ {_digits(step * scale)} {unit}")
+    if simulation is not None and simulation.step_s > 0:
+        unit, scale = _time_unit(simulation.step_s)
+        pieces.append(f"bubble ≈ {100 * simulation.mean_bubble:.1f} %")
+        pieces.append(f"step ≈ {_digits(simulation.step_s * scale)} {unit}")
     if plan.limited_by:
         pieces.append(f"limited by: {plan.limited_by}")
     if plan.method:
@@ -262,22 +268,6 @@ def _bottleneck(plan: PipelinePlan) -> float:
 def _balance(plan: PipelinePlan) -> float:
     mean = _mean(plan)
     return _bottleneck(plan) / mean if mean else 1.0
-
-
-def estimated_step_s(plan: PipelinePlan) -> float | None:
-    """Seconds of one step of GPipe or 1F1B: every microbatch passes the slowest stage, the first one all stages.
-
-    None for the other schedules, whose order needs a simulation. Tied gradients are summed once, after the schedule;
-    their share is taken out of the stages' seconds.
-    """
-    if plan.schedule not in _SIMPLE_SCHEDULES or plan.num_ranks != plan.num_stages:
-        return None
-    shared = [tie for tie in plan.ties if tie.trainable and len(tie.stages) > 1]
-    seconds = []
-    for stage in plan.stages:
-        share = sum(tie.seconds for tie in shared if stage.index in tie.stages) / plan.num_microbatches
-        seconds.append(stage.seconds - min(share, stage.transfer_s))
-    return sum(seconds) + (plan.num_microbatches - 1) * max(seconds) + sum(tie.seconds for tie in shared)
 
 
 def _memory_by_rank(plan: PipelinePlan) -> dict[int, int]:
