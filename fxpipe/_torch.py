@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -215,6 +215,24 @@ def backward_for_weights(weights: list[Any], groups: list[Any]) -> None:
     # A weight used at two depths is reached through what lies between, which other weights' backward needs as well.
     retain = any(len(group["intermediates"]) > 1 for group in groups)
     stage_backward_weight(iter(weights), groups, retain)
+
+
+def norms(tensors: Sequence[torch.Tensor], order: float, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Give the norms of many tensors in few kernels, computed in ``dtype``."""
+    return list(torch._foreach_norm(list(tensors), order, dtype=dtype))
+
+
+def scale(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply many tensors in place by a scalar on their device, in few kernels."""
+    by_kind: dict[tuple[torch.dtype, torch.device, torch.layout], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.dtype, tensor.device, tensor.layout), []).append(tensor)
+    for (dtype, _, layout), alike in by_kind.items():
+        if layout == torch.strided:
+            torch._foreach_mul_(alike, factor.to(torch.float32 if dtype == torch.float32 else factor.dtype))
+        else:
+            for tensor in alike:
+                tensor.mul_(factor)
 
 
 def compiled_in_place(module: torch.nn.Module) -> bool:

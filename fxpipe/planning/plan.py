@@ -13,6 +13,7 @@ from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.planning.costs.blocks import block_names
 from fxpipe.planning.costs.memory import gradient_bytes
 from fxpipe.planning.costs.precision import Precision
+from fxpipe.planning.costs.recompute import modules_of_layers, recomputed_modules
 from fxpipe.planning.layout import Layout, tie_seconds
 from fxpipe.planning.search.problem import Measured, measure
 
@@ -189,6 +190,7 @@ def _stage_plan(
         live_microbatches=settings.live_microbatches[index],
         sends=tuple(layout.precision.meta(value.meta) for value in sends),
         duplicated=tuple(dict.fromkeys(elsewhere)),
+        recompute=modules_of_layers([units[layer] for layer in own], recomputed_modules(graph, settings.training)),
     )
 
 

@@ -144,9 +144,9 @@ def check_recompute(schedule: str, training: Training) -> None:
     Raises:
         ScheduleError: The schedule splits the backward, and blocks are to be recomputed.
     """
-    if training.recompute not in (None, "block"):
+    if training.recompute in ("attention", "auto"):
         raise ScheduleError(
-            f"recompute={training.recompute!r} is not planned yet\n  use recompute='block', or recompute=None"
+            f"recompute={training.recompute!r} is not planned yet\n  use recompute='block' or FQN patterns"
         )
     if training.recompute is not None and schedule_named(schedule).splits_backward:
         whole = ", ".join(name for name, known in SCHEDULES.items() if not known.splits_backward)

@@ -11,8 +11,8 @@ from fxpipe.ir.cost import LayerCost, LayerCounts, OpCount, Phase
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.profile import Profile
-from fxpipe.planning.costs.blocks import find_blocks
 from fxpipe.planning.costs.precision import Precision, precision_of
+from fxpipe.planning.costs.recompute import recomputed_layers
 
 COSTS = ("parameters", "flops", "roofline", "profile")
 
@@ -49,7 +49,7 @@ def estimate_costs(
       be left out: they count nothing, and the notes name them.
 
     ``training.param_dtype`` changes the dtype of the operations and their bytes (not of measured times), and
-    ``training.recompute`` adds the forward of every layer in a repeated block to its backward. Equal layers share one
+    ``training.recompute`` adds the forward of layers in recomputed modules to their backward. Equal layers share one
     ``LayerCounts``, and each is estimated once.
 
     Args:
@@ -88,7 +88,7 @@ def estimate_costs(
         raise PartitionError(
             f"unknown cost {cost!r}\n  known: {', '.join(COSTS)}, or a mapping from FQN to seconds of one microbatch"
         )
-    return _with_recompute(graph, estimate) if training.recompute == "block" else estimate
+    return _with_recompute(graph, estimate, training) if training.recompute else estimate
 
 
 def _by_counts(
@@ -278,8 +278,8 @@ def _split(graph: LayerGraph, layer: int, seconds: float) -> LayerCost:
     return LayerCost(seconds / 3, seconds / 3, seconds / 3)
 
 
-def _with_recompute(graph: LayerGraph, estimate: Estimate) -> Estimate:
-    inside = {layer for block in find_blocks(graph) if block.is_repeated for layer in block.layers}
+def _with_recompute(graph: LayerGraph, estimate: Estimate, training: Training) -> Estimate:
+    inside = recomputed_layers(graph, training)
     costs = tuple(
         replace(cost, input_grad_s=cost.input_grad_s + cost.forward_s) if layer in inside else cost
         for layer, cost in enumerate(estimate.costs)

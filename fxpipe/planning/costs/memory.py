@@ -10,7 +10,8 @@ What a stage holds, on the runtime of ``torch.distributed.pipelining``:
 - besides: one buffer for what is received next, one gradient that comes back for each value sent, one that goes back
   for each value received.
 
-With ``recompute="block"`` a block keeps what enters it, and one block at a time has its activations.
+A module that is recomputed keeps what enters it, and one at a time has its activations; of one that lies inside of a
+layer nothing is known, and the layer counts as if it kept everything.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from fxpipe.ir.graph import LayerGraph, Value
 from fxpipe.ir.hardware import OPTIMIZER_STATES, Training
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tensor import dtype_bytes
-from fxpipe.planning.costs.blocks import find_blocks
 from fxpipe.planning.costs.precision import Precision
+from fxpipe.planning.costs.recompute import recomputed_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def layer_memory(graph: LayerGraph, training: Training, precision: Precision) ->
         else:
             shared.append(tensor)
     savers = _savers(graph)
-    block_of = _checkpointed(graph, training)
+    block_of = recomputed_layers(graph, training)
     activation = [_saved_bytes(graph, layer, precision) for layer in range(len(graph.specs))]
     inside: dict[str, int] = {}
     for layer, name in block_of.items():
@@ -245,13 +246,6 @@ def _savers(graph: LayerGraph) -> dict[str, tuple[int, ...]]:
             for value in sorted(values, key=lambda value: -value.meta.nbytes)[:kept]:
                 found.setdefault(value.name, []).append(layer)
     return {name: tuple(layers) for name, layers in found.items()}
-
-
-def _checkpointed(graph: LayerGraph, training: Training) -> dict[int, str]:
-    """Give the block of each layer whose block is recomputed."""
-    if training.recompute != "block":
-        return {}
-    return {layer: block.name for block in find_blocks(graph) if block.is_repeated for layer in block.layers}
 
 
 def _is_kept(value: Value, savers: Sequence[int], block_of: Mapping[int, str]) -> bool:

@@ -11,23 +11,29 @@ from __future__ import annotations
 import keyword
 import linecache
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import checkpoint
 
 from fxpipe.program import BoundaryTensor, CallContext, StageProgram
 from fxpipe.runtime.build.boundary import conform
+from fxpipe.runtime.build.recompute import recompute
 
 Lowered = Callable[..., tuple[torch.Tensor, ...]]
 """Called with the stage module, the draws of the microbatch, what was received, and the inputs by name."""
 
 
 def lower(
-    program: StageProgram, constants: Mapping[str, Any], device: torch.device, *, is_last: bool, title: str = "stage"
+    program: StageProgram,
+    constants: Mapping[str, Any],
+    device: torch.device,
+    *,
+    is_last: bool,
+    title: str = "stage",
+    recompute: Sequence[str] = (),
 ) -> Lowered:
     """Turn a stage's graph into a function.
 
@@ -37,11 +43,12 @@ def lower(
         device: Replaces every ``torch.device`` among the arguments.
         is_last: Whether the output is the model's, which keeps its strides.
         title: Names the source in tracebacks.
+        recompute: FQNs of modules that are opened here, and whose calls are run again in the backward.
 
     Returns:
         The function; its text is in its ``__doc__``.
     """
-    writer = _Writer(program, constants, device)
+    writer = _Writer(program, constants, device, recompute)
     source = writer.write(() if is_last else program.sent)
     filename = f"<fxpipe {title} {id(program):x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
@@ -57,8 +64,11 @@ _RESERVED = ("self", "draws", "received", "inputs", "run", "slice", "getattr")
 class _Writer:
     """Collects the lines of one function and the values they name."""
 
-    def __init__(self, program: StageProgram, constants: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, program: StageProgram, constants: Mapping[str, Any], device: torch.device, recompute: Sequence[str]
+    ) -> None:
         self._program = program
+        self._recompute = recompute
         self._constants = constants
         self._device = device
         self._lines: list[str] = []
@@ -75,7 +85,7 @@ class _Writer:
         self._write_placeholders(placeholders)
         # A read of a parameter is written where it is used; it neither begins nor ends a region.
         calls = [node for node in nodes if node.op.startswith("call_")]
-        for region, run in groupby(calls, key=lambda node: node.meta.get("checkpoint")):
+        for region, run in groupby(calls, key=self._region):
             if region is None:
                 self._write_calls(list(run), 1)
             else:
@@ -83,6 +93,13 @@ class _Writer:
         (output,) = [node for node in nodes if node.op == "output"]
         self._write_output(output, sent)
         return "\n".join(self._lines) + "\n"
+
+    def _region(self, node: fx.Node) -> Any:
+        """Name the region a call is recomputed with: the user's own, or a module that is to be; None for none."""
+        if "checkpoint" in node.meta:
+            return node.meta["checkpoint"]
+        layer = str(node.meta.get("layer", "")).partition("@")[0]
+        return next((fqn for fqn in self._recompute if layer == fqn or layer.startswith(f"{fqn}.")), None)
 
     def _write_placeholders(self, placeholders: list[fx.Node]) -> None:
         num_received = len(self._program.received)
@@ -110,9 +127,9 @@ class _Writer:
         self._write_calls(calls, 2)
         self._line(2, f"return {_tuple([node.name for node in results])}")
         draws = any("draw" in node.meta or "scope" in node.meta for node in calls)
-        call = (
-            f"{self._value(_recomputed, 'recomputed')}({', '.join([name, repr(draws), *(n.name for n in arguments)])})"
-        )
+        paths = [_path(str(node.target)) for node in calls if node.op == "call_module"]
+        given = ", ".join([name, f"[{', '.join(paths)}]", repr(draws), *(n.name for n in arguments)])
+        call = f"{self._value(recompute, 'recomputed')}({given})"
         self._line(1, f"{', '.join(node.name for node in results)}, = {call}" if results else call)
         self._drop((node for node in arguments if self._last_uses[node] in inside), 1)
 
@@ -212,12 +229,6 @@ class _Writer:
 
     def _line(self, depth: int, text: str) -> None:
         self._lines.append("    " * depth + text)
-
-
-def _recomputed(function: Callable[..., Any], draws: bool, *arguments: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=draws)
 
 
 def _computed(node: fx.Node) -> list[fx.Node]:

@@ -19,6 +19,7 @@ from fxpipe.ir.tree import map_tree
 from fxpipe.runtime.build.boundary import join
 from fxpipe.runtime.build.lower import Lowered, lower
 from fxpipe.runtime.build.randomness import DrawRules, Randomness
+from fxpipe.runtime.build.recompute import recompute_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class StageModule(nn.Module):
         self._programs: dict[Hashable, _Installed] = {}
         self._moved: dict[int, tuple[Any, Any]] = {}
         self._compiler: Callable[[Lowered], Lowered] | None = None
+        self._recomputed: tuple[str, ...] = ()  # modules opened here whose calls are run again in the backward
+        self._draws = False
 
     @property
     def stage_index(self) -> int:
@@ -96,10 +99,26 @@ class StageModule(nn.Module):
             )
         constants = {name: self._on_device(program.constants[name]) for name in own.constants}
         is_last = self._stage_index == len(program.stages) - 1
-        run = lower(own, constants, self._device, is_last=is_last, title=f"stage {self._stage_index}")
+        title = f"stage {self._stage_index}"
+        run = lower(own, constants, self._device, is_last=is_last, title=title, recompute=self._recomputed)
         rules = DrawRules(program.drawing, frozenset(program.draw_names))
         self._programs[key] = self._compiled(_Installed(run, run.__doc__ or "", rules, own.draws))
         self._watch(program.drawing)
+
+    def recompute(self, fqns: Iterable[str]) -> None:
+        """Do not keep the activations of modules; their forward runs once more in the backward.
+
+        Args:
+            fqns: Of the modules; of one that is opened here what lies in this stage. Before ``add_program``.
+        """
+        opened = []
+        for fqn in fqns:
+            module = self._find(fqn)
+            if isinstance(module, nn.Module) and not isinstance(module, PartModule):
+                recompute_module(module, lambda: self._draws)
+            else:
+                opened.append(fqn)
+        self._recomputed = tuple(opened)
 
     def source(self, key: Hashable) -> str:
         """Give the text of what a variant runs here, for people."""
@@ -120,6 +139,7 @@ class StageModule(nn.Module):
             The flat tuple of ``StageProgram.graph``'s output. The generators' states are left as they were.
         """
         installed = self._programs[key]
+        self._draws = installed.draws
         # Not leaves any more: a module may write into what it is given.
         received = join(received)
         if not installed.draws:

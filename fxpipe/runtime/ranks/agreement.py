@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,17 @@ from fxpipe.errors import FxpipeError, PlanError
 from fxpipe.runtime.ranks.groups import Groups
 
 
-def agree(groups: Groups | None, error: FxpipeError | None, subject: str, *parts: object) -> None:
-    """Exchange verdicts with the other ranks.
+def agree(
+    groups: Groups | None, error: FxpipeError | None, subject: str, *parts: object, within: object = None
+) -> None:
+    """Exchange verdicts with the other ranks, replicas included.
 
     Args:
         groups: The pipeline's groups; None where one process holds it all.
         error: What is wrong on this rank, None if nothing is.
         subject: What must be the same on all ranks, for the message: ``"the plan"``.
         *parts: It, in parts whose ``repr`` is the same on all ranks.
+        within: What must besides be the same along each pipeline, by its ``repr``; replicas may differ.
 
     Raises:
         FxpipeError: On every rank alike, if any rank has an error or the parts differ: the first failing rank's class
@@ -29,32 +33,61 @@ def agree(groups: Groups | None, error: FxpipeError | None, subject: str, *parts
         if error is not None:
             raise error
         return
-    text = repr(parts)
-    # Of 63 bits, so that its negative has a place in 64; the largest of the negatives is the least of all.
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-    votes = torch.tensor([int(error is not None), digest, -digest])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=groups.control)
-    if votes.tolist() == [0, digest, -digest]:
+    # Two replicas may hold different batches: each rank's second digest counts in the place of its own one.
+    num_replicas = len(groups.replicas.ranks) if groups.replicas is not None else 1
+    least = -(2**63)
+    votes = torch.full((3 + 2 * num_replicas,), least)
+    place = 3 + 2 * groups.replica
+    votes[:3] = torch.tensor([int(error is not None), *_digest(parts)])
+    votes[place : place + 2] = torch.tensor(_digest(within))
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=groups.everyone)
+    failed, *pairs = votes.tolist()
+    if not failed and all(one == -other for one, other in zip(pairs[::2], pairs[1::2], strict=True)):
         return
     mine = (type(error).__name__, str(error)) if error is not None else None
-    gathered: list[tuple[tuple[str, str] | None, str]] = [(None, "")] * len(groups.ranks)
-    dist.all_gather_object(gathered, (mine, text), group=groups.control)
-    raise _error(groups, subject, [verdict for verdict, _ in gathered], [text for _, text in gathered])
+    gathered = [_Verdict()] * len(groups.members)
+    dist.all_gather_object(gathered, _Verdict(mine, repr(parts), repr(within), groups.replica), group=groups.everyone)
+    raise _error(groups, subject, gathered)
 
 
-def _error(groups: Groups, subject: str, verdicts: list[tuple[str, str] | None], texts: list[str]) -> FxpipeError:
-    for position, verdict in enumerate(verdicts):
-        if verdict is not None:
-            name, message = verdict
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What one rank says: its error, if it has one, what it holds, and which replica it belongs to."""
+
+    error: tuple[str, str] | None = None
+    parts: str = ""
+    within: str = ""
+    replica: int = 0
+
+
+def _digest(value: object) -> list[int]:
+    """Give a number and its negative: of 63 bits, so that both have a place in 64.
+
+    The largest of the negatives is the least of all: where both maxima agree, so did everybody.
+    """
+    digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little") >> 1
+    return [number, -number]
+
+
+def _error(groups: Groups, subject: str, verdicts: list[_Verdict]) -> FxpipeError:
+    for rank, verdict in zip(groups.members, verdicts, strict=True):
+        if verdict.error is not None:
+            name, message = verdict.error
             kind: type[FxpipeError] = getattr(errors, name, FxpipeError)
-            everywhere = all(other == verdict for other in verdicts)
-            return kind(message if everywhere else f"rank {groups.ranks[position]}: {message}")
-    position = next(index for index, text in enumerate(texts) if text != texts[0])
-    return PlanError(
-        f"{subject} differs between ranks: rank {groups.ranks[0]} has {_short(texts[0])}, rank "
-        f"{groups.ranks[position]} has {_short(texts[position])}\n"
-        "  run the same script with the same arguments on every rank"
-    )
+            everywhere = all(other.error == verdict.error for other in verdicts)
+            return kind(message if everywhere else f"rank {rank}: {message}")
+    first: dict[int, tuple[int, _Verdict]] = {}
+    for rank, verdict in zip(groups.members, verdicts, strict=True):
+        for key in (-1, verdict.replica):  # of all, and of its own replica
+            there, other = first.setdefault(key, (rank, verdict))
+            one, two = (other.parts, verdict.parts) if key < 0 else (other.within, verdict.within)
+            if one != two:
+                return PlanError(
+                    f"{subject} differs between ranks: rank {there} has {_short(one)}, rank {rank} has {_short(two)}\n"
+                    "  run the same script with the same arguments on every rank"
+                )
+    return PlanError(f"{subject} differs between ranks\n  run the same script with the same arguments on every rank")
 
 
 def _short(text: str) -> str:

@@ -30,7 +30,7 @@ class Failures:
         self._groups = groups
         self._let_go = let_go
         self._patience_s = patience_s
-        self._key = f"fxpipe/failure/{groups.pipeline.group_name}"
+        self._key = f"fxpipe/failure/{groups.everyone.group_name}"
         self._cause: str | None = None
 
     @contextmanager
@@ -91,8 +91,8 @@ class Failures:
         key = f"{self._key}/read"
         with suppress(RuntimeError, ValueError):
             default_store().add(key, 1)
-            if self._groups.position == 0:
-                _wait(lambda: default_store().add(key, 0) >= len(self._groups.ranks), self._patience_s)
+            if self._groups.ranks[self._groups.position] == self._groups.members[0]:
+                _wait(lambda: default_store().add(key, 0) >= len(self._groups.members), self._patience_s)
 
 
 def _wait(condition: Callable[[], bool], patience_s: float) -> bool:

@@ -17,6 +17,23 @@ TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(slots=True, eq=False)
+class Replicas:
+    """The ranks that hold the same stages, one per data-parallel replica.
+
+    Attributes:
+        ranks: Their global ranks, by replica.
+        index: Which replica this process belongs to.
+        gradients: For tensors on the stages' device.
+        control: For tensors on the CPU.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    gradients: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+
+@dataclass(slots=True, eq=False)
 class Groups:
     """The process groups of one pipeline, as one of its ranks sees them; live, until ``close``.
 
@@ -26,6 +43,9 @@ class Groups:
         pipeline: For tensors on the stages' device.
         control: For tensors on the CPU, and objects.
         ties: For the gradients of tied parameters: by the positions that hold a copy, this rank among them.
+        members: Global ranks of all pipelines that go together.
+        everyone: For tensors on the CPU, and objects, of all of them.
+        replicas: This rank's data-parallel replicas; None where there are none.
     """
 
     ranks: tuple[int, ...]
@@ -33,6 +53,14 @@ class Groups:
     pipeline: dist.ProcessGroup
     control: dist.ProcessGroup
     ties: Mapping[tuple[int, ...], dist.ProcessGroup]
+    members: tuple[int, ...]
+    everyone: dist.ProcessGroup
+    replicas: Replicas | None = None
+
+    @property
+    def replica(self) -> int:
+        """Which data-parallel replica this is, from 0."""
+        return self.replicas.index if self.replicas is not None else 0
 
     def close(self) -> None:
         """End the groups; whoever waits for this rank in one of them learns of it at once.
@@ -41,9 +69,12 @@ class Groups:
         """
         if not hasattr(self, "pipeline"):
             return
-        open_ones = {id(group): group for group in (self.pipeline, self.control, *self.ties.values())}
+        across = (self.replicas.gradients, self.replicas.control) if self.replicas is not None else ()
+        every = (self.pipeline, self.control, *self.ties.values(), *across, self.everyone)
+        open_ones = {id(group): group for group in every}
         self.ties = {}
-        del self.pipeline, self.control
+        self.replicas = None
+        del self.pipeline, self.control, self.everyone, across, every
         while open_ones:
             _, group = open_ones.popitem()
             if dist.is_initialized():
@@ -89,14 +120,19 @@ def make_groups(
     ties: Iterable[Sequence[int]],
     device: torch.device,
     timeout: datetime.timedelta = TIMEOUT,
+    *,
+    replicas: Sequence[Sequence[int]] = (),
+    unions: Sequence[Sequence[int]] = (),
 ) -> Groups:
     """Make the private groups of all pipelines; every rank of the default group calls this with the same arguments.
 
     Args:
-        pipelines: Global ranks of each pipeline, one per data-parallel replica; each rank is in one of them.
+        pipelines: Global ranks of each pipeline; each rank is in one of them.
         ties: Sets of positions that hold copies of one parameter; those of one position need no group.
         device: Device of this rank's stages.
         timeout: How long a rank waits for another one.
+        replicas: Global ranks that hold the same stages, by replica; empty where every pipeline is by itself.
+        unions: Global ranks of the pipelines that go together; empty where every pipeline is by itself.
 
     Returns:
         The groups of this rank's own pipeline, warmed up.
@@ -108,8 +144,7 @@ def make_groups(
     sets = sorted({tuple(sorted(set(positions))) for positions in ties if len(set(positions)) > 1})
     found: Groups | None = None
     for ranks in map(tuple, pipelines):
-        pipeline = dist.new_group(list(ranks), timeout=timeout)
-        control = dist.new_group(list(ranks), timeout=timeout, backend="gloo") if device.type != "cpu" else pipeline
+        pipeline, control = _pair_of_groups(ranks, device, timeout)
         tied = {
             positions: dist.new_group([ranks[position] for position in positions], timeout=timeout)
             for positions in sets
@@ -117,14 +152,32 @@ def make_groups(
         if own in ranks:
             position = ranks.index(own)
             held = {positions: group for positions, group in tied.items() if position in positions}
-            found = Groups(ranks, position, pipeline, control, held)
+            found = Groups(ranks, position, pipeline, control, held, ranks, control)
     if found is None:
         raise ScheduleError(
             f"rank {own} is in none of the pipelines {[list(ranks) for ranks in pipelines]}\n"
             "  start as many processes as the plan has ranks, or give a mesh that covers all of them"
         )
+    for ranks in map(tuple, replicas):
+        across = _pair_of_groups(ranks, device, timeout)
+        if own in ranks:
+            found.replicas = Replicas(ranks, ranks.index(own), *across)
+    for ranks in map(tuple, unions):
+        everyone = dist.new_group(list(ranks), timeout=timeout, backend="gloo" if device.type != "cpu" else None)
+        if own in ranks:
+            found.members, found.everyone = ranks, everyone
     _warm_up(found, device)
     return found
+
+
+def _pair_of_groups(
+    ranks: Sequence[int], device: torch.device, timeout: datetime.timedelta
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Make a group for tensors on a device, and one for tensors on the CPU."""
+    group = dist.new_group(list(ranks), timeout=timeout)
+    if device.type == "cpu":
+        return group, group
+    return group, dist.new_group(list(ranks), timeout=timeout, backend="gloo")
 
 
 def _warm_up(groups: Groups, device: torch.device) -> None:
@@ -137,6 +190,10 @@ def _warm_up(groups: Groups, device: torch.device) -> None:
         dist.all_reduce(torch.zeros(1, device=where), group=group)
     for _, group in sorted(groups.ties.items()):
         dist.all_reduce(torch.zeros(1, device=device), group=group)
+    if groups.replicas is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=groups.replicas.gradients)
+        dist.all_reduce(torch.zeros(1), group=groups.replicas.control)
+    dist.all_reduce(torch.zeros(1), group=groups.everyone)
     size = len(groups.ranks)
     token = torch.zeros(1, device=device)
     for left, right in sorted({tuple(sorted((at, (at + 1) % size))) for at in range(size) if size > 1}):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,6 +32,7 @@ class DistributedEngine:
         device: torch.device,
         *,
         defer_recv: bool = False,
+        when_done: Callable[[int], None] | None = None,
     ) -> None:
         self._modules = list(stages)
         self._name = schedule
@@ -43,6 +44,7 @@ class DistributedEngine:
         self._stages = [EngineStage(stage, num_stages, device, groups.pipeline) for stage in stages]
         for stage in self._stages:
             stage.split_by = self._split_by
+            stage.when_done = when_done or stage.when_done
         self._schedules: dict[int, Any] = {}
         self._loss_dtypes: dict[Any, torch.dtype] = {}
         self._failures = Failures(groups, self._let_go)
@@ -62,7 +64,7 @@ class DistributedEngine:
             jobs: The same number on all ranks, of programs all ranks agree on.
 
         Returns:
-            The batch's loss: a detached scalar, the same on every rank.
+            The loss of the batch, of all replicas' together: a detached scalar, the same on every rank.
 
         Raises:
             RankError: Another rank failed.
@@ -123,6 +125,8 @@ class DistributedEngine:
             self._loss_dtypes[key] = dtypes[0] or torch.float64
         if last:
             loss = torch.stack([last.losses[index] for index in sorted(last.losses)]).sum()
+            if self._groups.replicas is not None:
+                dist.all_reduce(loss, group=self._groups.replicas.gradients)
         else:
             loss = torch.zeros((), dtype=torch.float64, device=self._device)
         dist.broadcast(loss, group=self._groups.pipeline, group_src=source)

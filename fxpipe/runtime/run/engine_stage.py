@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         losses: On the last stage: the weighted loss of each microbatch so far, in float64.
         loss_dtype: On the last stage: dtype of the model's own loss.
         failed: Whether an error came from this stage's own work, not from an exchange.
+        when_done: Called with the stage's index after its last backward of a step.
     """
 
     submod: StageModule
@@ -49,6 +50,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.losses: dict[int, torch.Tensor] = {}
         self.loss_dtype: torch.dtype | None = None
         self.failed = False
+        self.when_done: Callable[[int], None] = lambda stage_index: None
         self._passes: dict[int, Pass] = {}
         self._received: dict[int, Tensors] = {}
         self._gradients: dict[int, Tensors] = {}
@@ -130,9 +132,10 @@ class EngineStage(WithoutMetadata, PipelineStage):
             run_backward_for_weights(self._passes.pop(bwd_chunk_id), self._accumulators())
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
-        """Reduce the gradients of sharded modules, once per step."""
+        """Reduce the gradients of sharded modules, once per step, and say that no others will come."""
         with self._blamed():
             reduce_now(self.submod)
+            self.when_done(self.stage_index)
 
     def clear_runtime_states(self) -> None:
         """Begin a step."""

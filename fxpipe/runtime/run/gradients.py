@@ -1,4 +1,4 @@
-"""Gradients after the backward: tied ones summed over their holders, once; narrow ones rounded, once; the norm."""
+"""Gradients after the backward: summed over the holders of ties and over replicas, rounded, each once; the norm."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fxpipe._torch import norms, scale
+from fxpipe.errors import ScheduleError
 from fxpipe.ir.plan import TieGroup
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.run.reduction import GroupSum, any_over
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -22,7 +25,7 @@ class Gradients:
 
     ``begin`` and ``finish`` go around the backward of each step. While several steps accumulate, the sum that was
     finished before them is set aside: adding a gradient of all holders to one of this holder, and summing over holders
-    again, would count it twice.
+    again, would count it twice. The same holds for sums over replicas.
     """
 
     def __init__(
@@ -41,7 +44,8 @@ class Gradients:
             stages: This rank's stages.
             ties: The plan's tied parameters.
             placement: Position of the rank of each stage.
-            groups: The pipeline's groups; None where one process holds it all.
+            groups: The pipeline's groups; None where one process holds it all. Where they have replicas, gradients are
+                added up over these: every replica weighs its microbatches by their share in the batch of all.
             wide: Whether gradients of 16-bit parameters accumulate in float32.
             keep_wide: Whether they stay so; else the sum is rounded to the parameter's dtype at the last step.
         """
@@ -54,9 +58,23 @@ class Gradients:
         self._aside: dict[nn.Parameter, torch.Tensor] = {}
         self._returned: set[nn.Parameter] = set()
         self._is_open = False
+        self._replicas = groups.replicas if groups is not None else None
+        self._sum = GroupSum(self._replicas.gradients) if self._replicas is not None else None
+        self._is_last = False
+        self._started: set[nn.Parameter] = set()
+        self._done: set[int] = set()
+        self._is_double: bool | None = None
 
-    def begin(self) -> None:
-        """Make ready for the backward of a step."""
+    def begin(self, *, last: bool = False) -> None:
+        """Make ready for the backward of a step.
+
+        Args:
+            last: Whether the optimiser comes after it, as ``finish`` will be told: sums over replicas may then start
+                while other stages still work.
+        """
+        self._is_last = last
+        self._started.clear()
+        self._done.clear()
         if not self._is_open:
             self._aside.clear()
         # None in the middle of an accumulation: the user has started anew.
@@ -82,12 +100,23 @@ class Gradients:
                 _assign(parameter, self._aside.pop(parameter))
                 self._returned.add(parameter)
             return
-        for tie in self._ties:
-            if tie.trainable:
-                self._sum_tie(tie)
+        self._sum_ties()
+        if self._sum is not None:
+            self._start(parameter for _, parameter in self._parameters())
+            self._sum.finish()
         for parameter in self._apart():
             self._complete(parameter)
         self._aside.clear()
+
+    def stage_done(self, stage_index: int) -> None:
+        """Hear that a stage's last backward of this step is done: its sums over replicas may start."""
+        self._done.add(stage_index)
+        if self._sum is None or not self._is_last:
+            return
+        busy = [stage for stage in self._stages if stage.stage_index not in self._done]
+        waiting = {id(parameter) for stage in busy for parameter in stage.parameters()}
+        waiting |= {id(parameter) for tie in self._ties if (parameter := self._held(tie)) is not None}
+        self._start(parameter for _, parameter in self._parameters() if id(parameter) not in waiting)
 
     def zero(self) -> None:
         """Forget all gradients."""
@@ -106,18 +135,12 @@ class Gradients:
         Returns:
             The norm before, over all parameters of all ranks, ties once; in float32, or float64 if a gradient is.
         """
-        counted = self._counted()
         own = [parameter.grad for _, parameter in self._parameters() if parameter.grad is not None]
-        norms = [_norm(parameter.grad, norm_type) for parameter in counted if parameter.grad is not None]
-        is_double = any(gradient.dtype == torch.float64 for gradient in own)
-        device = own[0].device if own else self._device()
-        local = _combine(torch.stack(norms), norm_type) if norms else _nothing(norm_type, device)
-        found = self._gather(torch.stack([local, torch.tensor(float(is_double), dtype=torch.float64, device=device)]))
-        total = _combine(found[:, 0], norm_type)
-        coefficient = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for gradient in own:
-            _local(gradient).mul_(coefficient)
-        return total if bool(found[:, 1].any()) else total.float()
+        norms = _norms([p.grad for p in self._counted() if p.grad is not None], norm_type)
+        local = _combine(torch.stack(norms), norm_type) if norms else _nothing(norm_type, self._device())
+        total = _combine(self._gather(local), norm_type)
+        scale([_local(gradient) for gradient in own], (max_norm / (total + 1e-6)).clamp(max=1.0))
+        return total if self._has_double() else total.float()
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield each parameter of this rank once."""
@@ -130,6 +153,8 @@ class Gradients:
 
     def _apart(self) -> list[nn.Parameter]:
         """List the parameters whose gradients are not simply what autograd accumulates."""
+        if self._sum is not None:
+            return [parameter for _, parameter in self._parameters()]
         tied = {id(parameter) for tie in self._ties if (parameter := self._held(tie)) is not None}
         return [p for _, p in self._parameters() if id(p) in tied or self._accumulates_wide(p)]
 
@@ -146,23 +171,68 @@ class Gradients:
                     return found[0]
         return None
 
-    def _sum_tie(self, tie: TieGroup) -> None:
-        parameter = self._held(tie)
-        if parameter is None or self._groups is None:
+    def _sum_ties(self) -> None:
+        """Add tied gradients up over their holders, those of the same holders together."""
+        if self._groups is None:
             return
+        gradients: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        for tie in self._ties:
+            parameter = self._held(tie) if tie.trainable else None
+            if parameter is None:
+                continue
+            gradient = self._dense(parameter)
+            if parameter.requires_grad:
+                _assign(parameter, gradient)
+            gradients.setdefault(self._holders[tie.key], []).append(_local(gradient))
+        for holders, tensors in sorted(gradients.items()):
+            total = GroupSum(self._groups.ties[holders])
+            total.start(tensors)
+            total.finish()
+
+    def _start(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Begin to add gradients up over replicas; one that no replica has stays None."""
+        if self._sum is None or self._replicas is None:
+            return
+        due = [p for p in parameters if p.requires_grad and p not in self._started and not self._is_reduced(p)]
+        if not due:
+            return
+        self._started.update(due)
+        wanted = any_over(self._replicas.control, [parameter.grad is not None for parameter in due])
+        found = [parameter for parameter, is_wanted in zip(due, wanted, strict=True) if is_wanted]
+        for parameter in found:
+            gradient = self._dense(parameter)
+            if gradient is not parameter.grad:
+                _assign(parameter, gradient)
+        self._sum.start(_local(parameter.grad) for parameter in found)
+
+    def _dense(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Give a parameter's gradient in the form in which others have it too: zeros for none."""
         gradient = parameter.grad
         if gradient is None:
             dtype = torch.float32 if self._accumulates_wide(parameter) else parameter.dtype
-            gradient = torch.zeros_like(parameter, dtype=dtype)
-        if gradient.layout != torch.strided:
-            gradient = gradient.to_dense()  # another holder's is dense, or has other rows
-        local = _local(gradient)
-        summed = local.contiguous()
-        dist.all_reduce(summed, group=self._groups.ties[self._holders[tie.key]])
-        if summed is not local:
-            local.copy_(summed)
-        if parameter.requires_grad:
-            _assign(parameter, gradient)
+            return torch.zeros_like(parameter, dtype=dtype)
+        # Another rank's is dense, or has other rows.
+        return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+    def _is_reduced(self, parameter: Any) -> bool:
+        """Tell whether a parameter is sharded over the replicas, so that FSDP2 adds its gradient up.
+
+        Raises:
+            ScheduleError: It is sharded over some of them.
+        """
+        if not _is_sharded(parameter) or self._replicas is None:
+            return False
+        there = set(parameter.device_mesh.mesh.flatten().tolist())
+        shared = there.intersection(self._replicas.ranks)
+        if len(shared) == 1:
+            return False
+        if len(shared) < len(self._replicas.ranks):
+            raise ScheduleError(
+                f"a parameter of shape {list(parameter.shape)} is sharded over ranks {sorted(shared)} of the replicas "
+                f"{list(self._replicas.ranks)}, and nothing adds its gradient up over the others\n"
+                "  give fully_shard the mesh of all data-parallel dimensions"
+            )
+        return True
 
     def _complete(self, parameter: nn.Parameter) -> None:
         """Add what was set aside, and round."""
@@ -183,13 +253,20 @@ class Gradients:
         elsewhere = {id(self._held(tie)) for tie in self._ties if self._holders[tie.key][0] != position}
         return [parameter for _, parameter in self._parameters() if id(parameter) not in elsewhere]
 
-    def _gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Give the values of all ranks, a row each, in one order: every rank then computes the same number."""
+    def _gather(self, value: torch.Tensor) -> torch.Tensor:
+        """Give the values of all ranks, in one order: every rank then computes the same number."""
         if self._groups is None:
-            return values.unsqueeze(0)
-        rows = [torch.empty_like(values) for _ in self._groups.ranks]
-        dist.all_gather(rows, values, group=self._groups.pipeline)
+            return value.unsqueeze(0)
+        rows = [torch.empty_like(value) for _ in self._groups.ranks]
+        dist.all_gather(rows, value, group=self._groups.pipeline)
         return torch.stack(rows)
+
+    def _has_double(self) -> bool:
+        """Tell whether any rank has a parameter of float64; asked once, on the CPU."""
+        if self._is_double is None:
+            own = any(parameter.dtype == torch.float64 for _, parameter in self._parameters())
+            self._is_double = own if self._groups is None else any_over(self._groups.control, [own])[0]
+        return self._is_double
 
     def _device(self) -> torch.device:
         return next((p.device for _, p in self._parameters()), torch.device("cpu"))
@@ -238,15 +315,24 @@ def _assign(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
     parameter.grad = gradient
 
 
-def _norm(gradient: torch.Tensor, order: float) -> torch.Tensor:
-    if gradient.layout != torch.strided:
-        gradient = gradient.coalesce().values()
-    dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    if gradient.is_complex():
-        gradient = gradient.abs()
-    norm: Any = torch.linalg.vector_norm(gradient, order, dtype=dtype)
-    whole: torch.Tensor = norm.full_tensor() if _is_sharded(norm) else norm
-    return whole.double()
+def _norms(gradients: Sequence[torch.Tensor], order: float) -> list[torch.Tensor]:
+    """Give the norm of each gradient in float64, computed in float32 or wider; plain ones all at once."""
+    plain: dict[torch.dtype, list[torch.Tensor]] = {}
+    found: list[torch.Tensor] = []
+    for gradient in gradients:
+        if gradient.layout != torch.strided:
+            gradient = gradient.coalesce().values()
+        if gradient.is_complex():
+            gradient = gradient.abs()
+        dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        if _is_sharded(gradient):
+            norm: Any = torch.linalg.vector_norm(gradient, order, dtype=dtype)
+            found.append(norm.full_tensor().double())
+        else:
+            plain.setdefault(dtype, []).append(gradient)
+    for dtype, tensors in plain.items():
+        found += [norm.double() for norm in norms(tensors, order, dtype)]
+    return found
 
 
 def _combine(norms: torch.Tensor, order: float) -> torch.Tensor:

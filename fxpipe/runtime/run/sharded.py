@@ -14,6 +14,19 @@ from torch.distributed.fsdp import FSDPModule
 from fxpipe._torch import reduce_sharded_gradients
 
 
+def sum_over_replicas(module: nn.Module) -> None:
+    """Let gradients be added up, not averaged: replicas weigh their losses. And let weights be gathered once a step.
+
+    Torch's own division by the number of replicas would be one too many; and what is resharded after a forward is
+    gathered again for the backward of every microbatch.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+            part.set_reshard_after_forward(False, recurse=False)
+
+
 def hold_reduction(module: nn.Module) -> bool:
     """Let gradients accumulate unsharded until ``reduce_now``; tells whether anything in the module is sharded."""
     sharded = _outermost(module)

@@ -1,0 +1,67 @@
+"""Sums over a process group, many tensors in few messages, while other work goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+
+BUCKET_BYTES = 25 << 20
+"""Largest message that several tensors share: large enough for a link's full speed, small enough to start early."""
+
+
+class GroupSum:
+    """Adds tensors up over a group, in place: ``start`` any number of times in one order on all ranks, then ``finish``.
+
+    Args:
+        group: Its ranks start sums of equally many tensors, of the same shapes and dtypes.
+        bucket_bytes: Largest message that several tensors share.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._group = group
+        self._bucket_bytes = bucket_bytes
+        self._pending: list[tuple[dist.Work | None, torch.Tensor, list[torch.Tensor]]] = []
+
+    def start(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Begin to add up; the tensors must not be touched until ``finish``."""
+        for bucket in _buckets(tensors, self._bucket_bytes):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                message = bucket[0]
+            else:
+                message = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            self._pending.append((dist.all_reduce(message, group=self._group, async_op=True), message, bucket))
+
+    def finish(self) -> None:
+        """Wait for the sums, and put each where its tensor is."""
+        pending, self._pending = self._pending, []
+        for work, message, bucket in pending:
+            if work is not None:  # torch's type for a rank outside the group
+                work.wait()
+            if message is not bucket[0]:
+                parts = torch.split(message, [tensor.numel() for tensor in bucket])
+                for tensor, part in zip(bucket, parts, strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
+
+def any_over(group: dist.ProcessGroup, flags: Sequence[bool]) -> list[bool]:
+    """Give for each flag whether it is set on any rank of a group for tensors on the CPU."""
+    votes = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+    return [bool(vote) for vote in votes.tolist()]
+
+
+def _buckets(tensors: Iterable[torch.Tensor], most: int) -> list[list[torch.Tensor]]:
+    """Put tensors of one dtype and device together, in order, as long as they fit."""
+    found: list[list[torch.Tensor]] = []
+    open_ones: dict[tuple[torch.dtype, torch.device], tuple[list[torch.Tensor], int]] = {}
+    for tensor in tensors:
+        key, size = (tensor.dtype, tensor.device), tensor.numel() * tensor.element_size()
+        bucket, filled = open_ones.get(key, ([], most))
+        if filled + size > most:
+            bucket, filled = [], 0
+            found.append(bucket)
+        bucket.append(tensor)
+        open_ones[key] = bucket, filled + size
+    return found
