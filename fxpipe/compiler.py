@@ -23,14 +23,15 @@ from fxpipe.ir.plan import Baseline, PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import default_ranks, least_microbatches, placement, schedule_named
 from fxpipe.ir.spec import LayerSpec
-from fxpipe.pipeline import Pipeline, Source
+from fxpipe.materialize import Source
+from fxpipe.pipeline import Pipeline
 from fxpipe.planning.costs.estimate import Estimate, estimate_costs
 from fxpipe.planning.layout import make_layout
 from fxpipe.planning.peers import compare
 from fxpipe.planning.planner import plan_pipeline
 from fxpipe.planning.settings import GRAINS, Settings
 from fxpipe.profiling import Profiler
-from fxpipe.variants import Variants
+from fxpipe.training import Variants
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -137,7 +138,8 @@ def compile(
     variants = Variants(capture, stage_of_layer, made.num_stages, made.opened)
     if captured is not None:
         variants.add(captured, with_loss=captured.structure.is_loss)
-    return Pipeline(graph, made, Source(capture, variants, loss_weight, mesh, compiler.baselines, compiler.profile))
+    source = Source(capture, loss_weight, mesh, compiler.baselines, compiler.profile)
+    return Pipeline(graph, made, source, variants)
 
 
 class _Compiler:

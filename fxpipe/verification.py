@@ -9,23 +9,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fxpipe.capture.capture import Capture
 from fxpipe.capture.record.observe import find_loss
 from fxpipe.errors import FxpipeError, MismatchError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tree import map_tree
-from fxpipe.jobs import Prepared, install, make_jobs, on_one_stage, with_outputs
+from fxpipe.materialize import Running
 from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages, build_whole
-from fxpipe.runtime.build.state import StateNames, gather_tensors
+from fxpipe.runtime.build.state import gather_tensors
 from fxpipe.runtime.ranks.agreement import agree
-from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.distributed import DistributedEngine
-from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.stepwise import StepwiseEngine
 from fxpipe.runtime.run.work import Job, Tensors
-from fxpipe.variants import Variants
+from fxpipe.training import Step, Variants
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest error relative to the largest entry of a tensor: what another order of additions may leave."""
@@ -240,7 +239,7 @@ class WholeModel:
         (self.stage,) = build_stages(skeleton.module, [part], values, skeleton.aliases, device)
         self.plain = build_whole(skeleton.module, self.stage, skeleton.aliases)
 
-    def run(self, prepared: Prepared, jobs: Sequence[Job], output_jobs: Sequence[Job]) -> Reference:
+    def run(self, prepared: Step, jobs: Sequence[Job], output_jobs: Sequence[Job]) -> Reference:
         """Run forward and backward of every microbatch.
 
         Args:
@@ -279,56 +278,31 @@ class Verifier:
     """Compares one batch of a pipeline with the unpartitioned model, and leaves everything as it was.
 
     Args:
+        running: The pipeline's stages on this rank.
         variants: The model's graphs on the plan.
-        stages: This rank's stages.
-        placement: Rank of each stage.
-        engine: What runs them.
-        gradients: Their gradients.
-        groups: The pipeline's groups; None where one process holds it all.
-        device: Where this rank's stages run.
-        names: The model's names.
-        stage_of_tensor: Stage of each parameter, by FQN.
     """
 
-    def __init__(
-        self,
-        variants: Variants,
-        stages: Sequence[StageModule],
-        placement: Sequence[int],
-        engine: LocalEngine | DistributedEngine,
-        gradients: Gradients,
-        groups: Groups | None,
-        device: torch.device,
-        names: StateNames,
-        stage_of_tensor: Mapping[str, int],
-    ) -> None:
+    def __init__(self, running: Running, variants: Variants) -> None:
+        self._running = running
         self._variants = variants
-        self._stages = stages
-        self._placement = placement
-        self._engine = engine
-        self._gradients = gradients
-        self._groups = groups
-        self._device = device
-        self._names = names
-        self._stage_of_tensor = stage_of_tensor
 
-    def verify(self, prepared: Prepared, *, seed: int, step: int) -> Verification:
+    def verify(self, prepared: Step, *, seed: int, step: int) -> Verification:
         """Compare loss, outputs and gradients of prepared microbatches.
 
         Raises:
             MismatchError: On every rank.
         """
-        shown = with_outputs(prepared, self._variants)
-        install(shown, self._stages)
-        jobs, output_jobs = self._jobs(self._stages, (prepared, shown), seed, step)
-        buffers = [(buffer, buffer.clone()) for stage in self._stages for buffer in stage.buffers()]
+        shown = prepared.with_outputs(self._variants)
+        shown.install(self._running.stages)
+        jobs, output_jobs = self._jobs(self._running.stages, (prepared, shown), seed, step)
+        buffers = [(buffer, buffer.clone()) for stage in self._running.stages for buffer in stage.buffers()]
         try:
             infos = self._variants.capture.skeleton.infos.values()
-            whole = bool(self._first_of_all(fits_whole(infos, self._device)))
-            tensors = gather_tensors(self._names, self._stages, self._groups) if whole else {}
-            loss, gradients = self._tried(self._engine, jobs)
+            whole = bool(self._first_of_all(fits_whole(infos, self._running.device)))
+            tensors = gather_tensors(self._running.names, self._running.stages, self._running.groups) if whole else {}
+            loss, gradients = self._tried(self._running.engine, jobs)
             _write(buffers)
-            outputs = named_outputs(output_jobs, self._engine.infer(output_jobs) or ())
+            outputs = named_outputs(output_jobs, self._running.engine.infer(output_jobs) or ())
             _write(buffers)
             found = _Found(loss, outputs, gradients)
             if whole:
@@ -344,43 +318,41 @@ class Verifier:
             result = check([difference for part in gathered for difference in part], name)
         except FxpipeError as raised:
             error = raised
-        agree(self._groups, error, "the result")
+        agree(self._running.groups, error, "the result")
         assert result is not None
         return result
 
     def _jobs(
-        self, stages: Sequence[StageModule], prepared: tuple[Prepared, Prepared], seed: int, step: int
+        self, stages: Sequence[StageModule], prepared: tuple[Step, Step], seed: int, step: int
     ) -> list[list[Job]]:
-        return [make_jobs(each, stages, self._device, seed=seed, step=step) for each in prepared]
+        return [each.jobs(stages, self._running.device, seed=seed, step=step) for each in prepared]
 
     def _first_of_all(self, value: Any) -> Any:
         """Give every rank what the first one has."""
         box = [value]
-        if self._groups is not None:
-            dist.broadcast_object_list(box, group=self._groups.control, group_src=0)
+        if self._running.groups is not None:
+            dist.broadcast_object_list(box, group=self._running.groups.control, group_src=0)
         return box[0]
 
     def _of_all(self, value: Any) -> list[Any]:
         """Give every rank what each of them has."""
-        if self._groups is None:
+        if self._running.groups is None:
             return [value]
-        everywhere: list[Any] = [None] * len(self._groups.ranks)
-        dist.all_gather_object(everywhere, value, group=self._groups.control)
+        everywhere: list[Any] = [None] * len(self._running.groups.ranks)
+        dist.all_gather_object(everywhere, value, group=self._running.groups.control)
         return everywhere
 
     def _tried(
         self, engine: LocalEngine | DistributedEngine | StepwiseEngine, jobs: Sequence[Job]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
         """Run a step whose gradients are given back, and leave those that were there."""
-        parameters = {
-            self._names.first.get(fqn, fqn): p for stage in self._stages for fqn, p in stage.named_parameters()
-        }
+        parameters = dict(self._running.named(nn.Module.named_parameters))
         kept = [(parameter, parameter.grad) for parameter in parameters.values()]
         try:
-            self._gradients.zero()
-            self._gradients.begin()
+            self._running.gradients.zero()
+            self._running.gradients.begin()
             loss = engine.train(jobs)
-            self._gradients.finish(last=True)
+            self._running.gradients.finish(last=True)
             found = {fqn: p.grad.cpu() if p.grad is not None else None for fqn, p in parameters.items()}
         finally:
             for parameter, gradient in kept:
@@ -389,7 +361,7 @@ class Verifier:
 
     def _against_whole(
         self,
-        prepared: tuple[Prepared, Prepared],
+        prepared: tuple[Step, Step],
         tensors: Mapping[str, torch.Tensor],
         found: _Found,
         seed: int,
@@ -401,14 +373,14 @@ class Verifier:
         error: FxpipeError | None = None
         name = ""
         try:
-            if self._groups is None or self._groups.position == 0:
-                whole = WholeModel(self._variants.capture, tensors, self._device)
-                alone = on_one_stage(prepared[0]), on_one_stage(prepared[1])
+            if self._running.groups is None or self._running.groups.position == 0:
+                whole = WholeModel(self._variants.capture, tensors, self._running.device)
+                alone = prepared[0].on_one_stage(), prepared[1].on_one_stage()
                 for each in alone:
-                    install(each, [whole.stage])
+                    each.install([whole.stage])
                 reference = whole.run(alone[0], *self._jobs([whole.stage], alone, seed, step))
                 name = reference.name
-                last = len(self._placement) - 1
+                last = len(self._running.placement) - 1
                 differences = [
                     compare("loss", last, found.loss, reference.loss),
                     *compare_outputs(found.outputs, reference.outputs, last),
@@ -416,26 +388,28 @@ class Verifier:
                 wanted = whole.gradients()
                 largest = largest_entry(wanted.values())
                 for gradients in everywhere:
-                    differences += compare_gradients(gradients, wanted, self._stage_of_tensor, largest)
+                    differences += compare_gradients(gradients, wanted, self._running.stage_of_tensor, largest)
         except FxpipeError as raised:
             error = raised
-        agree(self._groups, error, "the reference")
+        agree(self._running.groups, error, "the reference")
         return differences, str(self._first_of_all(name))
 
     def _against_stages(
         self, jobs: Sequence[Job], output_jobs: Sequence[Job], found: _Found
     ) -> tuple[list[Difference], str]:
         """Compare on every rank what its own stages give by themselves."""
-        engine: LocalEngine | StepwiseEngine = LocalEngine(self._stages)
-        if self._groups is not None:
-            engine = StepwiseEngine(self._stages, self._placement, self._groups, self._device)
+        engine: LocalEngine | StepwiseEngine = LocalEngine(self._running.stages)
+        if self._running.groups is not None:
+            engine = StepwiseEngine(
+                self._running.stages, self._running.placement, self._running.groups, self._running.device
+            )
         loss, gradients = self._tried(engine, jobs)
         largest = max(self._of_all(largest_entry(gradients.values())))
-        last = len(self._placement) - 1
+        last = len(self._running.placement) - 1
         differences = [
             compare("loss", last, found.loss, loss),
             *compare_outputs(found.outputs, named_outputs(output_jobs, engine.infer(output_jobs)), last),
-            *compare_gradients(found.gradients, gradients, self._stage_of_tensor, largest),
+            *compare_gradients(found.gradients, gradients, self._running.stage_of_tensor, largest),
         ]
         return differences, "the stages run one by one"
 

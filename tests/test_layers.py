@@ -23,7 +23,6 @@ class Room:
 
 # Rooms with floors come floor by floor; a room's own row is for the files that stand in it directly.
 CAPTURE_BELOW = "errors ir program batch _torch"
-STREET_BELOW = "errors ir program batch"
 TABLE = {
     "__init__": Room(
         "errors ir planning.search planning.simulation pipeline compiler"
@@ -32,7 +31,7 @@ TABLE = {
     "_torch": Room("errors", "torch"),
     "ir": Room("errors", "networkx"),
     "program": Room("errors ir", "torch"),  # graphs and functions, alive: no value of ir
-    "batch": Room("errors ir _torch", "torch numpy"),
+    "batch": Room("errors ir program _torch", "torch numpy"),
     "planning.costs": Room("errors ir"),
     "planning.search": Room("errors", "networkx numpy"),
     "planning.simulation": Room("errors ir"),
@@ -47,12 +46,12 @@ TABLE = {
     "runtime.build": Room("errors ir program batch _torch runtime.ranks", "torch numpy"),
     "runtime.run": Room("errors ir program batch _torch runtime.ranks runtime.build", "torch"),
     # Modules that compose the rooms; each sees the ones above it here.
-    "variants": Room(f"{STREET_BELOW} capture", "torch"),
-    "jobs": Room(f"{STREET_BELOW} capture runtime variants", "torch"),
-    "verification": Room(f"{STREET_BELOW} capture runtime variants jobs", "torch"),
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
-    "pipeline": Room(f"{STREET_BELOW} planning report capture runtime variants jobs verification", "torch tqdm"),
-    "compiler": Room(f"{STREET_BELOW} planning report capture runtime variants profiling pipeline", "torch tqdm"),
+    "materialize": Room("errors ir capture runtime", "torch"),
+    "training": Room("errors ir program batch capture runtime materialize", "torch"),
+    "verification": Room("errors ir capture runtime materialize training", "torch"),
+    "pipeline": Room("errors ir planning report runtime materialize training verification", "torch"),
+    "compiler": Room("errors ir batch planning capture profiling materialize training pipeline", "torch"),
     "cli": Room("errors ir planning report capture compiler pipeline", "tqdm"),
     "__main__": Room("cli"),
 }

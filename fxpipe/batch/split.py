@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -102,45 +101,6 @@ def check_microbatches(microbatches: Sequence[Microbatch]) -> tuple[int, ...]:
         if size < 1:
             raise ScheduleError(f"microbatch {index} has no samples\n  leave it out of microbatches=[...]")
     return sizes
-
-
-def loss_weights(loss_weight: Callable[..., float], microbatches: Sequence[Microbatch]) -> tuple[float, ...]:
-    """Ask a user's ``loss_weight`` for the weight of each microbatch.
-
-    Args:
-        loss_weight: Called as ``loss_weight(*args, **kwargs)``, with ``target=`` where there is one.
-        microbatches: What it is called on, one at a time.
-
-    Returns:
-        One weight per microbatch, not yet normalised.
-
-    Raises:
-        ScheduleError: A weight is not a finite number of at least 0, or all are 0.
-
-    >>> batches = [((torch.zeros(rows, 2),), {}, None) for rows in (3, 1)]
-    >>> loss_weights(lambda x: float(len(x)), batches)
-    (3.0, 1.0)
-    """
-    weights = []
-    for index, (args, kwargs, target) in enumerate(microbatches):
-        given = loss_weight(*args, **kwargs) if target is None else loss_weight(*args, target=target, **kwargs)
-        try:
-            weight = float(given)
-        except (TypeError, ValueError) as error:
-            raise ScheduleError(
-                f"loss_weight gave {given!r} for microbatch {index}, which is no number\n"
-                f"  return a float: the weight of this microbatch's loss in the batch's"
-            ) from error
-        if not math.isfinite(weight) or weight < 0:
-            raise ScheduleError(
-                f"loss_weight gave {weight} for microbatch {index}\n  return a finite number of at least 0"
-            )
-        weights.append(weight)
-    if weights and sum(weights) == 0:
-        raise ScheduleError(
-            f"loss_weight gave 0 for all {len(weights)} microbatches\n  give at least one a positive weight"
-        )
-    return tuple(weights)
 
 
 def merge_outputs(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:

@@ -54,7 +54,7 @@ from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.record.counting import LayerCounter
 from fxpipe.ir.tree import tree_leaves
 from fxpipe.program import Program
-from fxpipe.variants import Variants
+from fxpipe.training import Variants
 
 SEED = 7
 CLOSE = 1e-12  # of a tensor's largest element, in float64

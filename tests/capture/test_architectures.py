@@ -14,7 +14,7 @@ from staged import Outcome, cut, differences, every_boundary, one_stage, run_mod
 from torch import nn
 
 from fxpipe.capture.capture import Capture
-from fxpipe.variants import Variants
+from fxpipe.training import Variants
 
 CLOSE = 1e-12  # of the tensor's largest element, in float64; bits where one stage runs what the model runs
 GRAINS = ("block", "op")

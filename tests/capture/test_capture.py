@@ -18,7 +18,7 @@ from torch import nn
 import fxpipe
 from fxpipe.capture.capture import Capture
 from fxpipe.errors import CaptureError
-from fxpipe.variants import Variants
+from fxpipe.training import Variants
 
 DECODERS = ("Llama", "Qwen3", "GPT-2")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxpipe
-import fxpipe.pipeline
+import fxpipe.materialize
 import fxpipe.verification
 from fxpipe.runtime.run.distributed import DistributedEngine
 
@@ -38,7 +38,7 @@ KEEP_ORDER = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS")  # of the microba
 def one_process() -> Iterator[None]:
     """Run as outside torchrun: every rank has all stages."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fxpipe.pipeline, "is_distributed", lambda: False)
+        patch.setattr(fxpipe.materialize, "is_distributed", lambda: False)
         yield
 
 

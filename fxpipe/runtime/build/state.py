@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxpipe.errors import WeightsError
+from fxpipe.errors import FxpipeError, WeightsError
 from fxpipe.program import BoundaryTensor
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.runtime.build.boundary import message_layout, pack, receive_buffers
+from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.build.stage import StageModule
 
@@ -129,6 +130,24 @@ def gather_tensors(
         if tensor is not None:
             gathered[first] = tensor
     return gathered
+
+
+def load_state(
+    names: StateNames, stages: Sequence[StageModule], groups: Groups | None, state: Mapping[str, Any]
+) -> None:
+    """Copy tensors in on every rank, or on none; see ``match_state``.
+
+    Raises:
+        WeightsError: On every rank alike; nothing was changed then.
+    """
+    matched: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    error: FxpipeError | None = None
+    try:
+        matched = match_state(names, stages, state)
+    except FxpipeError as found:
+        error = found
+    agree(groups, error, "the state dictionary")
+    write_state(matched)
 
 
 def match_state(

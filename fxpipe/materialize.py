@@ -1,0 +1,301 @@
+"""From a plan to running stages: groups, agreement on the plan, memory and values, an engine.
+
+Everything above this file is values; from here on there are effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fxpipe.capture.capture import Capture
+from fxpipe.capture.model.sequence import SpecSequential
+from fxpipe.errors import MaterializeError, ScheduleError
+from fxpipe.ir.canonical import import_path
+from fxpipe.ir.graph import LayerGraph
+from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
+from fxpipe.ir.profile import Profile
+from fxpipe.ir.spec import LayerSpec
+from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages
+from fxpipe.runtime.build.state import StateNames, state_names
+from fxpipe.runtime.build.values import initial_values
+from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.groups import Groups, make_groups, start_process_group, stop_process_group
+from fxpipe.runtime.ranks.place import default_device, is_distributed
+from fxpipe.runtime.run.distributed import DistributedEngine
+from fxpipe.runtime.run.gradients import Gradients
+from fxpipe.runtime.run.local import LocalEngine
+
+Init = Callable[[nn.Module], Any] | str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """The live objects behind a plan.
+
+    Attributes:
+        capture: The user's model.
+        loss_weight: The user's own weight of a microbatch.
+        mesh: The user's mesh; None: all ranks are one pipeline.
+        baselines: Cuts the same model as others would.
+        profile: The times the plan was made of, where they were measured.
+    """
+
+    capture: Capture
+    loss_weight: Callable[..., float] | None = None
+    mesh: DeviceMesh | None = None
+    baselines: Callable[[], Sequence[Baseline]] = tuple
+    profile: Profile | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Running:
+    """This rank's stages and what runs them: what ``materialize`` makes.
+
+    Attributes:
+        plan: What is run.
+        capture: The live model behind it.
+        stages: This rank's stages, in stage order.
+        engine: Runs microbatches through them.
+        gradients: Their gradients.
+        groups: The pipeline's groups; None where one process holds it all.
+        device: Where this rank's stages run.
+        names: The model's names of tensors.
+        stage_of_tensor: Stage of each parameter, by FQN; of a tied one, one of its stages.
+        unfilled: FQNs of tensors that were allocated and not given values yet.
+        started: Whether the process group is fxpipe's own.
+    """
+
+    plan: PipelinePlan
+    capture: Capture
+    stages: tuple[StageModule, ...]
+    engine: LocalEngine | DistributedEngine
+    gradients: Gradients
+    groups: Groups | None
+    device: torch.device
+    names: StateNames
+    stage_of_tensor: Mapping[str, int]
+    unfilled: set[str]
+    started: bool
+
+    @property
+    def placement(self) -> list[int]:
+        """Rank of each stage."""
+        return [stage.rank for stage in self.plan.stages]
+
+    def check_filled(self) -> None:
+        """Refuse to compute with memory that has no values.
+
+        Raises:
+            MaterializeError: Names the tensors.
+        """
+        if self.unfilled:
+            names = sorted(self.unfilled)
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise MaterializeError(
+                f"{len(names)} tensors were allocated (init='empty') and never filled: {shown}\n"
+                "  call pipe.load_state_dict with all of them first"
+            )
+
+    def check_ready(self) -> None:
+        """Refuse to train what would get wrong numbers.
+
+        Raises:
+            MaterializeError: A tensor has no values yet.
+            ScheduleError: A stage holds a module that the schedule would get wrong.
+        """
+        self.check_filled()
+        if self.groups is not None:
+            self.engine.check()
+
+    def named(self, method: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+        """Yield tensors of this rank, each once, under the first FQN of the model.
+
+        Args:
+            method: ``nn.Module.named_parameters`` or ``nn.Module.named_buffers``.
+        """
+        seen: set[int] = set()
+        for stage in self.stages:
+            for name, tensor in method(stage, remove_duplicate=False):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield self.names.first.get(name, name), tensor
+
+    def tied_modules(self) -> dict[str, nn.Module]:
+        """Give the tied modules of a hand-written sequence as this rank holds them."""
+        held = {fqn: part for stage in self.stages for fqn, part in stage.named_modules()}
+        return {key: held[fqn] for key, fqn in tied_names(self.capture).items() if fqn in held}
+
+    def close(self) -> None:
+        """End the groups, and the process group if it is fxpipe's own."""
+        if self.groups is not None:
+            self.groups.close()
+            if self.started:
+                stop_process_group()
+
+
+def materialize(
+    source: Source,
+    graph: LayerGraph,
+    plan: PipelinePlan,
+    *,
+    device: torch.device | str | int | None,
+    dtype: torch.dtype | None,
+    seed: int,
+    init: Init,
+) -> Running:
+    """Allocate and initialise this rank's stages; all of them outside torchrun.
+
+    Args:
+        source: The live objects behind the plan.
+        graph: The model's layers.
+        plan: What each rank runs.
+        device: As in ``Pipeline.materialize``; likewise the rest.
+        dtype: Floating-point dtype of parameters and buffers.
+        seed: Of initialisation.
+        init: What gives values to tensors without a real one.
+
+    Raises:
+        MaterializeError: A tensor has no source for its values.
+        PlanError: Another rank holds another plan.
+        ScheduleError: There are more or fewer processes than ranks.
+    """
+    capture = source.capture
+    where = default_device() if device is None else torch.device(device)
+    started = is_distributed() and start_process_group(where)
+    groups = _groups(source.mesh, plan, where) if is_distributed() else None
+    agree(groups, None, "the plan", plan.fingerprint)
+    if dtype is not None:
+        capture.cast(dtype)
+    layers = _layers_by_name(graph)
+    own = [stage for stage in plan.stages if groups is None or stage.rank == groups.position]
+    parts = [_parts(capture, plan, layers, stage) for stage in own]
+    stages, unfilled = _build(capture, parts, where, seed, init)
+    engine: LocalEngine | DistributedEngine
+    if groups is None:
+        engine = LocalEngine(stages)
+    else:
+        engine = DistributedEngine(stages, plan.num_stages, plan.schedule, groups, where)
+    gradients = Gradients(stages, plan.ties, [stage.rank for stage in plan.stages], groups)
+    return Running(
+        plan,
+        capture,
+        tuple(stages),
+        engine,
+        gradients,
+        groups,
+        where,
+        state_names(capture.skeleton.module, capture.skeleton.aliases),
+        _stage_of_tensor(plan, layers),
+        unfilled,
+        started,
+    )
+
+
+def tied_names(capture: Capture) -> dict[str, str]:
+    """Give, for a hand-written sequence, the FQN of the module first built for each key; empty for other models."""
+    model = capture.skeleton.module
+    if not isinstance(model, SpecSequential):
+        return {}
+    names = {id(part): fqn for fqn, part in model.named_modules()}
+    return {key: names[id(module)] for key, module in model.tied_modules.items()}
+
+
+def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device) -> Groups:
+    """Join the other ranks."""
+    pipelines = _pipelines(mesh)
+    size = len(pipelines[0])
+    if size != plan.num_ranks:
+        raise ScheduleError(
+            f"the plan is for {plan.num_ranks} ranks, but {size} processes were started\n"
+            f"  use torchrun --nproc-per-node {plan.num_ranks}, or compile with {_stages_for(plan, size)}"
+        )
+    placement = {stage.index: stage.rank for stage in plan.stages}
+    ties = [[placement[stage] for stage in tie.stages] for tie in plan.ties]
+    return make_groups(pipelines, ties, device)
+
+
+def _pipelines(mesh: DeviceMesh | None) -> list[list[int]]:
+    """Give the global ranks of every pipeline."""
+    if mesh is None:
+        return [list(range(dist.get_world_size()))]
+    names = mesh.mesh_dim_names or ()
+    if "pp" not in names:
+        raise ScheduleError(f"the mesh has the dimensions {names}\n  name one of them 'pp': the pipeline's")
+    rows = mesh.mesh.movedim(names.index("pp"), -1).reshape(-1, mesh.size(names.index("pp")))
+    return [[int(rank) for rank in row] for row in rows]
+
+
+def _stages_for(plan: PipelinePlan, ranks: int) -> str:
+    per_rank = plan.num_stages // plan.num_ranks
+    return f"stages={ranks * per_rank}" if per_rank == 1 else f"stages={ranks * per_rank}, ranks={ranks}"
+
+
+def _layers_by_name(graph: LayerGraph) -> dict[str, list[LayerSpec]]:
+    """Give the layers that a plan means by each name: one, or those of a block that lies whole in a stage."""
+    blocks = graph.blocks or ("",) * len(graph.specs)
+    found: dict[str, list[LayerSpec]] = {}
+    for layer, block, spec in zip(graph.layer_names, blocks, graph.specs, strict=True):
+        for name in dict.fromkeys((layer, block)):
+            found.setdefault(name, []).append(spec)
+    return found
+
+
+def _stage_of_tensor(plan: PipelinePlan, layers: Mapping[str, Sequence[LayerSpec]]) -> dict[str, int]:
+    return {
+        info.fqn: stage.index
+        for stage in plan.stages
+        for name in stage.layers
+        for spec in layers.get(name, ())
+        for info in spec.parameters
+    }
+
+
+def _parts(
+    capture: Capture, plan: PipelinePlan, layers: Mapping[str, Sequence[LayerSpec]], stage: StagePlan
+) -> StageParts:
+    """Sort what a stage holds into modules that are called and tensors that are read directly."""
+    closed, root = capture.closed_modules(plan.opened), capture.skeleton.module
+    modules: dict[str, None] = {}
+    attributes: dict[str, None] = {}
+    for name in (*stage.layers, *stage.duplicated):
+        for spec in layers.get(name, ()):
+            is_module = spec.fqn in closed and spec.type_path == import_path(type(root.get_submodule(spec.fqn)))
+            if is_module:
+                modules[spec.fqn] = None
+            inside = f"{spec.fqn}." if is_module else None  # what it is given besides is read directly
+            names = (info.fqn for info in (*spec.parameters, *spec.buffers))
+            attributes.update(dict.fromkeys(fqn for fqn in names if inside is None or not fqn.startswith(inside)))
+    return StageParts(stage.index, tuple(modules), tuple(attributes))
+
+
+def _build(
+    capture: Capture, parts: Sequence[StageParts], device: torch.device, seed: int, init: Init
+) -> tuple[list[StageModule], set[str]]:
+    skeleton = capture.skeleton
+    wanted: dict[str, None] = {}
+    for part in parts:
+        prefixes = tuple(f"{fqn}." for fqn in part.modules)
+        inside = (fqn for fqn in skeleton.aliases if fqn.startswith(prefixes))
+        wanted.update(dict.fromkeys(skeleton.aliases[fqn] for fqn in (*inside, *part.attributes)))
+    sequence = skeleton.module if isinstance(skeleton.module, SpecSequential) else None
+    values = initial_values(
+        skeleton.module,
+        list(wanted),
+        skeleton.originals,
+        aliases=skeleton.aliases,
+        blocks=capture.blocks,
+        init=init,
+        seed=seed,
+        device=device,
+        dtype=capture.dtype,
+        constructor_values=sequence.initial_values if sequence is not None else None,
+    )
+    stages = build_stages(skeleton.module, parts, values.tensors, skeleton.aliases, device)
+    return stages, set(values.unfilled)

@@ -1,0 +1,292 @@
+"""One step: a batch in, microbatches through the stages, a loss or an output out.
+
+A ``Step`` is a batch that was cut, weighed and found its variants, before anything is computed; its ``jobs`` are what
+engines take.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fxpipe.batch.inputs import Inputs
+from fxpipe.batch.order import Order
+from fxpipe.batch.split import Microbatch, batch_size_of, check_microbatches, merge_outputs, split_batch
+from fxpipe.batch.weights import loss_shares, loss_weights
+from fxpipe.capture.capture import Capture, Captured
+from fxpipe.capture.record.guards import answer_of
+from fxpipe.capture.record.recorder import Ambient
+from fxpipe.errors import CaptureError, FxpipeError, ScheduleError
+from fxpipe.materialize import Running
+from fxpipe.program import Program
+from fxpipe.runtime.build.randomness import microbatch_seed
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.run.work import Job
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variant:
+    """One recorded graph, cut by the plan.
+
+    Attributes:
+        key: Names it; the same on every rank.
+        program: The graph of each stage.
+        answers: What Python read from the inputs; another answer needs another variant.
+        read: Reads it again from named inputs; None if nothing was read.
+        alone: Gives the same graph as a program of one stage.
+    """
+
+    key: str
+    program: Program
+    answers: tuple[Any, ...]
+    read: Callable[[Mapping[str, Any]], Sequence[Any]] | None
+    alone: Callable[[], Program]
+
+    def fits(self, inputs: Inputs) -> bool:
+        """Tell whether a microbatch takes this graph."""
+        if self.read is None:
+            return True
+        try:
+            return tuple(answer_of(value) for value in self.read(inputs.tensors)) == self.answers
+        except (RuntimeError, IndexError, ValueError, TypeError):  # a shape that this path never has
+            return False
+
+
+class Variants:
+    """Finds the variant a microbatch takes, and captures it where there is none yet.
+
+    Args:
+        capture: The live model.
+        stage_of_layer: The plan's stage of each layer, by name.
+        num_stages: Number of stages.
+        opened: Blocks that a cut crosses.
+    """
+
+    def __init__(
+        self, capture: Capture, stage_of_layer: Mapping[str, int], num_stages: int, opened: Sequence[str]
+    ) -> None:
+        self.capture = capture
+        self._stage_of_layer = dict(stage_of_layer)
+        self._num_stages = num_stages
+        self._opened = tuple(opened)
+        self._known: dict[Any, list[Variant]] = {}
+        self._mode = ""
+
+    def add(self, captured: Captured, *, with_loss: bool) -> None:
+        """Remember what ``compile`` captured already."""
+        spec = self._spec(captured.inputs, with_loss)
+        self._known.setdefault(spec, []).append(self._variant(captured, spec))
+
+    def mode_changed(self) -> None:
+        """Look at the modules' training flags again."""
+        flags = bytes(part.training for part in self.capture.skeleton.module.modules())
+        self._mode = hashlib.sha256(flags).hexdigest()[:16]
+
+    def find(self, inputs: Inputs, *, with_loss: bool) -> Variant:
+        """Give the variant of a microbatch.
+
+        Args:
+            inputs: The microbatch.
+            with_loss: Whether a loss is computed (training) or the model's output.
+
+        Raises:
+            CaptureError: The model does something else than when it was compiled, so that its plan does not fit.
+        """
+        spec = self._spec(inputs, with_loss)
+        for variant in self._known.get(spec, ()):
+            if variant.fits(inputs):
+                return variant
+        captured = self.capture.capture(inputs, opened=self._opened, with_loss=with_loss, grad_enabled=with_loss)
+        if with_loss and not captured.structure.is_loss:
+            raise CaptureError(
+                f"{self.capture.name} returned no loss for this batch\n"
+                "  pass labels (or whatever makes the model return one), or compile with loss_fn="
+            )
+        variant = self._variant(captured, spec)
+        self._known.setdefault(spec, []).append(variant)
+        return variant
+
+    def _spec(self, inputs: Inputs, with_loss: bool) -> Any:
+        if not self._mode:
+            self.mode_changed()
+        return inputs.signature, with_loss, self._mode, Ambient.now().autocast, self.capture.dtype
+
+    def _variant(self, captured: Captured, spec: Any) -> Variant:
+        read, guards = captured.guards()
+        answers = tuple(guard.answer for guard in guards)
+        key = hashlib.sha256(repr((spec, answers)).encode()).hexdigest()[:16]
+        program = captured.program(self._stage_of_layer, self._num_stages)
+        return Variant(key, program, answers, read, lambda: captured.program({}, 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """A batch, cut and understood, before anything is computed.
+
+    Attributes:
+        inputs: The microbatches.
+        variants: The graph each takes.
+        sizes: Samples of each.
+        shares: Weight of each loss term of each microbatch.
+    """
+
+    inputs: tuple[Inputs, ...]
+    variants: tuple[Variant, ...]
+    sizes: tuple[int, ...]
+    shares: tuple[tuple[float, ...], ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What all ranks must agree on."""
+        return tuple(variant.key for variant in self.variants)
+
+    def with_outputs(self, variants: Variants) -> Step:
+        """Give the same microbatches for the model's outputs instead of a loss."""
+        with torch.no_grad():
+            found = tuple(variants.find(each, with_loss=False) for each in self.inputs)
+        return replace(self, variants=found, shares=((),) * len(found))
+
+    def on_one_stage(self) -> Step:
+        """Give the same microbatches for the whole model on one stage."""
+        variants = (replace(each, key=f"{each.key} whole", program=each.alone()) for each in self.variants)
+        return replace(self, variants=tuple(variants))
+
+    def install(self, stages: Sequence[StageModule]) -> None:
+        """Make stages ready for the microbatches' variants.
+
+        Raises:
+            PlanError: A variant reads something that its stage does not hold.
+        """
+        for variant in self.variants:
+            for stage in stages:
+                stage.add_program(variant.key, variant.program)
+
+    def jobs(self, stages: Sequence[StageModule], device: torch.device, *, seed: int, step: int) -> list[Job]:
+        """Give each microbatch the form that engines take, its inputs on the stages' device.
+
+        Args:
+            stages: This rank's stages, the variants installed.
+            device: Where the stages run.
+            seed: Seed of the random numbers.
+            step: Which step it is.
+        """
+        jobs = []
+        for index, (inputs, variant, shares) in enumerate(zip(self.inputs, self.variants, self.shares, strict=True)):
+            names: dict[str, None] = {}
+            for stage in stages:
+                names.update(dict.fromkeys(variant.program.stages[stage.stage_index].inputs))
+            tensors = {name: inputs.tensors[name].to(device, non_blocking=True) for name in names}
+            jobs.append(Job(variant.key, variant.program, tensors, shares, microbatch_seed(seed, step, index)))
+        return jobs
+
+
+class Trainer:
+    """Runs the batches of a pipeline: the same call on every rank, agreed before anything is exchanged.
+
+    Args:
+        variants: The model's graphs on the plan.
+        loss_weight: The user's own weight of a microbatch.
+        seed: Of the random numbers; ``materialize`` may set another.
+    """
+
+    def __init__(self, variants: Variants, loss_weight: Callable[..., float] | None, seed: int) -> None:
+        self.variants = variants
+        self.seed = seed
+        self.num_steps = 0
+        self._loss_weight = loss_weight
+
+    def step(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None, *, last: bool) -> torch.Tensor:
+        """Run forward and backward of one batch; see ``Pipeline.step``."""
+        step = self.prepare(running, batch, ready)
+        jobs = step.jobs(running.stages, running.device, seed=self.seed, step=self.num_steps)
+        running.gradients.begin()
+        loss = running.engine.train(jobs)
+        running.gradients.finish(last=last)
+        self.num_steps += 1
+        return loss
+
+    def infer(self, running: Running, batch: Microbatch, num_microbatches: int, *, gather: bool) -> Any:
+        """Run the model forward; see ``Pipeline.infer``."""
+        step = self._agreed(running, lambda: self._for_inference(running, batch, num_microbatches), with_sizes=False)
+        jobs = step.jobs(running.stages, running.device, seed=self.seed, step=self.num_steps)
+        flat = running.engine.infer(jobs, gather=gather)
+        if flat is None:
+            return None
+        outputs = [job.program.rebuild(tensors) for job, tensors in zip(jobs, flat, strict=True)]
+        return merge_outputs(outputs, step.sizes)
+
+    def prepare(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> Step:
+        """Check a batch, cut it and find its variants; every rank goes on, or all raise the same error."""
+        return self._agreed(running, lambda: self._for_training(running, batch, ready), with_sizes=True)
+
+    def _agreed(self, running: Running, make: Callable[[], Step], *, with_sizes: bool) -> Step:
+        step: Step | None = None
+        error: FxpipeError | None = None
+        try:
+            step = make()
+            step.install(running.stages)
+        except FxpipeError as found:
+            error = found
+        agree(running.groups, error, "the batch", *((step.keys, step.sizes if with_sizes else ()) if step else ()))
+        assert step is not None
+        return step
+
+    def _for_training(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> Step:
+        """Cut a batch into microbatches and weigh them.
+
+        Raises:
+            MaterializeError: A tensor has no values yet.
+            ScheduleError: The batch cannot be cut for the schedule, or a module cannot be run by it.
+            CaptureError: The model does something new that cannot be recorded.
+        """
+        running.check_ready()
+        self._check_batch(batch, ready)
+        plan = running.plan
+        order = Order(plan.schedule, plan.num_stages, plan.num_ranks, plan.num_microbatches, plan.microbatch_size)
+        parts = order.split(batch, ready)
+        sizes = check_microbatches(parts)
+        inputs = tuple(self.variants.capture.inputs(*part) for part in parts)
+        found = tuple(self.variants.find(each, with_loss=True) for each in inputs)
+        terms = [variant.program.loss_terms for variant in found]
+        if self._loss_weight is None:
+            return Step(inputs, found, sizes, loss_shares(terms, [each.tensors for each in inputs], sizes))
+        weights = loss_weights(self._loss_weight, parts)
+        total = sum(weights)
+        shares = tuple((weight / total,) * len(each) for weight, each in zip(weights, terms, strict=True))
+        return Step(inputs, found, sizes, shares)
+
+    def _check_batch(self, batch: Microbatch, ready: Sequence[Any] | None) -> None:
+        args, kwargs, target = batch
+        has_loss_fn = self.variants.capture.loss_fn is not None
+        if ready is not None:
+            if args or kwargs or target is not None:
+                raise ScheduleError(
+                    "step got a batch and microbatches=[...]\n  pass one of them, targets within the microbatches"
+                )
+            return
+        if has_loss_fn and target is None:
+            raise ScheduleError("step got no target for loss_fn\n  pass it by name: pipe.step(inputs, target=targets)")
+        if not has_loss_fn and target is not None:
+            raise ScheduleError(
+                "step got a target, but the pipeline was compiled without loss_fn\n"
+                "  compile with loss_fn=, or pass the model's own argument (labels=)"
+            )
+
+    def _for_inference(self, running: Running, batch: Microbatch, num_microbatches: int) -> Step:
+        """Cut a batch for a forward alone; every output is the model's own where it is one microbatch."""
+        running.check_filled()
+        size = batch_size_of(*batch)
+        if not 1 <= num_microbatches <= size:
+            raise ScheduleError(
+                f"infer cannot cut a batch of {size} into {num_microbatches} microbatches\n  use 1 to {size}"
+            )
+        parts = split_batch(*batch, num_microbatches=num_microbatches, batch_size=size)
+        inputs = tuple(self.variants.capture.inputs(*part) for part in parts)
+        with torch.no_grad():
+            found = tuple(self.variants.find(each, with_loss=False) for each in inputs)
+        return Step(inputs, found, check_microbatches(parts), ((),) * len(parts))
