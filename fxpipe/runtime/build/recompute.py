@@ -47,9 +47,7 @@ def recompute(
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), moving
 
-    result = checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts, **kwargs
-    )
+    result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts, **kwargs)
     moving.observed()
     return result
 

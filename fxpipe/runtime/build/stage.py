@@ -14,8 +14,8 @@ from torch import nn
 
 from fxpipe._torch import FakeTensor, compiled_in_place
 from fxpipe.errors import MaterializeError, PlanError
-from fxpipe.program import Program
 from fxpipe.ir.tree import map_tree
+from fxpipe.program import Program
 from fxpipe.runtime.build.boundary import join
 from fxpipe.runtime.build.lower import Lowered, lower
 from fxpipe.runtime.build.randomness import DrawRules, Randomness

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from fxpipe.errors import FxpipeError, WeightsError
-from fxpipe.program import BoundaryTensor
 from fxpipe.ir.tensor import TensorMeta
+from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import message_layout, pack, receive_buffers
+from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
-from fxpipe.runtime.build.stage import StageModule
 
 
 @dataclass(frozen=True, slots=True)
