@@ -12,9 +12,9 @@ from torch import nn
 
 from fxpipe.batch.example import example_batch, split_example
 from fxpipe.batch.split import Microbatch
+from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.model.sequence import build_sequence
-from fxpipe.capture.record.counting import LayerCounter
 from fxpipe.errors import PartitionError, PlanError, ScheduleError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fxpipe.capture.capture import Captured
-from fxpipe.capture.cut.alone import Activation, LayerAlone, Weight, layers_alone
+from fxpipe.capture.cut.single_layers import Activation, LayerAlone, Weight, layers_alone
 from fxpipe.ir.cost import LayerCost, LayerCounts
 from fxpipe.ir.profile import Profile
 from fxpipe.runtime.ranks.groups import start_process_group

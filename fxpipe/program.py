@@ -3,13 +3,7 @@
 A ``Program`` is one *variant* of a model (one training mode, one set of input shapes, one set of guard answers) cut
 by one plan. Microbatches of one step may use different variants; all follow the same plan.
 
-The nodes of a ``StageProgram.graph`` carry in ``node.meta``:
-
-- ``"layer"``: name of the layer the node belongs to;
-- ``"context"``: the ``CallContext`` of the call, absent where it is the surrounding one;
-- ``"draw"``: the ``Draw`` of a function that draws random numbers, absent where it does not;
-- ``"scope"``: for a module call, the ``DrawScope`` of the draws inside it, absent where there are none;
-- ``"checkpoint"``: number of the activation-checkpointing region the call was made in, absent outside of one.
+Each node of a ``StageProgram.graph`` carries a ``RunInfo``; see ``run_info``.
 """
 
 from __future__ import annotations
@@ -90,6 +84,45 @@ class DrawScope:
     block: str
     block_call: int
     first_calls: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What running must know of one node of a stage's graph. Capture's cut writes it, the runtime's lowering reads it.
+
+    Attributes:
+        layer: Name of the layer the node belongs to; empty for what belongs to none.
+        context: What surrounds the call, None where it is what surrounds the forward.
+        draw: The draw that a function makes, None where it makes none.
+        scope: For a module call: where the draws inside it stand, None where there are none.
+        checkpoint: Number of the activation-checkpointing region the call was made in, None outside of one.
+    """
+
+    layer: str = ""
+    context: CallContext | None = None
+    draw: Draw | None = None
+    scope: DrawScope | None = None
+    checkpoint: int | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether the call draws random numbers."""
+        return self.draw is not None or self.scope is not None
+
+
+_NOTHING = RunInfo()
+_KEY = "fxpipe"
+
+
+def run_info(node: fx.Node) -> RunInfo:
+    """Give what is known of a node of a stage's graph; an empty value where nothing was set."""
+    found: RunInfo = node.meta.get(_KEY, _NOTHING)
+    return found
+
+
+def set_run_info(node: fx.Node, info: RunInfo) -> None:
+    """Say what running must know of a node; nothing else of its ``meta`` is read."""
+    node.meta[_KEY] = info
 
 
 @dataclass(frozen=True, slots=True)

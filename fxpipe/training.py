@@ -17,9 +17,9 @@ from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.order import Order
 from fxpipe.batch.split import Microbatch, batch_size_of, check_microbatches, merge_outputs, split_batch
 from fxpipe.batch.weights import loss_shares, loss_weights
+from fxpipe.capture.calls.ambient import Ambient
+from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
-from fxpipe.capture.record.guards import answer_of
-from fxpipe.capture.record.recorder import Ambient
 from fxpipe.errors import CaptureError, FxpipeError, ScheduleError
 from fxpipe.materialize import Running
 from fxpipe.program import Program

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fxpipe.capture.capture import Capture
-from fxpipe.capture.record.observe import find_loss
+from fxpipe.capture.record.outcome import find_loss
 from fxpipe.errors import FxpipeError, MismatchError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tree import map_tree

@@ -13,20 +13,21 @@ import torch
 from torch import fx, nn
 
 from fxpipe.batch.inputs import Inputs, name_inputs, parameter_names
-from fxpipe.capture.cut.slices import make_program
+from fxpipe.capture.calls.blocked import Blocked
+from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.cut.stage_graphs import make_program
 from fxpipe.capture.graph.layers import layer_of, make_layer_graph
 from fxpipe.capture.graph.loss import Term, describe_terms, find_terms, loss_terms
 from fxpipe.capture.graph.reading import reader_of
-from fxpipe.capture.graph.structure import Structure, make_structure, spelled
+from fxpipe.capture.graph.structure import Structure, computation_of, make_structure
 from fxpipe.capture.graph.trace import trace_layers
-from fxpipe.capture.model.blocks import Leaves, choose_leaves, find_blocks
+from fxpipe.capture.model.blocks import Leaves, block_fqns, choose_leaves
 from fxpipe.capture.model.preserve import Change
 from fxpipe.capture.model.skeleton import Skeleton, make_skeleton
 from fxpipe.capture.progress import shown_progress
-from fxpipe.capture.record.counting import LayerCounter
-from fxpipe.capture.record.guards import Guard
+from fxpipe.capture.record.forward import Guard
+from fxpipe.capture.record.node import info, made_by
 from fxpipe.capture.record.observe import Observation, observe
-from fxpipe.capture.record.recorder import Blocked
 from fxpipe.errors import CaptureError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.program import Program
@@ -131,7 +132,7 @@ class Capture:
     @property
     def blocks(self) -> tuple[str, ...]:
         """FQNs of the model's blocks."""
-        return find_blocks(self.skeleton.module)
+        return block_fqns(self.skeleton.module)
 
     @property
     def closed(self) -> Mapping[str, str]:
@@ -279,7 +280,7 @@ class Capture:
             again = self._observe(observation.leaves, inputs, with_loss, grad_enabled, None, observation.left)
         except (Blocked, CaptureError):
             raise reads from None
-        if spelled(observation, with_loss) != spelled(again, with_loss):
+        if computation_of(observation, with_loss) != computation_of(again, with_loss):
             raise reads
 
     def _change(self, leaves: Leaves, blocked: Blocked, inputs: Inputs) -> None:
@@ -344,8 +345,7 @@ class Capture:
     def _closed_criterion(self, structure: Structure) -> str | None:
         """Give the module that computes the loss as a whole, if what it does must be seen and it can be opened."""
         (node,) = structure.results
-        while node.op == "call_function" and "part_of" in node.meta:
-            node = node.meta["part_of"]
+        node = made_by(node)
         if node.op != "call_module" or str(node.target) in self._closed:
             return None
         module = self.skeleton.module.get_submodule(str(node.target))
@@ -361,7 +361,7 @@ class Capture:
         except (Blocked, CaptureError):
             return False
         same = [found for found in other.recorder.graph.nodes if found.name == node.name]
-        return bool(same) and layer_of(same[0]) == layer_of(node) and same[0].meta["tensor"] != node.meta["tensor"]
+        return bool(same) and layer_of(same[0]) == layer_of(node) and info(same[0]).tensor != info(node).tensor
 
     def _finished(
         self, inputs: Inputs, observation: Observation, structure: Structure, terms: tuple[Term, ...]
@@ -374,7 +374,7 @@ class Capture:
             kinds.setdefault(type(self.skeleton.module.get_submodule(fqn)).__name__, f"{fqn}: {reason}")
         notes += [f"{kind} is never opened ({_relative(why)})" for kind, why in kinds.items()]
         notes += [_relative(note) for note in self._notes_on_opened()]
-        forms = Counter(form for node in structure.nodes for form in node.meta.get("attention", ()))
+        forms = Counter(form for node in structure.nodes for form in info(node).attention)
         counted = [f"{form} ({_ATTENTION[form]}, {forms[form]} times)" for form in _ATTENTION if forms[form]]
         notes += [f"attention: {', '.join(counted)}"] if counted else []
         for guard in observation.guards:

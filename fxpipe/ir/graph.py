@@ -106,7 +106,7 @@ class LayerGraph:
     @property
     def layer_names(self) -> tuple[str, ...]:
         """Give each layer's name: its FQN, with ``@1``, ``@2`` … for later calls of one module."""
-        return tuple(f"{spec.fqn}@{spec.call}" if spec.call else spec.fqn for spec in self.specs)
+        return tuple(spec.layer_name for spec in self.specs)
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:

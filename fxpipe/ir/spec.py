@@ -55,6 +55,15 @@ class TensorInfo:
     persistent: bool = True
 
 
+def layer_name(fqn: str, call: int) -> str:
+    """Give the name of a layer as plans have it.
+
+    >>> layer_name("h.0", 0), layer_name("h.0", 2)
+    ('h.0', 'h.0@2')
+    """
+    return f"{fqn}@{call}" if call else fqn
+
+
 class LayerSpec:
     """A layer that is not built yet: a module class and its arguments, or a layer found in a captured model.
 
@@ -184,7 +193,7 @@ class LayerSpec:
     @property
     def layer_name(self) -> str:
         """Name of the layer in a graph: the FQN, with ``@1``, ``@2`` … for later calls of the same module."""
-        return f"{self.fqn}@{self.call}" if self.call else self.fqn
+        return layer_name(self.fqn, self.call)
 
     @property
     def type_path(self) -> str:

@@ -50,8 +50,8 @@ from tabulate import tabulate
 from torch import fx, nn
 from torch.distributed.pipelining import SplitPoint, pipeline
 
+from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture, Captured
-from fxpipe.capture.record.counting import LayerCounter
 from fxpipe.ir.tree import tree_leaves
 from fxpipe.program import Program
 from fxpipe.training import Variants

@@ -198,8 +198,8 @@ def models() -> dict[str, Callable[[], LayerGraph]]:
 
 def captured(model: object, args: Sequence[object], kwargs: dict[str, object]) -> LayerGraph:
     """Capture a model at op grain."""
+    from fxpipe.capture.calls.counting import LayerCounter
     from fxpipe.capture.capture import Capture
-    from fxpipe.capture.record.counting import LayerCounter
 
     capture = Capture(model)
     counter = LayerCounter(capture.skeleton, fused_attention=True)

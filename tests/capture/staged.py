@@ -22,7 +22,7 @@ from wide import in_float64, wide_inputs, wide_model, widened
 
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.tree import tree_leaves
-from fxpipe.program import CallContext, Program, StageProgram
+from fxpipe.program import CallContext, Program, StageProgram, run_info
 
 
 @dataclasses.dataclass
@@ -137,7 +137,7 @@ class _Stage:
         if node.op == "get_attr":
             return self.constants[node.target] if node.target in self.constants else self.attributes[node.target]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda used: values[used])
-        with surrounded(node.meta.get("context")):
+        with surrounded(run_info(node).context):
             if node.op == "call_module":
                 return self.modules[node.target](*args, **kwargs)
             if node.op == "call_method":

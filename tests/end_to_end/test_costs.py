@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 import fxpipe
 from fxpipe import profiling
+from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture
-from fxpipe.capture.record.counting import LayerCounter
 from fxpipe.ir.graph import LayerGraph
 
 aten = torch.ops.aten

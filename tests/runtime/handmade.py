@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxpipe.ir.tensor import TensorMeta
-from fxpipe.program import BoundaryTensor, LossTerm, Program, StageProgram
+from fxpipe.program import BoundaryTensor, LossTerm, Program, RunInfo, StageProgram, run_info, set_run_info
 from fxpipe.runtime.build.stage import StageParts, build_stages
 from fxpipe.runtime.run.work import Job
 
@@ -34,7 +34,7 @@ class Draft:
 
     def _added(self, node: fx.Node, value: Any, stage: int | None = None, **meta: Any) -> fx.Node:
         self.values[node] = value
-        node.meta.update(meta)
+        set_run_info(node, RunInfo(**meta))
         if stage is not None:
             node.meta["stage"] = stage
         return node
@@ -107,7 +107,7 @@ class Draft:
             modules=tuple(dict.fromkeys(str(node.target) for node in own if node.op == "call_module")),
             attributes=tuple(name for name in attributes if name not in self.constants),
             constants=tuple(name for name in attributes if name in self.constants),
-            draws=any("draw" in node.meta or "scope" in node.meta for node in own),
+            draws=any(run_info(node).draws for node in own),
         )
 
     def _boundary(self, node: fx.Node) -> BoundaryTensor:

@@ -1,6 +1,7 @@
 """Random numbers depend on the call that draws them, not on where and how it runs."""
 
 import copy
+import dataclasses
 import itertools
 
 import handmade
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxpipe.program import Draw, DrawScope
+from fxpipe.program import Draw, DrawScope, run_info, set_run_info
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.work import Job
@@ -90,7 +91,7 @@ def block_as_nodes(made, stage, fqn, x, *, whole_attention, region):
     y = made.module(stage, f"{fqn}.drop", y, scope=DrawScope(fqn, 0, ((f"{fqn}.drop", 1),)))
     if region is not None:
         for node in list(made.graph.nodes)[start:]:
-            node.meta["checkpoint"] = region
+            set_run_info(node, dataclasses.replace(run_info(node), checkpoint=region))
     return made.call(stage, torch.add, x, y)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from fxpipe._torch import FakeTensorMode
-from fxpipe.capture.model.blocks import find_blocks
+from fxpipe.capture.model.blocks import block_fqns
 from fxpipe.capture.model.sequence import SpecSequential
 from fxpipe.capture.model.skeleton import make_skeleton
 from fxpipe.errors import MaterializeError
@@ -36,7 +36,7 @@ def materialized(model, fqns=None, *, init=None, seed=0, device="cpu", dtype=Non
         list(skeleton.infos) if fqns is None else fqns,
         skeleton.originals,
         aliases=skeleton.aliases,
-        blocks=find_blocks(model) if blocks is None else blocks,
+        blocks=block_fqns(model) if blocks is None else blocks,
         init=init,
         seed=seed,
         device=device,
@@ -857,7 +857,7 @@ def test_neither_the_skeleton_nor_the_model_changes():
         gpt_init(module)
         module.mark = True
 
-    blocks = find_blocks(model)
+    blocks = block_fqns(model)
     more = {"aliases": skeleton.aliases, "blocks": blocks, "init": init, "seed": 0, "device": "cpu"}
     initial_values(skeleton.module, list(skeleton.infos), skeleton.originals, **more)
     own = {*model.modules(), *skeleton.module.modules()}
@@ -1019,7 +1019,7 @@ def test_peak_memory_is_that_of_the_tensors_and_one_block():
     code = """
         import re, torch
         from torch import nn
-        from fxpipe.capture.model.blocks import find_blocks
+        from fxpipe.capture.model.blocks import block_fqns
         from fxpipe.capture.model.skeleton import make_skeleton
         from fxpipe.runtime.build.values import initial_values
 
@@ -1035,7 +1035,7 @@ def test_peak_memory_is_that_of_the_tensors_and_one_block():
         def run(model, fqns):
             skeleton = make_skeleton(model)
             before = used()
-            more = dict(aliases=skeleton.aliases, blocks=find_blocks(model), init=init, seed=0, device="cpu")
+            more = dict(aliases=skeleton.aliases, blocks=block_fqns(model), init=init, seed=0, device="cpu")
             values = initial_values(skeleton.module, fqns, skeleton.originals, **more)
             return (used() - before) / MIB, sum(t.nbytes for t in values.tensors.values()) / MIB
         with torch.device("meta"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from networkx.utils import UnionFind
 from torch import fx
 
-from fxpipe.capture.graph.layers import Key, Layers, find_layers, layer_name
+from fxpipe.capture.graph.layers import Key, Layers, find_layers
 from fxpipe.capture.graph.structure import Structure
-from fxpipe.capture.record.recorder import CONSTANT
+from fxpipe.capture.record.node import info, is_own, sources
 from fxpipe.errors import CaptureError
+from fxpipe.ir.spec import layer_name
 
 
 def place_layers(structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int) -> dict[Key, int]:
@@ -34,25 +36,18 @@ class _Placement:
     def __init__(self, structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int) -> None:
         self.layers: Layers = find_layers(structure)
         self.structure = structure
-        self.planned = [_planned(layer_name(key), stage_of_layer) for key in self.layers.keys]
+        self.planned = [_planned(layer_name(*key), stage_of_layer) for key in self.layers.keys]
         self.last = num_stages - 1
         self.unit = self._units()
         self.edges = self._edges()
 
     def _units(self) -> list[int]:
         """Give a common number to layers that must share a stage."""
-        unit = list(range(len(self.layers.keys)))
-
-        def root(index: int) -> int:
-            while unit[index] != index:
-                index = unit[index] = unit[unit[index]]
-            return index
-
+        together = UnionFind(range(len(self.layers.keys)))
         for group in self.structure.groups:
-            first, *rest = (self.layers.index_of[node] for node in group)
-            for index in rest:
-                unit[root(index)] = root(first)
-        return [root(index) for index in range(len(unit))]
+            together.union(*(self.layers.index_of[node] for node in group))
+        first = {index: min(unit) for unit in together.to_sets() for index in unit}
+        return [first[index] for index in range(len(first))]
 
     def _edges(self) -> list[tuple[int, int]]:
         """List the pairs of layers whose stages are ordered, by the order of their readers."""
@@ -62,7 +57,7 @@ class _Placement:
                 (index_of[source], index)
                 for node, index in index_of.items()
                 if node not in derived
-                for source in (*node.all_input_nodes, *node.meta.get("after", ()), *node.meta.get("before", ()))
+                for source in (*sources(node), *info(node).before)
                 if source in index_of and source not in derived and index_of[source] != index
             )
         )
@@ -119,7 +114,7 @@ class _Placement:
         return low, high
 
     def _refuse(self, index: int, stage: int, cause: int, late: int) -> None:
-        name, other = (layer_name(self.layers.keys[i]) for i in (index, cause))
+        name, other = (layer_name(*self.layers.keys[i]) for i in (index, cause))
         raise CaptureError(
             f"the model no longer follows its plan: {name} of stage {stage} reads what {other} of stage {late} makes\n"
             "  compile again with an example input that takes this path"
@@ -130,11 +125,7 @@ def _holds_tensors(node: fx.Node) -> bool:
     """Whether a call needs tensors of the model, which lie on one stage."""
     if node.op == "call_module":
         return True
-    return any(source.op == "get_attr" and not _is_constant(source) for source in node.all_input_nodes)
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return str(node.target).startswith(CONSTANT)
+    return any(map(is_own, node.all_input_nodes))
 
 
 def _planned(name: str, stage_of_layer: Mapping[str, int]) -> int | None:
@@ -142,11 +133,10 @@ def _planned(name: str, stage_of_layer: Mapping[str, int]) -> int | None:
     if name in stage_of_layer:
         return stage_of_layer[name]
     fqn, _, call = name.partition("@")
-    suffix = f"@{call}" if call else ""
     parts = fqn.split(".")
     for length in range(len(parts) - 1, 0, -1):
         around = ".".join(parts[:length])
-        for candidate in (f"{around}{suffix}", around):
+        for candidate in (layer_name(around, int(call or 0)), around):
             if candidate in stage_of_layer:
                 return stage_of_layer[candidate]
     inside = {stage for other, stage in stage_of_layer.items() if other.startswith(f"{fqn}.")}

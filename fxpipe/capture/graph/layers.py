@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.model.skeleton import Skeleton, named_tensors
-from fxpipe.capture.record.recorder import CONSTANT, Storage, is_activation
+from fxpipe.capture.record.node import info, is_activation, is_own, sources
+from fxpipe.capture.record.recorder import Storage, find_storage
 from fxpipe.ir.canonical import import_path
 from fxpipe.ir.cost import LayerCounts
 from fxpipe.ir.graph import LayerGraph, SavedTensor, Tie, Value
@@ -20,17 +21,8 @@ Key = tuple[str, int]
 
 def layer_of(node: fx.Node) -> Key | None:
     """Give name and call number of the layer that a node belongs to; None for inputs, attributes and guards."""
-    layer = node.meta.get("layer", "")
-    return (layer, node.meta.get("call", 0)) if layer else None
-
-
-def layer_name(key: Key) -> str:
-    """Give the name of a layer as plans have it.
-
-    >>> layer_name(("h.0", 0)), layer_name(("h.0", 2))
-    ('h.0', 'h.0@2')
-    """
-    return f"{key[0]}@{key[1]}" if key[1] else key[0]
+    known = info(node)
+    return (known.layer, known.call) if known.layer else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +70,7 @@ def make_layer_graph(
         skeleton: The copy of the model.
         structure: What its forward did, as far as it is needed.
         closed: FQNs of the modules recorded as one call.
-        storages: The memory that the values of nodes lie in, by ``meta["storage"]``.
+        storages: The memory that the values of nodes lie in, by ``NodeInfo.storage``.
         inputs: Description of each input of one microbatch.
         batch_size: Samples per microbatch.
         notes: What the report should say.
@@ -89,7 +81,7 @@ def make_layer_graph(
     layers = find_layers(structure)
     uses = [_tensors_used(skeleton, nodes) for nodes in layers.nodes]
     mains = [_main(nodes) for nodes in layers.nodes]
-    taken = {name for key, node in zip(layers.keys, mains, strict=True) for name in (key[0], _block(node))}
+    taken = {name for key, node in zip(layers.keys, mains, strict=True) for name in (key[0], info(node).block)}
     unused = _unused(skeleton, uses, closed, taken)
     ties = _ties(skeleton, [*uses, *unused.values()])
     tie_of = {fqn: tie.key for tie in ties if len(tie.fqns) > 1 or len(tie.layers) > 1 for fqn in tie.fqns}
@@ -108,7 +100,7 @@ def make_layer_graph(
         free_edges=free_edges,
         recomputed=tuple(sorted(derived)),
         groups=tuple(group for group in groups if len(group) > 1),
-        blocks=tuple(map(_block, mains)) + ("",) * len(unused),
+        blocks=tuple(info(node).block for node in mains) + ("",) * len(unused),
         ties=tuple(tie for tie in ties if tie.key in tie_of),
         counts=tuple(_counts(nodes) for nodes in layers.nodes) + (LayerCounts(),) * len(unused),
         saved=_saved(storages, layers),
@@ -120,16 +112,11 @@ def make_layer_graph(
 
 def _main(nodes: Sequence[fx.Node]) -> fx.Node:
     """Give the call that a layer is named after: what puts its arguments together comes before it."""
-    return next((node for node in nodes if not node.meta.get("container")), nodes[0])
-
-
-def _block(node: fx.Node) -> str:
-    return str(node.meta.get("block", ""))
+    return next((node for node in nodes if not info(node).container), nodes[0])
 
 
 def _counts(nodes: Sequence[fx.Node]) -> LayerCounts:
-    found: LayerCounts | None = next((node.meta["counts"] for node in nodes if "counts" in node.meta), None)
-    return found if found is not None else LayerCounts()
+    return next((counts for node in nodes if (counts := info(node).counts) is not None), LayerCounts())
 
 
 def _saved(storages: Mapping[int, Storage], layers: Layers) -> tuple[SavedTensor, ...]:
@@ -137,18 +124,22 @@ def _saved(storages: Mapping[int, Storage], layers: Layers) -> tuple[SavedTensor
     keepers: dict[fx.Node, dict[int, None]] = {}
     for index, nodes in enumerate(layers.nodes):
         for node in nodes:
-            counts = node.meta.get("counts")
-            for kind, position in counts.saved_values if counts is not None else ():
-                source = node.meta["reads" if kind == "input" else "made"][position]
+            known = info(node)
+            for kind, position in known.counts.saved_values if known.counts is not None else ():
+                source = (known.reads if kind == "input" else known.made)[position]
                 root = _storage_root(storages, source)
                 if is_activation(root):
                     keepers.setdefault(root, {})[index] = None
-    return tuple(SavedTensor(node.name, node.meta["tensor"], tuple(found)) for node, found in keepers.items())
+    return tuple(
+        SavedTensor(node.name, tensor, tuple(found))
+        for node, found in keepers.items()
+        if (tensor := info(node).tensor) is not None
+    )
 
 
 def _storage_root(storages: Mapping[int, Storage], node: fx.Node) -> fx.Node:
     """Give the node that made the memory a value lies in."""
-    storage = storages.get(node.meta.get("storage", -1))
+    storage = find_storage(storages, node)
     return storage.aliases[0] if storage is not None and storage.aliases else node
 
 
@@ -160,7 +151,7 @@ def _tensors_used(skeleton: Skeleton, nodes: Sequence[fx.Node]) -> dict[str, Non
             module = skeleton.module.get_submodule(str(node.target))
             used.update({f"{node.target}.{name}": None for name, _ in named_tensors(module)})
         for read in node.all_input_nodes:
-            if read.op == "get_attr" and not str(read.target).startswith(CONSTANT):
+            if is_own(read):
                 used[str(read.target)] = None
     return used
 
@@ -193,10 +184,10 @@ def _ties(skeleton: Skeleton, uses: Sequence[Mapping[str, None]]) -> tuple[Tie, 
         for first in dict.fromkeys(skeleton.aliases[fqn] for fqn in used):
             users.setdefault(first, []).append(index)
     ties = []
-    for first, info in skeleton.infos.items():
+    for first, tensor in skeleton.infos.items():
         layers = users.get(first, [])
         if len(names[first]) > 1 or len(layers) > 1:
-            ties.append(Tie(first, tuple(names[first]), tuple(layers), info.nbytes, info.trainable))
+            ties.append(Tie(first, tuple(names[first]), tuple(layers), tensor.nbytes, tensor.trainable))
     return tuple(ties)
 
 
@@ -250,7 +241,7 @@ def _edges(
     ordered: dict[tuple[int, int], None] = {}
     free: dict[tuple[int, int], None] = {}
     for node, reader in layers.index_of.items():
-        for source in (*node.all_input_nodes, *node.meta.get("after", ())):
+        for source in sources(node):
             producer = layers.index_of.get(source)
             if producer is not None and producer != reader:
                 (free if producer in derived else ordered)[producer, reader] = None
@@ -266,10 +257,11 @@ def _values(structure: Structure, layers: Layers, derived: set[int]) -> Iterator
     results = set(structure.results)
     last = len(layers.keys) - 1
     for node, producer in layers.index_of.items():
-        if "tensor" not in node.meta or producer in derived:
+        tensor = info(node).tensor
+        if tensor is None or producer in derived:
             continue
         readers = {layers.index_of[user] for user in node.users if user in layers.index_of}
         readers |= {last} if node in results else set()
         readers.discard(producer)
         if readers:
-            yield Value(node.name, producer, tuple(sorted(readers)), node.meta["tensor"])
+            yield Value(node.name, producer, tuple(sorted(readers)), tensor)

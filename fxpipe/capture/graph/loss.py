@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from fxpipe._torch import is_loss_module
 from fxpipe.capture.graph.reading import reader_of
 from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.model.skeleton import Skeleton
+from fxpipe.capture.record.node import info, is_constant, reached, set_info
 from fxpipe.capture.record.observe import Observation
-from fxpipe.capture.record.recorder import CONSTANT
 from fxpipe.errors import CaptureError
 from fxpipe.program import LossKind, LossTerm
 
@@ -123,24 +123,16 @@ class _Analysis:
         graph = self.recorder.graph
         with graph.inserting_after(max((node, term.node), key=list(graph.nodes).index)):
             copy = graph.node_copy(node, lambda arg: term.node if arg is inner else arg)
-        copy.meta = dict(node.meta)
+        set_info(copy, replace(info(node)))
         return Term(copy, term.kind, term.count, term.what)
 
     def _is_same_everywhere(self, node: fx.Node) -> bool:
         """Whether a factor is the same for every microbatch: it depends on nothing that is split."""
         if node not in self.structure.derived:
             return node.op == "get_attr"
-        todo, seen = [node], set()
-        while todo:
-            current = todo.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            meta = current.meta.get("tensor")
-            if current.op == "placeholder" and meta is not None and meta.shape and meta.shape[0] != 1:
-                return False
-            todo += current.all_input_nodes
-        return True
+        inputs = (each for each in reached([node], lambda each: each.all_input_nodes) if each.op == "placeholder")
+        metas = (info(each).tensor for each in inputs)
+        return not any(meta is not None and meta.shape and meta.shape[0] != 1 for meta in metas)
 
     def _reduction(self, node: fx.Node, name: str) -> Term:
         if node.op == "call_module":
@@ -184,7 +176,7 @@ class _Analysis:
         if given.get("reduction", "mean") == "sum":
             return Term(node, "sum", None, "a sum over valid targets")
         target = given["target"]
-        exact = isinstance(target, fx.Node) and "float" not in target.meta["tensor"].dtype
+        exact = isinstance(target, fx.Node) and "float" not in _dtype(target)
         if given.get("reduction", "mean") != "mean" or not exact or target not in self.structure.derived:
             return self._samples(node, "mean over targets")
         weight, ignored = given.get("weight"), given.get("ignore_index", -100)
@@ -212,7 +204,7 @@ class _Analysis:
         return self._samples(node, "a ratio")
 
     def _values_of_node(self, node: fx.Node) -> torch.Tensor:
-        if str(node.target).startswith(CONSTANT):
+        if is_constant(node):
             constant: torch.Tensor = self.recorder.constants[str(node.target)]
             return constant
         fqn = self.skeleton.aliases.get(str(node.target), "") if node.op == "get_attr" else ""
@@ -254,8 +246,13 @@ def _name(node: Any) -> str:
 
 
 def _numel(node: fx.Node) -> int:
-    meta = node.meta.get("tensor")
+    meta = info(node).tensor
     return int(meta.numel) if meta is not None else 0
+
+
+def _dtype(node: fx.Node) -> str:
+    meta = info(node).tensor
+    return meta.dtype if meta is not None else ""
 
 
 _POSITIONS = {

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx
 
+from fxpipe.capture.record.node import reached
+
 
 def reader_of(graph: fx.Graph, nodes: Sequence[fx.Node], constants: Mapping[str, Any]) -> Callable[..., Any]:
     """Compile the calls that compute ``nodes`` from inputs and constants into one function of the named inputs.
@@ -19,13 +21,7 @@ def reader_of(graph: fx.Graph, nodes: Sequence[fx.Node], constants: Mapping[str,
     Returns:
         ``function(tensors) -> tuple`` of the nodes' values; ``tensors`` holds the inputs by name.
     """
-    needed: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo += [*node.all_input_nodes, *node.meta.get("after", ())]
+    needed = reached(nodes)
     small = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     names = []

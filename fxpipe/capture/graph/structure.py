@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpipe.capture.calls.values import filled, storage_of, without_tensors
 from fxpipe.capture.model.skeleton import Skeleton, named_tensors
-from fxpipe.capture.record.derive import derives, is_setting
+from fxpipe.capture.record.node import derives, info, is_setting, reached, sources
 from fxpipe.capture.record.observe import Observation
-from fxpipe.capture.record.recorder import Slot, storage_of
+from fxpipe.capture.record.recorder import Storage, find_storage
 from fxpipe.errors import CaptureError
-from fxpipe.ir.tree import map_tree
+from fxpipe.ir.tree import tree_leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +60,7 @@ def make_structure(observation: Observation, *, training: bool, summands: Sequen
         rebuild: Callable[[tuple[Any, ...]], Any] = _first
     else:
         results, rebuild = _outputs(observation)
-    live = _live(recorder.graph, results, recorder.storages)
+    live = _live(recorder.graph, results)
     derived = _derived(live, recorder.storages)
     _check_inputs(live, recorder.storages)
     groups = [*_groups(live, derived, recorder.storages), *_shared_state(live, recorder.skeleton, recorder.storages)]
@@ -66,14 +68,14 @@ def make_structure(observation: Observation, *, training: bool, summands: Sequen
         nodes=tuple(live),
         derived=frozenset(derived),
         groups=_tidy(groups, live),
-        before=tuple((reader, node) for node in live for reader in node.meta.get("before", ()) if reader in live),
+        before=tuple((reader, node) for node in live for reader in info(node).before if reader in live),
         results=tuple(results),
         rebuild=rebuild,
         is_loss=is_loss,
     )
 
 
-def spelled(observation: Observation, training: bool) -> tuple[Any, ...]:
+def computation_of(observation: Observation, training: bool) -> tuple[Any, ...]:
     """Give what a forward computes in a form that is equal for two forwards that compute the same."""
     structure = make_structure(observation, training=training)
     place = {node: index for index, node in enumerate(structure.nodes)}
@@ -95,7 +97,7 @@ def spelled(observation: Observation, training: bool) -> tuple[Any, ...]:
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", "")
         if target in constants:
             target = repr(constants[target])
-        lines.append((node.op, target, spell(node.args), spell(node.kwargs), node.meta.get("context")))
+        lines.append((node.op, target, spell(node.args), spell(node.kwargs), info(node).context))
     guards = tuple((guard.where, guard.answer) for guard in observation.guards)
     return (*lines, guards, tuple(place[node] for node in structure.results))
 
@@ -107,52 +109,35 @@ def _first(tensors: tuple[Any, ...]) -> Any:
 def _outputs(observation: Observation) -> tuple[list[fx.Node], Callable[[tuple[Any, ...]], Any]]:
     """Give the nodes of the tensors that the model returns, and what puts them back into their containers."""
     recorder = observation.recorder
-    nodes: list[fx.Node] = []
-    inputs = {node.meta.get("storage"): node for node in recorder.graph.nodes if node.op == "placeholder"}
-
-    def take(path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        source = inputs.get(storage_of(leaf))
+    inputs = {info(node).storage: node for node in recorder.graph.nodes if node.op == "placeholder"}
+    for path, leaf in tree_leaves(observation.output):
+        source = inputs.get(storage_of(leaf)) if isinstance(leaf, torch.Tensor) else None
         if source is not None:
             raise CaptureError(
                 f"{path or 'the output'} is the input {source.target!r} itself, or a view of it\n"
                 "  return a copy (.clone()), or leave it out of what the model returns"
             )
-        nodes.append(observation.result_node(leaf))
-        return Slot(len(nodes) - 1)
-
-    template = map_tree(take, observation.output, "")
-
-    def rebuild(tensors: tuple[Any, ...]) -> Any:
-        return map_tree(lambda _, leaf: tensors[leaf.index] if isinstance(leaf, Slot) else leaf, template)
-
-    return nodes, rebuild
+    template, tensors = without_tensors(observation.output)
+    return [observation.result_node(tensor) for tensor in tensors], functools.partial(filled, template)
 
 
-def _live(graph: fx.Graph, results: Sequence[fx.Node], storages: Mapping[int, Any]) -> dict[fx.Node, None]:
+def _live(graph: fx.Graph, results: Sequence[fx.Node]) -> dict[fx.Node, None]:
     """Give the nodes that the results need, in order: what they read, and the writes that reading sees."""
-    lasting = {node.meta["storage"] for node in graph.nodes if node.op == "get_attr" and "storage" in node.meta}
-    needed: set[fx.Node] = set()
-    todo = [*results, *(node for node in graph.nodes if lasting.intersection(node.meta.get("writes", ())))]
-    todo += [node for node in graph.nodes if node.op == "call_module" and "writes" in node.meta]
+    lasting = {info(node).storage for node in graph.nodes if node.op == "get_attr"} - {None}
+    start = [*results, *(node for node in graph.nodes if lasting.intersection(info(node).writes))]
+    start += [node for node in graph.nodes if node.op == "call_module" and info(node).writes]
     hooks = [node for node in graph.nodes if is_setting(node)]
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo += [*node.all_input_nodes, *node.meta.get("after", ())]
-        if not todo:
-            todo = [hook for hook in hooks if hook not in needed and hook.args[0] in needed]
+    needed = reached(start)
+    while more := [hook for hook in hooks if hook not in needed and hook.args[0] in needed]:
+        needed = reached([*needed, *more])
     return {node: None for node in graph.nodes if node in needed}
 
 
-def _derived(live: Mapping[fx.Node, None], storages: Mapping[int, Any]) -> set[fx.Node]:
+def _derived(live: Mapping[fx.Node, None], storages: Mapping[int, Storage]) -> set[fx.Node]:
     """Give the nodes that depend on inputs, buffers and constants alone, writes to their storages included."""
     derived: set[fx.Node] = set()
     for node in live:
-        sources = (*node.all_input_nodes, *node.meta.get("after", ()))
-        if derives(node) and all(source in derived for source in sources):
+        if derives(node) and all(source in derived for source in sources(node)):
             derived.add(node)
     changed = True
     while changed:
@@ -165,25 +150,27 @@ def _derived(live: Mapping[fx.Node, None], storages: Mapping[int, Any]) -> set[f
                 changed |= bool(lost)
                 derived -= lost
         for node in live:
-            if node in derived and not all(s in derived for s in (*node.all_input_nodes, *node.meta.get("after", ()))):
+            if node in derived and not all(source in derived for source in sources(node)):
                 derived.discard(node)
                 changed = True
     return derived
 
 
-def _check_inputs(live: Iterable[fx.Node], storages: Mapping[int, Any]) -> None:
+def _check_inputs(live: Iterable[fx.Node], storages: Mapping[int, Storage]) -> None:
     for node in live:
         if node.op != "placeholder":
             continue
-        storage = storages.get(node.meta.get("storage", -1))
+        storage = find_storage(storages, node)
         for writer in storage.writers if storage is not None else ():
             raise CaptureError(
-                f"the forward writes to its input {node.target!r} ({writer.meta['layer']}, {writer.meta['where']})\n"
+                f"the forward writes to its input {node.target!r} ({info(writer).layer}, {info(writer).where})\n"
                 "  write to a copy: x = x.clone()"
             )
 
 
-def _groups(live: Mapping[fx.Node, None], derived: set[fx.Node], storages: Mapping[int, Any]) -> list[list[fx.Node]]:
+def _groups(
+    live: Mapping[fx.Node, None], derived: set[fx.Node], storages: Mapping[int, Storage]
+) -> list[list[fx.Node]]:
     """Give the sets of calls that share a stage: a write with all that aliases what it writes to, hooks, objects."""
     groups: list[list[fx.Node]] = []
     order = {node: place for place, node in enumerate(live)}
@@ -199,13 +186,13 @@ def _groups(live: Mapping[fx.Node, None], derived: set[fx.Node], storages: Mappi
     for node in live:
         if is_setting(node) or node.target in ("as_strided", torch.as_strided):  # memory beyond the tensor's own
             groups.append([node, *(source for source in node.all_input_nodes if source not in derived)])
-        if "object" in node.meta:
+        if info(node).shared_object:
             groups.append([node, *(user for user in node.users if user in live)])
     return groups
 
 
 def _shared_state(
-    live: Mapping[fx.Node, None], skeleton: Skeleton, storages: Mapping[int, Any]
+    live: Mapping[fx.Node, None], skeleton: Skeleton, storages: Mapping[int, Storage]
 ) -> Iterator[list[fx.Node]]:
     """Yield the calls of modules with a tensor of the model that some call writes to, with the writers."""
     written = {key: [node for node in storage.writers if node in live] for key, storage in storages.items()}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
+from fxpipe.capture.calls.forms import writes_by_name
 from fxpipe.capture.graph.layers import make_layer_graph
 from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.model.blocks import Leaves
 from fxpipe.capture.model.skeleton import Skeleton
-from fxpipe.capture.record.calls import writes_by_name
+from fxpipe.capture.record.node import NodeInfo, info, reached, set_info
 from fxpipe.errors import CaptureError
 from fxpipe.ir.graph import LayerGraph
+from fxpipe.ir.spec import layer_name
 from fxpipe.ir.tensor import TensorMeta
 
 UNKNOWN = TensorMeta((0,), "float32", requires_grad=True)
@@ -38,11 +40,11 @@ def trace_layers(skeleton: Skeleton, leaves: Leaves, *, notes: Sequence[str] = (
     """
     graph = _traced(skeleton, leaves)
     results = _results(graph)
-    live = _live(results)
+    live = reached(results, lambda node: node.all_input_nodes)  # not what only asserts something
     namer = _Namer(leaves)
     nodes = [node for node in graph.nodes if node in live]
     for node in nodes:
-        node.meta["tensor"] = UNKNOWN
+        set_info(node, NodeInfo(tensor=UNKNOWN))
         if node.op.startswith("call_"):
             namer.name(node)
     structure = Structure(
@@ -90,18 +92,6 @@ def _results(graph: fx.Graph) -> list[fx.Node]:
     return list(found)
 
 
-def _live(results: Sequence[fx.Node]) -> set[fx.Node]:
-    """Give what the results need; assertions about arguments that keep their defaults are not among it."""
-    live: set[fx.Node] = set()
-    todo = list(results)
-    while todo:
-        node = todo.pop()
-        if node not in live:
-            live.add(node)
-            todo += node.all_input_nodes
-    return live
-
-
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: Leaves) -> None:
         super().__init__()
@@ -133,10 +123,11 @@ class _Namer:
         self._calls: dict[str, int] = {}
 
     def name(self, node: fx.Node) -> None:
-        """Set ``meta``: layer, call and block."""
+        """Say layer, call and block."""
         source = node.args[0] if node.args else None
-        if getattr(node.target, "__name__", "") == "getitem" and isinstance(source, fx.Node) and "layer" in source.meta:
-            node.meta.update({key: source.meta[key] for key in ("layer", "call", "block")})  # it takes a part out
+        if getattr(node.target, "__name__", "") == "getitem" and isinstance(source, fx.Node) and info(source).layer:
+            known = info(source)  # it takes a part out
+            set_info(node, NodeInfo(known.layer, known.call, known.block, UNKNOWN))
             return
         if node.op == "call_module":
             layer = str(node.target)
@@ -150,7 +141,7 @@ class _Namer:
         if node.op != "call_module" and call:
             layer, call = f"{layer}_{call}", 0
         block = next((fqn for fqn in self._blocks if layer == fqn or layer.startswith(f"{fqn}.")), "")
-        node.meta.update(layer=layer, call=call, block=f"{block}@{call}" if block and call else block)
+        set_info(node, NodeInfo(layer, call, layer_name(block, call) if block else "", UNKNOWN))
 
 
 def _writes(root: nn.Module, node: fx.Node) -> bool:
@@ -160,10 +151,10 @@ def _writes(root: nn.Module, node: fx.Node) -> bool:
     return bool(node.kwargs.get("inplace", False))
 
 
-def _in_place(node: fx.Node, live: set[fx.Node]) -> tuple[fx.Node, ...]:
+def _in_place(node: fx.Node, live: Mapping[fx.Node, None]) -> tuple[fx.Node, ...]:
     """Give the calls that must share a stage with one that writes to its input: the maker and all other readers."""
     touching = {node}
     for source in node.all_input_nodes:
         touching.update((source, *source.users))
     order = list(node.graph.nodes)
-    return tuple(sorted((each for each in touching & live if each.op.startswith("call_")), key=order.index))
+    return tuple(sorted((each for each in touching & live.keys() if each.op.startswith("call_")), key=order.index))

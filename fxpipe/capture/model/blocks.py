@@ -32,13 +32,13 @@ class Leaves:
         return bool(fqn) and not any(block.startswith(f"{fqn}.") for block in self.blocks)
 
 
-def find_blocks(model: nn.Module) -> tuple[str, ...]:
+def block_fqns(model: nn.Module) -> tuple[str, ...]:
     """Give the FQNs of the blocks: children of ``ModuleList``s (the outermost), and modules with no such list below.
 
     What a ``Sequential`` repeats is a block too, whatever it lists inside.
 
     >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "h": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
-    >>> find_blocks(model)
+    >>> block_fqns(model)
     ('embed', 'h.0', 'h.1')
     """
     seen: set[int] = set()
@@ -100,7 +100,7 @@ def choose_leaves(
     Raises:
         CaptureError: A pattern matches no module.
     """
-    blocks = find_blocks(model)
+    blocks = block_fqns(model)
     kept = _matching(model, patterns)
     inside = tuple(f"{fqn}." for fqn in opened)
     closed = set(kept)

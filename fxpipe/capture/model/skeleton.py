@@ -14,6 +14,7 @@ from torch import nn
 
 from fxpipe._torch import FakeTensor, FakeTensorMode, storage_key
 from fxpipe.capture.model.held import held_by
+from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
 from fxpipe.errors import CaptureError, TieError
 from fxpipe.ir.spec import TensorInfo
 
@@ -85,7 +86,7 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     _refuse_overlaps(aliases, originals)
     memo.update({key: tensor for key, (_, tensor) in plain.items()})
     module = _copied(model, memo)
-    _switch_caches_off(module)
+    switch_caches_off(module)
     fqn_of = {id(fake): fqn for fqn, fake in fakes.items()}
     fqn_of.update({id(tensor): aliases[fqn] for fqn, tensor in named})
     persistent = set(model.state_dict(keep_vars=True)) if named else set()
@@ -132,7 +133,7 @@ def _first_names(
     for fqn, tensor in named:
         aliases[fqn] = first.setdefault(id(tensor), fqn)
         originals.setdefault(aliases[fqn], tensor)
-    for fqn, source in _declared_ties(model):
+    for fqn, source in declared_ties(model):
         if fqn in aliases and source in aliases and aliases[fqn] != aliases[source]:
             lost, kept = sorted((aliases[fqn], aliases[source]), key=list(originals).index, reverse=True)
             _check_tie(lost, originals[lost], kept, originals[kept])
@@ -141,16 +142,6 @@ def _first_names(
             originals.pop(lost)
             aliases = {name: kept if target == lost else target for name, target in aliases.items()}
     return aliases, originals
-
-
-def _declared_ties(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield ``(fqn, source)`` of ties that Hugging Face models declare by name (``_tied_weights_keys``)."""
-    for prefix, part in model.named_modules():
-        expand = getattr(part, "get_expanded_tied_weights_keys", None)  # patterns as names, none where not wanted
-        if expand is None or not isinstance(getattr(part, "_tied_weights_keys", None), Mapping):
-            continue
-        start = f"{prefix}." if prefix else ""
-        yield from ((f"{start}{fqn}", f"{start}{source}") for fqn, source in expand().items())
 
 
 def _check_tie(fqn: str, tensor: torch.Tensor, source: str, other: torch.Tensor) -> None:
@@ -295,15 +286,3 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> str:
             except Exception:
                 return f"attribute {f'{fqn}.{name}' if fqn else name} is a {type(value).__qualname__}: "
     return ""
-
-
-def _switch_caches_off(module: nn.Module) -> None:
-    """Hugging Face models fill key-value caches by default, one Python object that all blocks share.
-
-    In training a cache is dead weight, and one made during capture would carry a microbatch into the next.
-    """
-    for part in module.modules():
-        config = getattr(part, "config", None)
-        for each in (config, *(vars(config).values() if hasattr(config, "__dict__") else ())):
-            if getattr(each, "use_cache", False) is True:
-                each.use_cache = False

@@ -6,12 +6,14 @@ import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 
 from fxpipe._torch import (
+    BackwardHookFunction,
     functorch_is_active,
     intercepted,
     module_conversions,
@@ -20,23 +22,22 @@ from fxpipe._torch import (
     without_functions,
     without_modes,
 )
+from fxpipe.capture.calls.blocked import Blocked, user_line
 from fxpipe.capture.model.skeleton import named_tensors
-from fxpipe.capture.record.recorder import Blocked, user_line
+from fxpipe.capture.record.calls import record_whole
+from fxpipe.capture.record.forward import Forward
 from fxpipe.errors import CaptureError
-
-if TYPE_CHECKING:
-    from fxpipe.capture.record.observe import Observer
 
 
 class Bypasses:
     """Custom autograd functions, ``vmap``, scripted functions, checkpointing, numpy, random states, conversions.
 
     Args:
-        observer: What records the forward.
+        forward: The forward.
     """
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
         self._regions = 0  # activation-checkpointing regions so far
         self._depth = 0  # of regions in regions
 
@@ -58,36 +59,33 @@ class Bypasses:
             stack.enter_context(unvalidated_distributions())  # they look at values, to complain and for nothing else
             yield
 
-    @property
-    def _passes(self) -> bool:
-        """Whether nothing is recorded now."""
-        return self._observer.quiet is not None or self._observer.counting
-
     def _function(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], real: Callable[..., Any]) -> Any:
         """Record a call of a custom ``autograd.Function`` as one call: its backward belongs to it."""
-        frame = self._observer.frames.top
-        if cls.__name__ == "CheckpointFunction":
+        forward = self._forward
+        frame = forward.frames.top
+        if cls is torch.utils.checkpoint.CheckpointFunction:
             raise CaptureError(
                 f"module {frame.fqn or '(the model)'} uses reentrant activation checkpointing, which gives "
                 "no gradients in a pipeline\n  pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
             )
-        if self._passes or functorch_is_active():
+        if forward.passes or functorch_is_active():
             result = real(*args, **kwargs)
-            self._observer.hidden.made(result)
+            forward.side_channels.made(result)
             return result
-        if cls.__name__ == "BackwardHookFunction":
+        if cls is BackwardHookFunction:
             raise Blocked("it has backward hooks", frame.fqn)
 
         def function(*args: Any, **kwargs: Any) -> Any:
             return cls.apply(*args, **kwargs)  # type: ignore[attr-defined]
 
         function.__name__ = function.__qualname__ = cls.__name__
-        return self._observer.record_whole(function, real, args, kwargs)
+        return record_whole(forward, function, real, args, kwargs)
 
     def _vmap(self, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of ``vmap`` as one call."""
+        forward = self._forward
         func, in_dims, out_dims, randomness, chunk_size, *rest = args
-        if self._passes or functorch_is_active():
+        if forward.passes or functorch_is_active():
             return real(*args, **kwargs)
 
         def vmapped(*inner: Any, **named: Any) -> Any:
@@ -96,13 +94,14 @@ class Bypasses:
         def call(*inner: Any, **named: Any) -> Any:
             return real(func, in_dims, out_dims, randomness, chunk_size, *inner, **named)
 
-        return self._observer.record_whole(vmapped, call, tuple(rest), kwargs)
+        return record_whole(forward, vmapped, call, tuple(rest), kwargs)
 
     def _script(self, scripted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Callable[..., Any]) -> Any:
-        if self._passes:
+        forward = self._forward
+        if forward.passes:
             with without_functions():
                 result = real(scripted, *args, **kwargs)
-            self._observer.hidden.made(result)
+            forward.side_channels.made(result)
             return result
 
         def function(*args: Any, **kwargs: Any) -> Any:
@@ -114,22 +113,24 @@ class Bypasses:
             with without_functions():
                 return real(scripted, *inner, **named)
 
-        return self._observer.record_whole(function, call, args, kwargs)
+        return record_whole(forward, function, call, args, kwargs)
 
     def _checkpoint(self, begins: bool) -> None:
         """Number the activation-checkpointing regions; one inside another belongs to the outer one."""
-        if self._passes:
+        forward = self._forward
+        if forward.passes:
             return
         self._depth += 1 if begins else -1
         if begins and self._depth == 1:
             self._regions += 1
-            self._observer.recorder.region = self._regions
+            forward.recorder.region = self._regions
         elif self._depth == 0:
-            self._observer.recorder.region = None
+            forward.recorder.region = None
 
     def _converted(self, real: Callable[..., Any], module: torch.nn.Module, function: Callable[[Any], Any]) -> Any:
         """Let a forward send a module to where it is; another dtype would change the user's parameters."""
-        fqn = self._observer.skeleton.module_fqns.get(id(module))
+        forward = self._forward
+        fqn = forward.skeleton.module_fqns.get(id(module))
         if fqn is None:
             return real(module, function)
         with without_functions():
@@ -138,7 +139,7 @@ class Bypasses:
                 if dtype != tensor.dtype:
                     blocked = Blocked(
                         f"the forward converts {fqn}.{name} to {str(dtype).removeprefix('torch.')}",
-                        self._observer.frames.top.fqn,
+                        forward.frames.top.fqn,
                         way_out="convert the model before it is compiled",
                     )
                     blocked.where = user_line()
@@ -146,10 +147,12 @@ class Bypasses:
         return module
 
     def _from_numpy(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        forward = self._forward
+
         def from_numpy(array: Any) -> Any:
             with without_modes():
                 tensor = real(array)
-            self._observer.hidden.made(tensor)
+            forward.side_channels.made(tensor)
             return tensor
 
         return from_numpy
@@ -157,20 +160,24 @@ class Bypasses:
     def _drawing(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """Remember where the forward draws from Python's or numpy's generator; whether it did is seen later."""
 
+        forward = self._forward
+
         @functools.wraps(real)
         def draw(*args: Any, **kwargs: Any) -> Any:
-            if not self._passes:
-                self._observer.python_draw = user_line()
+            if not forward.passes:
+                forward.python_draw = user_line()
             return real(*args, **kwargs)
 
         return draw
 
     def _reseeding(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        forward = self._forward
+
         def reseed(*args: Any, **kwargs: Any) -> Any:
-            if not self._passes:
+            if not forward.passes:
                 blocked = Blocked(
                     f"the forward calls torch.{name}(), which sets torch's random generator",
-                    self._observer.frames.top.fqn,
+                    forward.frames.top.fqn,
                 )
                 blocked.where = user_line()
                 raise blocked

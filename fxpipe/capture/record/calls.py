@@ -1,171 +1,309 @@
-"""How calls of torch look to a function mode: their tensors, their names, and the form that a graph can hold."""
+"""The calls of torch between modules, each written down as one node: what a function mode sees."""
 
 from __future__ import annotations
 
-import operator
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import fx
+from torch.overrides import TorchFunctionMode
 
-_OPERATORS = {
-    f"__{name}__": getattr(operator, name if hasattr(operator, name) else f"{name}_")
-    for name in (
-        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "neg", "invert", "getitem", "setitem"),
-        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"),
-    )
-}
-_FLAGS = frozenset({"requires_grad_", "share_memory_", "detach_"})  # change a tensor's state, not its values
-_IN_PLACE = frozenset(name for name in _OPERATORS if name.startswith("__i") and name != "__invert__") | {"__setitem__"}
-CPU = torch.device("cpu")
-_METHODS = (types.MethodDescriptorType, types.WrapperDescriptorType)
+from fxpipe._torch import FakeTensor, functorch_is_active, without_functions
+from fxpipe.capture.calls.blocked import Blocked
+from fxpipe.capture.calls.forms import (
+    CPU,
+    attention_form,
+    canonical,
+    on_cpu,
+    spoken_name,
+    targets_of,
+    versions_of,
+    without_source,
+)
+from fxpipe.capture.calls.reads import READS, guard_integers, guard_read, guard_shape, shape_depends_on_values
+from fxpipe.capture.calls.real_values import UNKNOWN_VALUES, RealValues, is_random
+from fxpipe.capture.calls.values import has_tensor, tensors_in
+from fxpipe.capture.calls.zero_inputs import run_on_zeros
+from fxpipe.capture.record.forward import Forward
+from fxpipe.capture.record.frames import Frame
+from fxpipe.capture.record.node import info
 
 
-def canonical(func: Any, name: str, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """Give a call the form that an fx graph can print: operation, target and arguments.
+class Calls(TorchFunctionMode):
+    """The function mode of one forward.
 
-    >>> one = torch.ones(1)
-    >>> canonical(torch.Tensor.__rsub__, "__rsub__", (one, 2))[:2]
-    ('call_function', <built-in function sub>)
+    Args:
+        forward: The forward.
     """
-    if name in ("cuda", "xpu"):
-        return "call_method", "to", (args[0], CPU)
-    if name in ("__get__", "__set__"):
-        access = getattr if name == "__get__" else setattr
-        return "call_function", access, (args[0], func.__self__.__name__, *args[1:])
-    if name in _OPERATORS:
-        return "call_function", _OPERATORS[name], args
-    if name.startswith("__r") and f"__{name[3:]}" in _OPERATORS and len(args) == 2:
-        return "call_function", _OPERATORS[f"__{name[3:]}"], (args[1], args[0])
-    qualified = str(getattr(func, "__qualname__", ""))
-    method = isinstance(func, _METHODS) or qualified.startswith(("Tensor.", "TensorBase."))
-    if method and hasattr(torch.Tensor, name):
-        return "call_method", name, args
-    return "call_function", func, args
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self._forward = forward
+        self._real_values = RealValues(forward.watch)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See one torch call."""
+        forward = self._forward
+        name = getattr(func, "__name__", "")
+        args, kwargs = on_cpu(name, args, kwargs or {})
+        if name in ("cuda", "xpu"):
+            func, name, args, kwargs = torch.Tensor.to, "to", (args[0], CPU), {}
+        elif name == "__deepcopy__" and not args[0].requires_grad:  # a fake tensor would warn of its missing memory
+            func, name, args = torch.Tensor.clone, "clone", args[:1]
+        if name == "__get__":
+            value = func(*args, **kwargs)
+            if forward.passes or not isinstance(value, torch.Tensor):
+                return value
+        if forward.counting:
+            return self._real_values.run(func, name, args, kwargs, tensors_in(args, kwargs))
+        frame = forward.frames.top
+        frame.functions.append(name)
+        if name == "scaled_dot_product_attention":
+            forward.attention.append(attention_form(args, kwargs))
+        try:
+            if forward.quiet is not None:
+                return self._run_quietly(func, name, args, kwargs, frame)
+            return self._record(func, name, args, kwargs, frame)
+        except Blocked as blocked:
+            forward.noted(blocked)
+            raise
+
+    def _run_quietly(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
+        """Run a call inside something that is recorded whole."""
+        forward = self._forward
+        tensors = tensors_in(args, kwargs)
+        if not forward.on_zeros:
+            forward.side_channels.check(tensors)
+        result = self._run(func, name, args, kwargs, tensors, frame)
+        forward.side_channels.made(result)
+        if name in READS and not isinstance(result, torch.Tensor):
+            forward.has_read = True
+        return result
+
+    def _run(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], frame: Frame
+    ) -> Any:
+        """Run a call and note whether it drew random numbers."""
+        forward = self._forward
+        forward.watch.drew = False
+        for tensor in tensors:
+            if not isinstance(tensor, FakeTensor) and tensor.is_meta:
+                forward.recorder.refuse_unfilled(tensor, frame.fqn)
+        for target in targets_of(name, args, kwargs):
+            self._refuse_foreign(target, frame)
+        if forward.quiet is None and _sets_gradient_flag(func, name, args, kwargs):
+            own = forward.skeleton.fqn_of.get(id(args[0]))
+            if own is not None:
+                raise Blocked(
+                    f"the forward changes requires_grad of {own}",
+                    frame.fqn,
+                    way_out="freeze or thaw parameters before fxpipe.compile",
+                )
+        if forward.on_zeros:
+            with forward.watch:
+                result = func(*args, **kwargs)
+        else:
+            result = self._real_values.run(func, name, args, kwargs, tensors)
+        if forward.watch.drew or is_random(name):
+            frame.drew.append(len(frame.functions) - 1)
+            forward.has_drawn = True
+        return result
+
+    def _refuse_foreign(self, tensor: torch.Tensor, frame: Frame) -> None:
+        """Refuse a write to a real tensor that is none of ours: it would happen, now and to the user's own."""
+        forward = self._forward
+        if not isinstance(tensor, FakeTensor) and not forward.on_zeros and not functorch_is_active():
+            if forward.recorder.made_here(tensor) or forward.side_channels.knows(tensor):
+                return
+            place = forward.skeleton.plain.get(id(tensor), ("a tensor kept outside of the model", None))[0]
+            raise Blocked(
+                f"the forward writes to {place}, which is no buffer",
+                frame.fqn,
+                way_out="register it with register_buffer, so that each stage and each checkpoint has it",
+            )
+
+    def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
+        forward = self._forward
+        tensors = tensors_in(args, kwargs)
+        if name == "__set__" and _property(func) == "data" and self._is_alike(*tensors):
+            own = self._record(func.__self__.__get__, "__get__", args[:1], {}, frame)
+            value = self._record(torch.Tensor.detach, "detach", args[1:], {}, frame)
+            return self._record(torch.Tensor.copy_, "copy_", (own, value), {}, frame)
+        if tensors:
+            self._refuse(func, name, tensors, frame)
+        if functorch_is_active():
+            raise Blocked(f"{name} is called inside a transform of torch.func", frame.fqn)
+        forward.check_dtype(frame)
+        versions = versions_of(tensors)
+        trace: list[Any] = []
+        forward.watch.trace = trace
+        forward.attention.clear()
+        if name == "scaled_dot_product_attention":
+            forward.attention.append(attention_form(args, kwargs))
+        position = len(frame.functions) - 1
+        try:
+            result = self._run(func, name, args, kwargs, tensors, frame)
+        except UNKNOWN_VALUES as error:
+            result = self._result_of_unknown_values(func, name, args, kwargs, frame, error)
+        finally:
+            forward.watch.trace = None
+        written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
+        written += [tensor for tensor in targets_of(name, args, kwargs) if tensor.is_inference()]
+        if not has_tensor(result) and not written and name not in _KEPT:
+            guard_read(forward, func, name, args, kwargs, result, frame)
+            return result
+        if not tensors and not has_tensor(result):
+            return result
+        op, target, given = canonical(func, name, args)
+        alone = without_source(name, args, kwargs, result)
+        if alone is not None:
+            op, (target, given, kwargs) = "call_function", alone
+        layer = frame.name(spoken_name(func, name))
+        node = forward.recorder.call(op, target, given, kwargs, frame, layer=layer, call=frame.call, written=written)
+        if name == "register_hook":
+            forward.hooks.append((node, result))
+        finish_call(forward, node, position, func, args, kwargs, result, tuple(trace))
+        if shape_depends_on_values(name, args, result):
+            guard_shape(forward, node, result)
+        if name in _PACKING:
+            for tensor in tensors_in(result):
+                if not isinstance(tensor, FakeTensor):  # it depends on nothing but integers that are guarded
+                    info(forward.recorder.node_of(tensor, frame)).from_input = False
+        return result
+
+    def _is_alike(self, own: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether other data could be copied into a parameter or buffer of the model."""
+        forward = self._forward
+        return id(own) in forward.skeleton.fqn_of and own.shape == value.shape and own.dtype == value.dtype
+
+    def _refuse(self, func: Any, name: str, tensors: Sequence[torch.Tensor], frame: Frame) -> None:
+        """Refuse what would silently lose something."""
+        forward = self._forward
+        if name == "__set__" and _property(func) in ("data", "grad"):
+            raise Blocked(f"the forward assigns .{_property(func)} of a tensor", frame.fqn)
+        if name == "__deepcopy__" and id(tensors[0]) in forward.skeleton.fqn_of:
+            own = forward.recorder.name_of(tensors[0])
+            raise Blocked(f"the forward copies {own}", frame.fqn, way_out="copy modules before compiling, not in it")
+        if name in ("backward", "set_", "resize_", "register_post_accumulate_grad_hook") or (
+            name == "grad" and getattr(func, "__module__", "") == "torch.autograd"
+        ):
+            raise Blocked(f"the forward calls {name}() on its own tensors", frame.fqn)
+
+    def _result_of_unknown_values(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame, error: Exception
+    ) -> Any:
+        forward = self._forward
+        if name == "ctc_loss":  # only its inner shapes depend on values
+            return run_on_zeros(forward.skeleton.mode, func, args, kwargs)
+        if name in _PACKING and guard_integers(forward, args, frame):
+            return run_on_zeros(forward.skeleton.mode, func, args, kwargs, exact=True)
+        nodes = [
+            forward.recorder.node_of(tensor, frame)
+            for tensor in tensors_in(args, kwargs)
+            if forward.recorder.knows(tensor)
+        ]
+        if any(info(node).random for node in nodes):
+            raise Blocked(f"{name}() reads a random number: the path changes by chance", frame.fqn) from error
+        what = "takes a path that depends on" if name in READS else "makes a tensor whose shape depends on"
+        raise Blocked(f"{name}() {what} values that are not known when the model is captured", frame.fqn) from error
 
 
-SHAPED_LIKE = {
-    "zeros_like": torch.zeros,
-    "new_zeros": torch.zeros,
-    "ones_like": torch.ones,
-    "new_ones": torch.ones,
-    "empty_like": torch.empty,
-    "new_empty": torch.empty,
-    "full_like": torch.full,
-    "new_full": torch.full,
-}
-"""Functions that look at the shape, dtype and device of their tensor alone, and what makes the same without it."""
+def record_whole(
+    forward: Forward,
+    function: Callable[..., Any],
+    real: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Record one call of something whose inside is not looked at.
 
-
-def without_source(
-    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """Give function and arguments that make a result without the tensor it is shaped like; None for other calls.
-
-    So it need not be sent where that tensor is not, and can be made anywhere.
-
-    >>> without_source("ones_like", (torch.zeros(2, 3),), {}, torch.ones(2, 3))[1]
-    ((2, 3),)
+    Args:
+        forward: The forward.
+        function: What the graph calls.
+        real: What is called now.
+        args: Arguments of both.
+        kwargs: Keyword arguments of both.
     """
-    factory = SHAPED_LIKE.get(name)
-    if factory is None or not isinstance(result, torch.Tensor) or not result.is_contiguous() or result.requires_grad:
-        return None
-    if kwargs.keys() - {"dtype", "device", "size", "fill_value"} or len(tensors_in(args, kwargs)) != 1:
-        return None
-    filling = (kwargs["fill_value"] if "fill_value" in kwargs else args[-1],) if factory is torch.full else ()
-    return factory, (tuple(result.shape), *filling), {"dtype": result.dtype, "device": result.device}
-
-
-def spoken_name(func: Any, name: str) -> str:
-    """Give the word for a call that layers are named after.
-
-    >>> spoken_name(torch.ops.aten.mul.Tensor, "mul.Tensor")
-    'mul'
-    """
-    if name in ("__get__", "__set__"):
-        return str(func.__self__.__name__)
-    overload = getattr(func, "_schema", None)
-    return str(overload.name.rpartition("::")[2]) if overload is not None else name or type(func).__name__
-
-
-def tensors_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """List the tensors among arguments, nested ones too."""
-    found: list[torch.Tensor] = []
-    _collect(args, found)
-    if kwargs:
-        _collect(kwargs, found)
-    return found
-
-
-def _collect(value: Any, found: list[torch.Tensor]) -> None:
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            _collect(item, found)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            _collect(item, found)
-    elif isinstance(value, slice):
-        _collect((value.start, value.stop, value.step), found)
-    elif hasattr(type(value), "__dataclass_fields__") and hasattr(value, "__dict__"):
-        _collect(vars(value), found)
-
-
-def versions_of(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Give numbers that grow when tensors are written to; 0 for those of inference mode, which do not count."""
-    return [_version(tensor) for tensor in tensors]
-
-
-def _version(tensor: torch.Tensor) -> int:
+    frame = forward.frames.top
+    frame.functions.append(function.__name__)
+    position = len(frame.functions) - 1
+    with without_functions():
+        tensors = tensors_in(args, kwargs)
+        versions = versions_of(tensors)
+        forward.side_channels.begin(None, frame.fqn, args, kwargs)
+    trace: list[Any] = []
+    forward.watch.drew, forward.watch.trace = False, trace
+    forward.quiet = frame.fqn
     try:
-        return tensor._version
-    except RuntimeError:
-        return 0
+        result = real(*args, **kwargs)
+    except UNKNOWN_VALUES as error:
+        raise Blocked(f"{function.__name__} depends on values that are not known", frame.fqn) from error
+    finally:
+        forward.quiet = None
+        forward.watch.trace = None
+        forward.side_channels.stop()
+    del frame.functions[position + 1 :]
+    if forward.watch.drew:
+        frame.drew.append(position)
+    with without_functions():
+        written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
+        node = forward.recorder.call(
+            "call_function", function, args, kwargs, frame,
+            layer=frame.name(function.__name__), call=frame.call, written=written,
+        )  # fmt: skip
+    finish_call(forward, node, position, real, args, kwargs, result, tuple(trace))
+    return result
 
 
-def targets_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """List the tensors that a call writes to, as far as its name and ``out=`` say so."""
-    named = (args[0],) if args and writes_by_name(name) else ()
-    return tensors_in((*named, kwargs["out"]) if "out" in kwargs else named, {})
+def finish_call(
+    forward: Forward,
+    node: fx.Node,
+    position: int,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    result: Any,
+    trace: tuple[Any, ...],
+) -> None:
+    """Note what a recorded call drew and does, and bind what it gave.
 
-
-def writes_by_name(name: str) -> bool:
-    """Tell whether a method writes to the tensor it is called on, as far as its name says so.
-
-    >>> [name for name in ("add_", "__iadd__", "__setitem__", "add", "__add__", "__invert__") if writes_by_name(name)]
-    ['add_', '__iadd__', '__setitem__']
+    Args:
+        forward: The forward.
+        node: The call.
+        position: Its place among the functions of its frame.
+        func: What was called.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        result: What it gave.
+        trace: What it did below Python.
     """
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name not in _FLAGS)
+    frame, known = forward.frames.top, info(node)
+    if position in frame.drew[-1:]:
+        known.frame, known.position = frame, position
+    known.random = any(info(read).random for read in node.all_input_nodes) or is_random(frame.functions[position])
+    forward.counts.add(node, func, args, kwargs, trace, tuple(forward.attention))
+    with without_functions():
+        forward.recorder.emit(result, node)
 
 
-def on_cpu(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Send what names an accelerator to the CPU, where everything is during capture; runs of a graph replace it.
-
-    A ``torch.device`` stands for that of the stage, the text ``"cpu"`` for the host.
-
-    >>> on_cpu("ones", (2,), {"device": "cuda:1"})
-    ((2,), {'device': device(type='cpu')})
-    """
-    if _is_elsewhere(kwargs.get("device")):
-        kwargs = {**kwargs, "device": CPU}
-    if name == "to" and len(args) > 1 and _is_elsewhere(args[1]):
-        args = (args[0], CPU, *args[2:])
-    return args, kwargs
+_KEPT = frozenset({"register_hook", "requires_grad_", "__set__"})
+_PACKING = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})  # their shapes depend on lengths alone
 
 
-def _is_elsewhere(device: Any) -> bool:
-    if isinstance(device, torch.device):
-        return device.type != "cpu"
-    if isinstance(device, str):
-        return not device.startswith("cpu")
-    return isinstance(device, int) and not isinstance(device, bool)
+def _property(func: Any) -> str:
+    """Give the name of the property that is read or set."""
+    return str(getattr(getattr(func, "__self__", None), "__name__", ""))
 
 
-def attention_form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Name the form of a call of ``scaled_dot_product_attention``: what decides which kernel may run."""
-    causal = kwargs.get("is_causal", args[5] if len(args) > 5 else False)
-    mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-    return "causal" if causal else "full" if mask is None else "mask"
+def _sets_gradient_flag(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call sets ``requires_grad`` of its first argument to another value."""
+    if name == "requires_grad_":
+        wanted = args[1] if len(args) > 1 else kwargs.get("requires_grad", True)
+    elif name == "__set__" and _property(func) == "requires_grad":
+        wanted = args[1]
+    else:
+        return False
+    return bool(args[0].requires_grad != wanted)

@@ -1,4 +1,13 @@
-"""Where in the model the forward stands: the stack of module calls, the names of what happens there, and the draws."""
+"""Where in the model the forward stands: the stack of module calls, the names of what happens there, and the draws.
+
+Invariants:
+
+- A call's name, and the identity of a draw, depend on where in the model it is made and on how often that was reached
+  before: never on the grain, the partition, the process or the batch.
+- Inside of a block all is numbered from the block's own call, so that a block called again draws other numbers and
+  layers keep their names.
+- ``functions`` and ``drew`` of a frame hold the calls of that module's own forward alone, recorded or not.
+"""
 
 from __future__ import annotations
 

@@ -1,84 +1,99 @@
-"""Guards: what Python read from a tensor that depends on an input, and what it saw."""
+"""Reads of values that depend on inputs: each becomes a guard, or is refused."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
-READS = frozenset(
-    {
-        *("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__"),
-        *("__complex__", "__index__", "__contains__", "__array__"),
-    }
-)
-"""Names of functions that hand values of a tensor to Python."""
-
-_SHAPED_BY_VALUES = frozenset(
-    {
-        *("nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "repeat_interleave", "bincount"),
-        *("where", "split", "tensor_split", "one_hot", "histc", "_unique2", "unique_dim", "arange", "zeros", "ones"),
-    }
-)
+from fxpipe._torch import FakeTensor, without_functions, without_modes
+from fxpipe.capture.calls.blocked import Blocked, user_line
+from fxpipe.capture.calls.forms import canonical
+from fxpipe.capture.calls.reads import READS, answer_of, is_plain
+from fxpipe.capture.calls.values import tensors_in
+from fxpipe.capture.record.forward import Forward, Guard
+from fxpipe.capture.record.frames import Frame
+from fxpipe.capture.record.node import NodeInfo, info, reached, set_info
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Guard:
-    """One read and its answer: the recorded graph holds only where the same read gives the same answer.
+def guard_read(
+    forward: Forward,
+    func: Any,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    result: Any,
+    frame: Frame,
+) -> None:
+    """Make a read of a value that depends on an input a guard.
 
-    Attributes:
-        node: The call that reads; its value is what Python saw.
-        answer: What it saw, in a form that can be compared.
-        where: File and line of the user's code.
+    Args:
+        forward: The forward.
+        func: The call that reads.
+        name: Its name.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        result: What Python got.
+        frame: The module call it is made in.
+
+    Raises:
+        Blocked: A random number is read, or memory is handed out, or what a closed module computes.
     """
-
-    node: fx.Node
-    answer: Any
-    where: str = ""
-
-    @property
-    def is_choice(self) -> bool:
-        """Whether the answers are few: a truth value."""
-        return isinstance(self.answer, bool)
-
-
-def answer_of(value: Any) -> Any:
-    """Turn what was read into something small that can be compared.
-
-    >>> answer_of([1, [2.0]]), answer_of(True)
-    ((1, (2.0,)), True)
-    """
-    if isinstance(value, np.ndarray):
-        digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-        return ("array", value.dtype.str, value.shape, digest)
-    if isinstance(value, list | tuple):
-        return tuple(answer_of(item) for item in value)
-    if isinstance(value, torch.Tensor):
-        return ("shape", *value.shape)
-    return value
+    if name not in READS and (name != "__format__" or args[0].dim() > 0) and is_plain(result):
+        return
+    recorder, tensors = forward.recorder, tensors_in(args, kwargs)
+    nodes = [recorder.node_of(tensor, frame) for tensor in tensors if recorder.knows(tensor)]
+    if name in READS and any(info(node).random for node in nodes):
+        raise Blocked(f"{name}() reads a random number: the path changes by chance", frame.fqn)
+    real = any(not isinstance(tensor, FakeTensor) for tensor in tensors)
+    if not real or not any(info(node).from_input for node in nodes):
+        return
+    if name not in READS and name != "__format__":
+        raise Blocked(f"{name}() hands out the memory of a tensor that depends on an input", frame.fqn)
+    _refuse_unread(nodes)
+    op, target, given = canonical(func, name, args)
+    node = recorder.call(op, target, given, kwargs, frame, layer="")
+    _add(forward, node, answer_of(result))
 
 
-def is_plain(value: Any) -> bool:
-    """Tell whether what a call gave to Python says nothing of a tensor's values: a shape, a dtype, a flag.
-
-    >>> is_plain(torch.Size([2])), is_plain(iter([1]))
-    (True, False)
-    """
-    if isinstance(value, tuple | list):
-        return all(is_plain(item) for item in value)
-    kinds = (bool, int, float, complex, str, bytes, type(None), type)
-    return isinstance(value, kinds) or type(value).__module__.split(".")[0] == "torch" or callable(value)
-
-
-def shape_depends_on_values(name: str, args: tuple[Any, ...], result: Any) -> bool:
-    """Tell whether the shape of a call's result depends on the values of its arguments."""
-    if name in _SHAPED_BY_VALUES:
-        return not (name == "where" and len(args) > 1)
-    if name != "__getitem__":
+def guard_integers(forward: Forward, args: Sequence[Any], frame: Frame) -> bool:
+    """Guard all values of the integers among arguments; False where they are not known."""
+    integers = [tensor for tensor in tensors_in(tuple(args)) if not tensor.is_floating_point()]
+    if not integers or any(isinstance(tensor, FakeTensor) for tensor in integers):
         return False
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return any(isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8) for part in index)
+    for tensor in integers:
+        source = forward.recorder.node_of(tensor, frame)
+        if info(source).from_input:
+            _refuse_unread([source])
+            node = forward.recorder.call("call_method", "tolist", (tensor,), {}, frame, layer="")
+            with without_modes(), without_functions():
+                _add(forward, node, answer_of(tensor.tolist()))
+    return True
+
+
+def guard_shape(forward: Forward, node: fx.Node, result: Any) -> None:
+    """Guard the shapes of what a call gave, where values that depend on an input decided about them."""
+    if not info(node).from_input:
+        return
+    for part in result if isinstance(result, tuple | list) else (result,):
+        if isinstance(part, torch.Tensor) and not isinstance(part, FakeTensor):
+            source = forward.recorder.node_of(part, forward.frames.top)
+            _refuse_unread([source])
+            shape = forward.recorder.graph.create_node("call_function", getattr, (source, "shape"))
+            set_info(shape, NodeInfo(from_input=True))
+            _add(forward, shape, tuple(part.shape))
+
+
+def _add(forward: Forward, node: fx.Node, answer: Any) -> None:
+    info(node).is_guard = True
+    forward.guards.append(Guard(node, answer, user_line()))
+
+
+def _refuse_unread(nodes: Sequence[fx.Node]) -> None:
+    """Refuse to guard what a module called as a whole computes: its inside must be known to be read again."""
+    for node in reached(nodes):
+        if node.op == "call_module":
+            fqn = str(node.target)
+            raise Blocked("the forward reads a value that it computes", fqn, opens=[fqn])

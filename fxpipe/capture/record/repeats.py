@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor
-from fxpipe.capture.record.recorder import Ambient, storage_of
+from fxpipe.capture.calls.ambient import Ambient
+from fxpipe.capture.calls.values import Same, storage_of
 from fxpipe.ir.tree import map_tree, tree_leaves
 
 _OWN_PLACE = frozenset({"layer_idx", "layer_id", "layer_index", "block_idx"})
@@ -110,29 +111,16 @@ class Repeats:
             return type(value), tuple(self._spelled(item, own) for item in value)
         if type(value) in (dict, OrderedDict):
             return type(value), tuple((key, self._spelled(item, own)) for key, item in value.items())
-        return _Same(value)
+        return Same(value)
 
     def _spelled_tensor(self, tensor: torch.Tensor, own: dict[int, int]) -> Any:
         seen = own.setdefault(id(tensor), len(own))
         if not isinstance(tensor, FakeTensor):  # the same values only in the same tensor
-            return _Same(tensor), tensor._version
+            return Same(tensor), tensor._version
         if tensor.layout != torch.strided:
             raise _Unknown
         flags = tensor.requires_grad, tensor.is_leaf, type(tensor), tensor.device, tensor.is_inference()
         return seen, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, flags
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Same:
-    """An object, equal to nothing else; kept, so that no other takes its identity."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 class _Unknown(Exception):

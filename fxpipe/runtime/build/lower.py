@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpipe.program import BoundaryTensor, CallContext, StageProgram
+from fxpipe.program import BoundaryTensor, CallContext, StageProgram, run_info
 from fxpipe.runtime.build.boundary import conform
 from fxpipe.runtime.build.recompute import recompute
 
@@ -126,7 +126,7 @@ class _Writer:
         self._line(1, f"def {name}({', '.join(node.name for node in arguments)}):")
         self._write_calls(calls, 2)
         self._line(2, f"return {_tuple([node.name for node in results])}")
-        draws = any("draw" in node.meta or "scope" in node.meta for node in calls)
+        draws = any(run_info(node).draws for node in calls)
         paths = [_path(str(node.target)) for node in calls if node.op == "call_module"]
         given = ", ".join([name, f"[{', '.join(paths)}]", repr(draws), *(n.name for n in arguments)])
         call = f"{self._value(recompute, 'recomputed')}({given})"
@@ -134,7 +134,7 @@ class _Writer:
         self._drop((node for node in arguments if self._last_uses[node] in inside), 1)
 
     def _write_calls(self, calls: list[fx.Node], depth: int) -> None:
-        for context, run in groupby(calls, key=lambda node: node.meta.get("context")):
+        for context, run in groupby(calls, key=lambda node: run_info(node).context):
             inner = depth
             managers = self._managers(context)
             if managers:
@@ -146,10 +146,11 @@ class _Writer:
                 self._drop(dead, inner)
 
     def _write_call(self, node: fx.Node, depth: int) -> None:
-        if "draw" in node.meta:
-            self._line(depth, f"draws.seed({self._value(node.meta['draw'], 'draw')})")
-        if "scope" in node.meta:
-            self._line(depth, f"draws.enter({node.target!r}, {self._value(node.meta['scope'], 'scope')})")
+        info = run_info(node)
+        if info.draw is not None:
+            self._line(depth, f"draws.seed({self._value(info.draw, 'draw')})")
+        if info.scope is not None:
+            self._line(depth, f"draws.enter({node.target!r}, {self._value(info.scope, 'scope')})")
         args = [self._expression(argument) for argument in node.args]
         kwargs = [f"{name}={self._expression(argument)}" for name, argument in node.kwargs.items()]
         if node.op == "call_module":

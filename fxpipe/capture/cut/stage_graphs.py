@@ -10,11 +10,9 @@ from fxpipe.capture.cut.placement import place_layers
 from fxpipe.capture.graph.layers import layer_of
 from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.record.frames import draw_at, scope_at
+from fxpipe.capture.record.node import CONSTANT, info, reached, sources
 from fxpipe.capture.record.observe import Observation
-from fxpipe.capture.record.recorder import CONSTANT
-from fxpipe.program import BoundaryTensor, LossTerm, Program, StageProgram
-
-_CARRIED = ("layer", "context", "draw", "scope", "checkpoint")
+from fxpipe.program import BoundaryTensor, LossTerm, Program, RunInfo, StageProgram, run_info, set_run_info
 
 
 def make_program(
@@ -115,36 +113,36 @@ class _Cutter:
             modules=tuple(dict.fromkeys(str(node.target) for node in needed if node.op == "call_module")),
             attributes=tuple(name for name in attributes if not name.startswith(CONSTANT)),
             constants=tuple(name for name in attributes if name.startswith(CONSTANT)),
-            draws=any("draw" in node.meta or "scope" in node.meta for node in graph.nodes),
+            draws=any(run_info(node).draws for node in graph.nodes),
         )
 
     def _needed(self, own: Sequence[fx.Node], sent: Sequence[fx.Node], received: Sequence[fx.Node]) -> list[fx.Node]:
         """Give what a stage runs, in the model's order: its own calls, and what is derived for them."""
         have = set(received)
-        needed: set[fx.Node] = set()
-        todo = [*own, *(node for node in sent if node not in have)]
-        while todo:
-            node = todo.pop()
-            if node in needed or node in have:
-                continue
-            needed.add(node)
-            todo += [
-                source
-                for source in (*node.all_input_nodes, *node.meta.get("after", ()))
-                if source in self.structure.derived or source.op in ("get_attr", "placeholder")
-            ]
+
+        def follow(node: fx.Node) -> list[fx.Node]:
+            derived = (each for each in sources(node) if each in self.structure.derived or each.op in _READ)
+            return [each for each in derived if each not in have]
+
+        needed = reached([*own, *(node for node in sent if node not in have)], follow)
         return sorted(needed, key=self.order.__getitem__)
 
     def _copied(self, graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
         copy = graph.node_copy(node, copies.__getitem__)
-        copy.meta = {name: node.meta[name] for name in _CARRIED if name in node.meta}
-        frame = node.meta.get("frame")
-        if frame is not None and "position" in node.meta:
-            copy.meta["draw"] = draw_at(frame, node.meta["position"], self.draw_names)
-        elif frame is not None and (scope := scope_at(frame)) is not None:
-            copy.meta["scope"] = scope
+        known = info(node)
+        draw = scope = None
+        if known.frame is not None and known.position is not None:
+            draw = draw_at(known.frame, known.position, self.draw_names)
+        elif known.frame is not None:
+            scope = scope_at(known.frame)
+        set_run_info(copy, RunInfo(known.layer, known.context, draw, scope, known.region))
         return copy
 
 
 def _boundary(node: fx.Node) -> BoundaryTensor:
-    return BoundaryTensor(node.name, node.meta["tensor"], node.meta.get("strides", ()))
+    known = info(node)
+    assert known.tensor is not None
+    return BoundaryTensor(node.name, known.tensor, known.strides)
+
+
+_READ = ("get_attr", "placeholder")

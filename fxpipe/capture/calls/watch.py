@@ -46,19 +46,19 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
             self.drew = True
         if self.trace is not None:
-            self.trace.append((func, *map(spelled, args), *((name, spelled(arg)) for name, arg in kwargs.items())))
+            self.trace.append((func, *map(work_of, args), *((name, work_of(arg)) for name, arg in kwargs.items())))
         shape = grouped_shape(func, args, kwargs)
         if shape is not None:
             return args[0].new_empty(shape, dtype=kwargs.get("out_dtype") or args[0].dtype)
         return func(*args, **kwargs)
 
 
-def spelled(value: Any) -> Any:
+def work_of(value: Any) -> Any:
     """Give what of an argument decides how much work a call is: shapes and dtypes of tensors, and plain values."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype
     if isinstance(value, tuple | list):
-        return tuple(map(spelled, value))
+        return tuple(map(work_of, value))
     return value if isinstance(value, int | float | bool | str) else None
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxpipe.capture.graph.layers import find_layers, layer_name
+from fxpipe.capture.graph.layers import find_layers
 from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.record.node import info, is_constant
 from fxpipe.capture.record.observe import Observation
-from fxpipe.capture.record.recorder import CONSTANT
 from fxpipe.ir.cost import LayerCounts
+from fxpipe.ir.spec import layer_name
 from fxpipe.ir.tensor import TensorMeta
 
 
@@ -61,24 +62,25 @@ def layers_alone(observation: Observation, structure: Structure) -> list[LayerAl
     constants = observation.recorder.constants
     found = []
     for key, nodes in zip(layers.keys, layers.nodes, strict=True):
-        node = next((node for node in nodes if "counts" in node.meta), None)
-        if node is None or node in structure.derived:
+        node = next((node for node in nodes if info(node).counts is not None), None)
+        counts = info(node).counts if node is not None else None
+        if node is None or counts is None or node in structure.derived:
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: _stand_in(arg, constants))
-        found.append(LayerAlone(layer_name(key), node.meta["counts"], _callable(node, root), args, kwargs))
+        found.append(LayerAlone(layer_name(*key), counts, _callable(node, root), args, kwargs))
     return found
 
 
 def _stand_in(node: fx.Node, constants: Mapping[str, Any]) -> Any:
-    meta = node.meta.get("tensor")
-    if node.op == "get_attr" and str(node.target).startswith(CONSTANT):
+    known = info(node)
+    if is_constant(node):
         return constants[str(node.target)]
-    if node.meta.get("container"):
+    if known.container:
         parts = [_stand_in(part, constants) for part in node.args if isinstance(part, fx.Node)]
         return node.target(*parts)  # type: ignore[operator]
-    if meta is None:
+    if known.tensor is None:
         return None
-    return Weight(meta) if node.op == "get_attr" else Activation(meta, node.meta.get("strides", ()))
+    return Weight(known.tensor) if node.op == "get_attr" else Activation(known.tensor, known.strides)
 
 
 def _callable(node: fx.Node, root: nn.Module) -> nn.Module | Callable[..., Any]:

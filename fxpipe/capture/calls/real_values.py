@@ -15,10 +15,13 @@ from fxpipe._torch import (
     storage_key,
     without_modes,
 )
-from fxpipe.capture.record.calls import SHAPED_LIKE, targets_of, tensors_in
-from fxpipe.capture.record.guards import READS, shape_depends_on_values
-from fxpipe.capture.record.watch import RANDOM, Watch
+from fxpipe.capture.calls.forms import SHAPED_LIKE, targets_of
+from fxpipe.capture.calls.reads import READS, shape_depends_on_values
+from fxpipe.capture.calls.values import tensors_in
+from fxpipe.capture.calls.watch import RANDOM, Watch
 
+UNKNOWN_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What a call raises that needs values which are not known."""
 LARGEST = 1 << 22
 """Elements of the largest tensor kept real."""
 BUDGET = 1 << 26
@@ -32,7 +35,7 @@ FACTORIES = frozenset(
 )
 
 
-class Reals:
+class RealValues:
     """Runs torch calls, for real where all their tensors are real and small, else with fake tensors.
 
     A real tensor that a fake one is written into, and all that is made of it, keeps its shape and its memory but no
@@ -67,7 +70,7 @@ class Reals:
         if (fake or stale) and changed:
             self._stale.update((storage_key(tensor), tensor) for tensor in changed)
         if stale:
-            made = [tensor for tensor in tensors_in((result,), {}) if not isinstance(tensor, FakeTensor)]
+            made = [tensor for tensor in tensors_in(result) if not isinstance(tensor, FakeTensor)]
             self._stale.update((storage_key(tensor), tensor) for tensor in made)
         return result
 
@@ -77,7 +80,7 @@ class Reals:
 
     def _shape_is_unknown(self, name: str, args: tuple[Any, ...]) -> bool:
         if name == "__getitem__":  # by a mask without values, not of a tensor without them
-            return any(map(self._is_stale, tensors_in(args[1:], {}))) and shape_depends_on_values(name, args, None)
+            return any(map(self._is_stale, tensors_in(args[1:]))) and shape_depends_on_values(name, args, None)
         return shape_depends_on_values(name, args, None)
 
     def _run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: Sequence[Any]) -> Any:

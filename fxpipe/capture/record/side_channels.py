@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor
+from fxpipe.capture.calls.blocked import Blocked
+from fxpipe.capture.calls.values import Same, describe, tensors_in
 from fxpipe.capture.model.skeleton import named_tensors
-from fxpipe.capture.record.calls import tensors_in
-from fxpipe.capture.record.recorder import Blocked, Recorder, describe
-from fxpipe.ir.tree import tree_leaves
+from fxpipe.capture.record.recorder import Recorder
 
 _HELD_BY_US = 3  # the list, the loop's variable, and getrefcount's argument
 
 
-class Hidden:
+class SideChannels:
     """Watches the calls that are recorded whole.
 
     A module may keep a tensor (in an attribute, in a global) that another one reads later, or change an object that it
@@ -79,7 +79,7 @@ class Hidden:
             self._made.append(result)
             self._made_ids.add(id(result))
         elif isinstance(result, tuple | list | Mapping):
-            for tensor in tensors_in((result,), {}):
+            for tensor in tensors_in(result):
                 self._made.append(tensor)
                 self._made_ids.add(id(tensor))
 
@@ -93,7 +93,7 @@ class Hidden:
         Raises:
             Blocked: It changed an object that it was given.
         """
-        returned = {id(leaf) for _, leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        returned = set(map(id, tensors_in(result)))
         for tensor in self._made:
             if sys.getrefcount(tensor) > _HELD_BY_US and id(tensor) not in returned and isinstance(tensor, FakeTensor):
                 self._recorder.left[id(tensor)] = (tensor, self._fqn)
@@ -129,24 +129,12 @@ def _changeable(value: Any, depth: int = 4) -> Iterator[Any]:
 def _contents(value: Any) -> Any:
     """Give what a container or object holds, by identity; the parts are kept, so that identities stay theirs."""
     if isinstance(value, Mapping):
-        return [(key, _Same(item)) for key, item in value.items()]
+        return [(key, _held(item)) for key, item in value.items()]
     if isinstance(value, list | set):
-        return [_Same(item) for item in value]
-    return [(key, _Same(item)) for key, item in vars(value).items()]
+        return [_held(item) for item in value]
+    return [(key, _held(item)) for key, item in vars(value).items()]
 
 
-class _Same:
-    """Equal only to the same object, or to an equal number or text."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Same):
-            return False
-        plain = isinstance(self.value, int | float | str | bytes) and type(self.value) is type(other.value)
-        return self.value is other.value or (plain and bool(self.value == other.value))
-
-    __hash__ = None  # type: ignore[assignment]
+def _held(item: Any) -> Any:
+    """Give what is equal for the same object, and for an equal number or text."""
+    return (type(item), item) if isinstance(item, int | float | str | bytes) else Same(item)

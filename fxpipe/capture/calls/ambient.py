@@ -1,0 +1,68 @@
+"""The state around a call: gradient mode, inference mode and autocast, and what a call has that the forward had not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from fxpipe.program import AutocastState, CallContext
+
+
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    """Gradient, inference and autocast state around the forward."""
+
+    grad_enabled: bool
+    inference: bool
+    autocast: tuple[AutocastState, ...]
+
+    @classmethod
+    def now(cls) -> Ambient:
+        """Read the current state."""
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast())
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make the gradient mode, and the CPU's autocast, as they were."""
+        cpu = self.autocast[0]
+        with (
+            torch.set_grad_enabled(self.grad_enabled),
+            torch.autocast("cpu", getattr(torch, cpu.dtype), cpu.enabled, cpu.cache_enabled),
+        ):
+            yield
+
+    def difference(self) -> CallContext | None:
+        """Give what is different now, None for nothing."""
+        now = Ambient.now()
+        if now == self:
+            return None
+        changed = tuple(state for state in now.autocast if state not in self.autocast)
+        grad = None if now.grad_enabled == self.grad_enabled else now.grad_enabled
+        return CallContext(grad, now.inference and not self.inference, changed)
+
+
+def _autocast() -> tuple[AutocastState, ...]:
+    states = []
+    for device_type, name in (("cpu", ""), ("cuda", "cuda")):
+        dtype = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
+        enabled = torch.is_autocast_enabled(device_type)
+        states.append(AutocastState(name, enabled, dtype, torch.is_autocast_cache_enabled()))
+    return tuple(states)
+
+
+@contextmanager
+def mirrored_ambient() -> Iterator[Ambient]:
+    """Give the state around the forward; autocast of an accelerator is mirrored to the CPU, where capture runs.
+
+    A forward asks ``x.device.type`` which autocast to switch off, and hears ``"cpu"`` during capture.
+    """
+    mirrored = next((kind for kind in ("cuda", "xpu") if torch.is_autocast_enabled(kind)), None)
+    if mirrored is None or torch.is_autocast_enabled("cpu"):
+        yield Ambient.now()
+        return
+    dtype = torch.get_autocast_dtype(mirrored)
+    with torch.autocast("cpu", dtype=dtype, cache_enabled=torch.is_autocast_cache_enabled()):
+        yield Ambient.now()

@@ -1,0 +1,100 @@
+"""Real zeros in the place of fake tensors, for calls whose result fake tensors cannot tell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxpipe._torch import FakeTensor, without_functions, without_modes
+from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.model.skeleton import named_tensors
+from fxpipe.ir.cost import LayerCounts
+from fxpipe.ir.tree import map_tree
+
+
+def run_on_zeros(
+    mode: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, exact: bool = False
+) -> Any:
+    """Run a function and give what it returns, with fake tensors.
+
+    Args:
+        mode: The fake mode of the tensors.
+        function: The function.
+        args: Arguments, with fake tensors.
+        kwargs: Keyword arguments, likewise.
+        exact: Whether integers in the result depend on real arguments alone; they stay real.
+    """
+    with without_modes(), without_functions():
+        call, real_args, real_kwargs = on_zeros(function, args, kwargs)
+        result = call(*real_args, **real_kwargs)
+    return as_fakes(result, mode, lambda tensor: exact and not tensor.is_floating_point())
+
+
+def counts_on_zeros(
+    counter: LayerCounter,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    trace: Any,
+    attention: tuple[str, ...],
+) -> LayerCounts:
+    """Count a call on zeros; arguments as of ``LayerCounter.counts``."""
+    with without_functions(), without_modes():
+        call, real_args, real_kwargs = on_zeros(function, args, kwargs)
+        return counter.counts(call, real_args, real_kwargs, trace, attention)
+
+
+def on_zeros(
+    function: nn.Module | Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    other: bool = False,
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Give a function and arguments in which real zeros stand for fake tensors; to be called without modes.
+
+    Args:
+        function: The function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        other: Whether parameters and integers are ones, and other arguments rise from -1 to 1, instead.
+    """
+    if isinstance(function, nn.Module):
+        memo: dict[int, Any] = {id(tensor): _weight(tensor, other) for _, tensor in named_tensors(function)}
+        function = copy.deepcopy(function, memo)
+    real_args, real_kwargs = map_tree(lambda _, leaf: _real(leaf, other), (args, dict(kwargs)))
+    return function, real_args, real_kwargs
+
+
+def as_fakes(value: Any, mode: Any, keeps: Callable[[torch.Tensor], bool]) -> Any:
+    """Replace real tensors, all but those that ``keeps`` names, by fake ones of the same shape, dtype and flag."""
+
+    def fake(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or keeps(leaf):
+            return leaf
+        with mode:
+            made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")
+        return made.requires_grad_(leaf.requires_grad) if leaf.is_floating_point() or leaf.is_complex() else made
+
+    with without_functions():
+        return map_tree(fake, value)
+
+
+def _weight(tensor: torch.Tensor, other: bool) -> torch.Tensor:
+    if not isinstance(tensor, nn.Parameter):  # buffers are written to
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    value = torch.full((), int(other), dtype=tensor.dtype)
+    return nn.Parameter(value.expand(tensor.shape), tensor.requires_grad)
+
+
+def _real(leaf: Any, other: bool) -> Any:
+    if not isinstance(leaf, FakeTensor):
+        return leaf
+    values = torch.full(leaf.shape, int(other), dtype=leaf.dtype)
+    if other and leaf.is_floating_point():
+        values = torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view(leaf.shape)
+    return values.requires_grad_() + 0 if leaf.requires_grad else values  # not a leaf: it may be written to

@@ -1,0 +1,151 @@
+"""The forward that is being recorded: the one live object that everything which sees a part of it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxpipe.capture.calls.blocked import Blocked, user_line
+from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.calls.watch import Watch
+from fxpipe.capture.model.blocks import Leaves
+from fxpipe.capture.model.preserve import Attributes, python_random_state
+from fxpipe.capture.model.skeleton import Skeleton
+from fxpipe.capture.record.counts import Counts
+from fxpipe.capture.record.frames import Frame, Frames
+from fxpipe.capture.record.recorder import Recorder
+from fxpipe.capture.record.side_channels import SideChannels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guard:
+    """One read and its answer: the recorded graph holds only where the same read gives the same answer.
+
+    Attributes:
+        node: The call that reads; its value is what Python saw.
+        answer: What it saw, in a form that can be compared.
+        where: File and line of the user's code.
+    """
+
+    node: fx.Node
+    answer: Any
+    where: str = ""
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether the answers are few: a truth value."""
+        return isinstance(self.answer, bool)
+
+
+@dataclass(slots=True, eq=False)
+class Forward:
+    """What is known of the forward while it runs.
+
+    Attributes:
+        skeleton: The copy of the model.
+        leaves: What is recorded as one call.
+        recorder: The graph as it grows.
+        frames: Where in the model the forward stands.
+        watch: What runs below Python.
+        side_channels: What passes between calls recorded whole beside their arguments.
+        counts: Counts each recorded call, when the forward is over.
+        attributes: What the modules held before.
+        progress: Called with the FQN of each block whose call ends.
+        guards: What Python read from values that depend on inputs, so far.
+        opened: Modules whose inside was recorded.
+        hooks: Hooks on tensors: the call that set each, and its handle.
+        quiet: FQN of what is recorded whole and running: nothing inside it is recorded.
+        counting: Whether a call is made again to be counted: nothing is noted at all.
+        on_zeros: While a module computes on zeros: the FQN that each module of its copy stands for, by ``id``.
+        has_drawn: Whether random numbers were drawn in what is recorded whole.
+        has_read: Whether Python looked at values in what is recorded whole.
+        attention: Forms of the attention calls in the call that is being made.
+        dtype: torch's default dtype when the forward began.
+        python_random: State of Python's and numpy's generators, as far as it was looked at.
+        python_draw: Where in the user's code they were drawn from.
+        blocked: The first thing that could not be recorded; a bare ``except`` of the user's may have swallowed it.
+    """
+
+    skeleton: Skeleton
+    leaves: Leaves
+    recorder: Recorder
+    frames: Frames
+    watch: Watch
+    side_channels: SideChannels
+    counts: Counts
+    attributes: Attributes
+    progress: Callable[[str], None] | None = None
+    guards: list[Guard] = field(default_factory=list)
+    opened: set[str] = field(default_factory=set)
+    hooks: list[tuple[fx.Node, Any]] = field(default_factory=list)
+    quiet: str | None = None
+    counting: bool = False
+    on_zeros: dict[int, str] = field(default_factory=dict)
+    has_drawn: bool = False
+    has_read: bool = False
+    attention: list[str] = field(default_factory=list)
+    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    python_random: tuple[Any, ...] = field(default_factory=python_random_state)
+    python_draw: str = ""
+    blocked: Blocked | None = None
+
+    @classmethod
+    def begin(
+        cls,
+        skeleton: Skeleton,
+        leaves: Leaves,
+        recorder: Recorder,
+        counter: LayerCounter | None,
+        attributes: Attributes,
+        progress: Callable[[str], None] | None,
+    ) -> Forward:
+        """Give a forward of which nothing has run yet."""
+        return cls(
+            skeleton,
+            leaves,
+            recorder,
+            Frames(skeleton.module, leaves.blocks),
+            Watch(),
+            SideChannels(recorder),
+            Counts(counter, skeleton),
+            attributes,
+            progress,
+        )
+
+    @property
+    def passes(self) -> bool:
+        """Whether nothing is recorded now."""
+        return self.quiet is not None or self.counting
+
+    def fqn_of(self, module: nn.Module) -> str | None:
+        """Give the FQN of a module of the model, or of the copy of one that computes on zeros; None for others."""
+        return self.skeleton.module_fqns.get(id(module)) or self.on_zeros.get(id(module))
+
+    def noted(self, blocked: Blocked) -> None:
+        """Complete an exception on its way out, and remember it."""
+        blocked.where = blocked.where or user_line()
+        self.blocked = self.blocked or blocked
+
+    def check_python_random(self, frame: Frame) -> None:
+        """Refuse what was drawn from Python's or numpy's generator: no seed of a microbatch's reaches those.
+
+        Raises:
+            Blocked: Something was.
+        """
+        if python_random_state() != self.python_random:
+            blocked = Blocked("the forward draws from Python's or numpy's random generator", frame.fqn)
+            blocked.where = self.python_draw
+            raise blocked
+
+    def check_dtype(self, frame: Frame) -> None:
+        """Refuse another default dtype: the stages run with torch's own.
+
+        Raises:
+            Blocked: It was changed.
+        """
+        if torch.get_default_dtype() != self.dtype:
+            raise Blocked("the forward changes torch's default dtype", frame.fqn)

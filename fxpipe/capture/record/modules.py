@@ -1,0 +1,203 @@
+"""The calls of the model's modules: opened ones are followed, closed ones written down as one call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from fxpipe._torch import replaced, without_functions
+from fxpipe.capture.calls.blocked import Blocked
+from fxpipe.capture.calls.forms import versions_of
+from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
+from fxpipe.capture.calls.values import tensors_in
+from fxpipe.capture.model.preserve import python_random_state
+from fxpipe.capture.model.skeleton import named_tensors
+from fxpipe.capture.record.forward import Forward
+from fxpipe.capture.record.frames import Frame
+from fxpipe.capture.record.node import info, is_derived
+from fxpipe.capture.record.repeats import Repeat, Repeats
+from fxpipe.capture.record.zero_runs import ZeroRuns
+from fxpipe.ir.tree import tree_leaves
+
+
+class ModuleCalls:
+    """The interception of module calls during one forward.
+
+    Args:
+        forward: The forward.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._zero_runs = ZeroRuns()
+        self._repeats = Repeats()
+        self._entered: set[str] = set()
+
+    @contextmanager
+    def intercepting(self) -> Iterator[None]:
+        """Hear of module calls."""
+        forward = self._forward
+        with ExitStack() as stack:
+            owners = dict.fromkeys(
+                cls
+                for part in (nn.Module(), *forward.skeleton.module.modules())
+                for cls in type(part).__mro__
+                if "__call__" in vars(cls) and issubclass(cls, nn.Module)
+            )
+            for owner in owners:
+                stack.enter_context(replaced(owner, "__call__", self._called(vars(owner)["__call__"])))
+            yield
+
+    def _called(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        forward = self._forward
+
+        @functools.wraps(original)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            fqn = forward.fqn_of(module)
+            if fqn is None or forward.counting or forward.frames.top.module is module:
+                return original(module, *args, **kwargs)
+            frame = forward.frames.enter(fqn, module)
+            try:
+                if forward.quiet is not None:
+                    return original(module, *args, **kwargs)
+                if fqn in forward.leaves.closed and self._holds_its_own(module):
+                    return self._leaf(original, frame, args, kwargs)
+                forward.opened.add(fqn)
+                return original(module, *args, **kwargs)
+            except Blocked as blocked:
+                forward.noted(blocked)
+                raise
+            finally:
+                forward.frames.leave()
+                if forward.progress is not None and fqn in forward.leaves.blocks:
+                    forward.progress(fqn)
+
+        return call
+
+    def _holds_its_own(self, module: nn.Module) -> bool:
+        """Whether a module holds the model's tensors: ``functional_call`` may have put others into it."""
+        forward = self._forward
+        known = forward.skeleton.fqn_of
+        return all(
+            id(tensor) in known
+            for part in module.modules()
+            for tensor in part._parameters.values()
+            if tensor is not None
+        )
+
+    def _leaf(self, original: Callable[..., Any], frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = self._forward
+        if self._may_be_derived(frame):
+            found = self._derived(original, frame, args, kwargs)
+            if found is not None:
+                return found[0]
+        self._check_outside(frame)
+        module = frame.module
+        with without_functions():
+            key = self._repeats.key(module, args, kwargs)
+            repeat = self._repeats.find(key)
+            if repeat is not None:
+                return self._repeated(repeat, frame, args, kwargs)
+            watched = [*tensors_in(args, kwargs), *(tensor for _, tensor in named_tensors(module))]
+            versions = versions_of(watched)
+            forward.side_channels.begin(module, frame.fqn, args, kwargs)
+        forward.attention.clear()
+        trace: list[Any] = []
+        forward.watch.trace = trace
+        forward.quiet, forward.has_read, forward.has_drawn = frame.fqn, False, False
+        counts = None
+        try:
+            result = original(module, *args, **kwargs)
+        except UNKNOWN_VALUES:
+            forward.has_read = True
+            result, counts = self._zero_runs.run_module(forward, frame, args, kwargs)
+        finally:
+            forward.quiet = None
+            forward.watch.trace = None
+        with without_functions():
+            forward.side_channels.end(result)
+            if forward.has_read and any(isinstance(leaf, int | float | str) for _, leaf in tree_leaves(result)):
+                raise Blocked("it returns what Python read from a tensor", frame.fqn, opens=[frame.fqn])
+            written = [t for t, old, new in zip(watched, versions, versions_of(watched), strict=True) if old != new]
+            try:
+                node = forward.recorder.call(
+                    "call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call, written=written
+                )
+            except Blocked as blocked:
+                blocked.opens = (frame.fqn,)  # then what it is given need not be recorded
+                raise
+        info(node).frame = frame
+        if counts is None:
+            forward.counts.add(node, module, args, kwargs, tuple(trace), tuple(forward.attention))
+        else:
+            info(node).counts = counts
+        with without_functions():
+            forward.recorder.emit(result, node)
+            plain = not (written or counts or forward.has_read or forward.has_drawn)
+            if plain and key is not None and not any(forward.attributes.changes(frame.fqn)):
+                self._repeats.add(key, watched, result, tuple(trace), tuple(forward.attention))
+        forward.python_random = python_random_state()
+        return result
+
+    def _repeated(self, repeat: Repeat, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call that is equal to an earlier one, without making it."""
+        forward = self._forward
+        result = repeat.again()
+        node = forward.recorder.call("call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call)
+        info(node).frame = frame
+        forward.counts.add(node, frame.module, args, kwargs, repeat.trace, repeat.attention)
+        forward.recorder.emit(result, node)
+        return result
+
+    def _check_outside(self, frame: Frame) -> None:
+        """Refuse what reached a module that is recorded whole by no argument."""
+        forward = self._forward
+        around = forward.frames.stack[-2]
+        forward.check_python_random(around)
+        forward.check_dtype(around)
+        if frame.fqn not in self._entered:
+            self._entered.add(frame.fqn)
+            for change in forward.attributes.changes(frame.fqn):
+                reason = f"the attribute {change.path} was set from outside of its module"
+                raise Blocked(reason, frame.fqn, opens=[frame.fqn])
+
+    def _may_be_derived(self, frame: Frame) -> bool:
+        forward = self._forward
+        module = frame.module
+        return (
+            frame.fqn not in forward.leaves.kept
+            and not type(module).__module__.startswith("torch.nn.")
+            and next(module.parameters(), None) is None
+        )
+
+    def _derived(
+        self, original: Callable[..., Any], frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any] | None:
+        """Open a module without parameters (rotary tables, masks) if what it returns depends on no activation.
+
+        Such calls are recomputed where they are read; a module called as a whole would be tied to what it is given,
+        which is often an activation whose dtype alone is looked at.
+        """
+        forward = self._forward
+        forward.recorder.begin_trial()
+        guards, blocked = len(forward.guards), forward.blocked
+        try:
+            result = original(frame.module, *args, **kwargs)
+            with without_functions():
+                nodes = [forward.recorder.node_of(tensor, frame) for tensor in tensors_in(result)]
+            derived = bool(nodes) and not frame.drew and not frame.inside and is_derived(nodes)
+        except (Blocked, *UNKNOWN_VALUES):
+            derived = False
+        if derived:
+            forward.recorder.end_trial()
+            forward.opened.add(frame.fqn)
+            return (result,)
+        forward.recorder.undo_trial()
+        del forward.guards[guards:]
+        forward.blocked = blocked
+        frame.clear()
+        return None

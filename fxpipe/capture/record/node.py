@@ -1,0 +1,169 @@
+"""What is known of each node of a recorded graph, what it depends on, and what kind of call it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxpipe.capture.record.frames import Frame
+from fxpipe.ir.cost import LayerCounts
+from fxpipe.ir.tensor import TensorMeta
+from fxpipe.program import CallContext
+
+CONSTANT = "_constant_"
+"""Names of ``get_attr`` targets that are no parameter or buffer begin so; no FQN of a user's does."""
+
+
+@dataclass(slots=True, eq=False)
+class NodeInfo:
+    """What is known of one node: a placeholder, an attribute, or a call.
+
+    The recorder writes the fields, where nothing else is said, and the floors above (``graph``, ``cut``) read them.
+
+    Attributes:
+        layer: FQN of the module, or the name ``Frame.name`` gave the call; empty for what belongs to no layer. A
+            container takes the layer of the call it is made for. ``graph.trace`` writes it too.
+        call: Which call of the layer's module it is, from 0.
+        block: Block around the call, ``"h.0"`` or ``"h.0@1"``; read for the layers' blocks.
+        tensor: Shape, dtype and gradient flag of the value, None where that is no tensor; refreshed at the end.
+        strides: Strides of a value that is dense and not contiguous, else empty; read for boundaries.
+        storage: Storage of the value, a key of ``Recorder.storages``; None where it has none.
+        from_input: Whether the value depends on an input; read by the guards.
+        context: What surrounds the call, None where it is what surrounds the forward.
+        region: Activation-checkpointing region the call was made in; read by the cut.
+        reads: The activations among a call's arguments, in order; read for what a layer saves (``counts``).
+        made: Node of each tensor in the call's result, in order; read likewise.
+        after: Writes that must run before the call: it sees them in what it reads.
+        before: Readers that must run before the call: they must not see what it writes.
+        writes: Storages that the call writes to.
+        where: File and line in the user's code, of calls that write; read by messages.
+        part_of: The call whose result this node takes a part out of.
+        container: Whether the call only puts tensors into a container of the user's.
+        shared_object: Whether the value carries what a stage of its own would not have: attributes of the user's on a
+            tensor, a generator's state. All that read it share a stage.
+        random: Whether the value holds random numbers; ``calls`` and the guards read it.
+        frame: The module call that the node is (or in which the function was called); for the draws' identities.
+        position: Place of a drawing function in ``frame.functions``, None for what does not draw.
+        counts: What the call does; ``counts`` writes it when the forward is over.
+        attention: Forms of the attention calls in it; ``counts`` writes it, the notes read it.
+        is_guard: Whether the node only reads a value for Python; no layer.
+        removed: Whether a hook was taken away before the backward; ``outcome`` writes it.
+    """
+
+    layer: str = ""
+    call: int = 0
+    block: str = ""
+    tensor: TensorMeta | None = None
+    strides: tuple[int, ...] = ()
+    storage: int | None = None
+    from_input: bool = False
+    context: CallContext | None = None
+    region: int | None = None
+    reads: tuple[fx.Node, ...] = ()
+    made: tuple[fx.Node, ...] = ()
+    after: tuple[fx.Node, ...] = ()
+    before: tuple[fx.Node, ...] = ()
+    writes: tuple[int, ...] = ()
+    where: str = ""
+    part_of: fx.Node | None = None
+    container: bool = False
+    shared_object: bool = False
+    random: bool = False
+    frame: Frame | None = None
+    position: int | None = None
+    counts: LayerCounts | None = None
+    attention: tuple[str, ...] = ()
+    is_guard: bool = False
+    removed: bool = False
+
+
+_KEY = "fxpipe"
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """Give what is known of a node of a recorded graph."""
+    found: NodeInfo = node.meta[_KEY]
+    return found
+
+
+def set_info(node: fx.Node, value: NodeInfo) -> None:
+    """Say what is known of a node that was just made."""
+    node.meta[_KEY] = value
+
+
+def sources(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Give the nodes that must have run before a node: those it takes values of, and the writes it sees."""
+    return (*node.all_input_nodes, *info(node).after)
+
+
+def reached(start: Iterable[fx.Node], follow: Callable[[fx.Node], Iterable[fx.Node]] = sources) -> dict[fx.Node, None]:
+    """Give all nodes that can be reached backwards, the first ones included.
+
+    Args:
+        start: Where to begin.
+        follow: Gives the nodes to go to from a node.
+    """
+    found: dict[fx.Node, None] = {}
+    todo = list(start)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found[node] = None
+            todo += follow(node)
+    return found
+
+
+def made_by(node: fx.Node) -> fx.Node:
+    """Give the call in whose result a node's value was found."""
+    while (whole := info(node).part_of) is not None:
+        node = whole
+    return node
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node reads what is no parameter or buffer."""
+    return node.op == "get_attr" and str(node.target).startswith(CONSTANT)
+
+
+def is_own(node: fx.Node) -> bool:
+    """Whether a node reads a parameter or buffer of the model."""
+    return node.op == "get_attr" and not is_constant(node)
+
+
+def is_activation(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor that is no parameter or buffer."""
+    return info(node).tensor is not None and not is_own(node)
+
+
+def is_derived(nodes: Sequence[fx.Node]) -> bool:
+    """Whether nodes depend on inputs, buffers and constants alone, and take no gradient."""
+    return all(map(derives, reached(nodes)))
+
+
+def derives(node: fx.Node) -> bool:
+    """Whether one call can be made again at any stage that has its arguments."""
+    known = info(node)
+    takes_gradient = known.tensor is not None and known.tensor.requires_grad
+    if node.op == "get_attr":
+        return not (takes_gradient or known.shared_object or _is_parameter(node))
+    if node.op == "placeholder":
+        return True
+    repeatable = known.position is None and not known.random and not known.is_guard
+    return node.op in ("call_function", "call_method") and repeatable and not takes_gradient
+
+
+def is_setting(node: fx.Node) -> bool:
+    """Whether a call sets something on a tensor, so that what it returns is not what it is for."""
+    sets = (node.op == "call_method" and node.target == "register_hook") or node.target is setattr
+    return sets and not info(node).removed
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    module = node.graph.owning_module
+    owner, _, leaf = str(node.target).rpartition(".")
+    try:
+        return module is not None and leaf in module.get_submodule(owner)._parameters
+    except AttributeError:
+        return False
