@@ -96,9 +96,10 @@ class _Writer:
 
     def _region(self, node: fx.Node) -> Any:
         """Name the region a call is recomputed with: the user's own, or a module that is to be; None for none."""
-        if "checkpoint" in node.meta:
-            return node.meta["checkpoint"]
-        layer = str(node.meta.get("layer", "")).partition("@")[0]
+        info = run_info(node)
+        if info.checkpoint is not None:
+            return info.checkpoint
+        layer = info.layer.partition("@")[0]
         return next((fqn for fqn in self._recompute if layer == fqn or layer.startswith(f"{fqn}.")), None)
 
     def _write_placeholders(self, placeholders: list[fx.Node]) -> None:
