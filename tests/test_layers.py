@@ -158,7 +158,7 @@ LONG_FUNCTIONS = {
     *("fxpipe.compiler.compile", "fxpipe.planning.layout.make_layout", "fxpipe.planning.plan.make_plan"),
     *("fxpipe.planning.search.chains.fast_cuts", "fxpipe.planning.search.chains.general_cuts"),
     *("fxpipe.planning.search.instance.make_instance", "fxpipe.planning.search.problem.measure"),
-    "fxpipe.runtime.build.values.initial_values",
+    *("fxpipe.planning.simulation.engine._run", "fxpipe.runtime.build.values.initial_values"),
 }
 LARGEST_FILE, LARGEST_FUNCTION, LARGEST_FOLDER = 450, 60, 16
 
