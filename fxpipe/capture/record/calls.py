@@ -21,12 +21,13 @@ from fxpipe.capture.calls.forms import (
     versions_of,
     without_source,
 )
-from fxpipe.capture.calls.reads import READS, guard_integers, guard_read, guard_shape, shape_depends_on_values
+from fxpipe.capture.calls.reads import READS, shape_depends_on_values
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES, RealValues, is_random
 from fxpipe.capture.calls.values import has_tensor, tensors_in
 from fxpipe.capture.calls.zero_inputs import run_on_zeros
 from fxpipe.capture.record.forward import Forward
 from fxpipe.capture.record.frames import Frame
+from fxpipe.capture.record.guards import guard_integers, guard_read, guard_shape
 from fxpipe.capture.record.node import info
 
 
