@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fxpipe.pipeline import Pipeline
     from fxpipe.planning.search.partition import partition
     from fxpipe.planning.simulation.simulate import simulate
+    from fxpipe.recipes.deferred import deferred_init
 
 __all__ = [
     "CaptureError",
@@ -59,6 +60,7 @@ __all__ = [
     "Training",
     "WeightsError",
     "compile",
+    "deferred_init",
     "partition",
     "simulate",
 ]
@@ -77,6 +79,7 @@ _HOMES = {
     "fxpipe.pipeline": ("Pipeline",),
     "fxpipe.planning.search.partition": ("partition",),
     "fxpipe.planning.simulation.simulate": ("simulate",),
+    "fxpipe.recipes.deferred": ("deferred_init",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

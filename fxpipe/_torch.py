@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import SimpleNamespace
@@ -13,6 +15,8 @@ import torch.utils.checkpoint
 
 # --- capture: fake tensors, modes, and what a function mode does not see -----------------------------------------
 from torch._functorch import apis as _functorch_apis
+from torch._ops import OpOverload as OpOverload
+from torch._subclasses import fake_tensor as _fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
@@ -144,6 +148,54 @@ def intercepted(
         stack.enter_context(
             replaced(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpoint_region)
         )
+        yield
+
+
+# --- recipes: fake tensors that are recorded ----------------------------------------------------------------------
+
+FAKE_CANNOT: tuple[type[Exception], ...] = (
+    *(DataDependentOutputException, DynamicOutputShapeException, _fake_tensor.UnsupportedOperatorException),
+    *(_fake_tensor.UnsupportedFakeTensorException, _fake_tensor.UnsupportedMutationAliasingException),
+)
+"""What a fake mode raises where a result's shape depends on values, or it has no rule for an operation."""
+
+
+def forget_conversions(mode: FakeTensorMode) -> None:
+    """Let a fake mode forget which fakes it made of which tensors: ``Module.half()`` refuses fakes it remembers."""
+    mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+
+
+def negative_view(tensor: torch.Tensor) -> torch.Tensor:
+    """View a tensor as its negative, lazily."""
+    return torch._neg_view(tensor)
+
+
+def truncated_normals(record: Callable[..., Any]) -> AbstractContextManager[None]:
+    """Have ``record(real, tensor, mean, std, a, b, generator)`` called for ``nn.init.trunc_normal_``."""
+    real = torch.nn.init._no_grad_trunc_normal_
+    return replaced(torch.nn.init, "_no_grad_trunc_normal_", functools.partial(record, real))
+
+
+def checked_generators(check: Callable[[torch.device], None]) -> AbstractContextManager[None]:
+    """Have ``check(device)`` called before a ``torch.Generator`` is made."""
+    real = torch.Generator
+
+    class Checked(type):
+        def __call__(cls, device: Any = "cpu") -> torch.Generator:
+            check(torch.device(device))
+            return real(device)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, real)
+
+    return replaced(torch, "Generator", Checked("Generator", (), {}))
+
+
+@contextmanager
+def deepcopied_quietly() -> Iterator[None]:
+    """Copy a fake tensor without torch's warning that it asks for the memory it does not have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
         yield
 
 

@@ -15,7 +15,7 @@ from fxpipe.batch.split import Microbatch
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.model.sequence import build_sequence
-from fxpipe.errors import PartitionError, PlanError, ScheduleError
+from fxpipe.errors import CaptureError, PartitionError, PlanError, ScheduleError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.hardware_file import resolve_hardware
@@ -31,6 +31,7 @@ from fxpipe.planning.peers import compare
 from fxpipe.planning.planner import plan_pipeline
 from fxpipe.planning.settings import GRAINS, Settings
 from fxpipe.profiling import Profiler
+from fxpipe.recipes.deferred import is_recording
 from fxpipe.training import Variants
 
 if TYPE_CHECKING:
@@ -110,6 +111,11 @@ def compile(
     >>> [stage.layers for stage in pipe.plan.stages]
     [('0', '1'), ('2', '3'), ('4', '5')]
     """
+    if is_recording():
+        raise CaptureError(
+            "compile is called inside of deferred_init, which would record it too\n"
+            "  leave the block first: only what builds the model belongs in it"
+        )
     hardware = resolve_hardware(hardware)
     training = training if training is not None else Training()
     _check(stages, grain, memory_limit, microbatches)

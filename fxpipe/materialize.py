@@ -295,7 +295,7 @@ def _build(
         seed=seed,
         device=device,
         dtype=capture.dtype,
-        constructor_values=sequence.initial_values if sequence is not None else None,
+        constructed=sequence.recorded(seed) if sequence is not None else None,
     )
     stages = build_stages(skeleton.module, parts, values.tensors, skeleton.aliases, device)
     return stages, set(values.unfilled)

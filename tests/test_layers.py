@@ -23,16 +23,17 @@ class Room:
 
 
 # Rooms with floors come floor by floor; a room's own row is for the files that stand in it directly.
-CAPTURE_BELOW = "errors ir program batch _torch"
+CAPTURE_BELOW = "errors ir program batch _torch recipes"
 TABLE = {
     "__init__": Room(
-        "errors ir planning.search planning.simulation pipeline compiler"
+        "errors ir recipes planning.search planning.simulation pipeline compiler"
     ),  # for type checkers; loaded on first use
     "errors": Room(""),
     "_torch": Room("errors", "torch"),
     "ir": Room("errors", "networkx"),
     "program": Room("errors ir", "torch"),  # graphs and functions, alive: no value of ir
     "batch": Room("errors ir program _torch", "torch numpy"),
+    "recipes": Room("errors ir _torch", "torch numpy"),
     "planning.costs": Room("errors ir"),
     "planning.search": Room("errors", "networkx numpy"),
     "planning.simulation": Room("errors ir"),
@@ -47,7 +48,7 @@ TABLE = {
         f"{CAPTURE_BELOW} capture.model capture.calls capture.record capture.graph capture.cut", "torch tqdm"
     ),
     "runtime.ranks": Room("errors ir _torch", "torch"),
-    "runtime.build": Room("errors ir program batch _torch runtime.ranks", "torch numpy"),
+    "runtime.build": Room("errors ir program batch _torch recipes runtime.ranks", "torch numpy"),
     "runtime.run": Room("errors ir program batch _torch runtime.ranks runtime.build", "torch"),
     # Modules that compose the rooms; each sees the ones above it here.
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
@@ -55,7 +56,7 @@ TABLE = {
     "training": Room("errors ir program batch capture runtime materialize", "torch"),
     "verification": Room("errors ir capture runtime materialize training", "torch"),
     "pipeline": Room("errors ir planning report runtime materialize training verification", "torch"),
-    "compiler": Room("errors ir batch planning capture profiling materialize training pipeline", "torch"),
+    "compiler": Room("errors ir batch recipes planning capture profiling materialize training pipeline", "torch"),
     "cli": Room("errors ir planning report capture compiler pipeline", "tqdm"),
     "__main__": Room("cli"),
 }

@@ -1,5 +1,6 @@
 """Each private name of torch in ``fxpipe._torch`` does what it is used for; these fail when torch changes one."""
 
+import copy
 import inspect
 
 import pytest
@@ -177,3 +178,68 @@ def test_conversions_of_modules_are_heard_of():
     assert seen == [module, module]
     assert module.weight.dtype == torch.float32
     assert module.double().weight.dtype == torch.float64
+
+
+# --- recipes ---
+
+
+def test_fake_tensors_can_be_swapped_once_their_conversions_are_forgotten():
+    """``Module.half()`` swaps them."""
+    mode = _torch.FakeTensorMode()
+    real = torch.ones(2)
+    fakes = [mode.from_tensor(real), mode.from_tensor(torch.zeros(3))]
+    assert mode.from_tensor(real) is fakes[0]
+    with pytest.raises(RuntimeError, match="weakref"):
+        torch.utils.swap_tensors(*fakes)
+    _torch.forget_conversions(mode)
+    torch.utils.swap_tensors(*fakes)
+    assert fakes[0].shape == (3,)
+
+
+def test_operations_without_a_shape_are_refused_by_fakes():
+    with _torch.FakeTensorMode():
+        tensor = torch.zeros(1)
+        for ask in (torch.nonzero, torch.Tensor.item, torch.unique):
+            with pytest.raises(_torch.FAKE_CANNOT):
+                ask(tensor)
+
+
+def test_truncated_normals_are_heard_of():
+    seen = []
+    with _torch.truncated_normals(lambda real, tensor, *args, **kwargs: seen.append((args, kwargs)) or tensor):
+        nn.init.trunc_normal_(torch.empty(3), std=0.5)
+    assert seen == [((0.0, 0.5, -2.0, 2.0), {"generator": None})]
+    assert nn.init.trunc_normal_(torch.empty(3)).abs().max() <= 2
+
+
+def test_generators_are_checked_before_they_are_made():
+    real, seen = torch.Generator, []
+    with _torch.checked_generators(seen.append):
+        generator = torch.Generator()
+        torch.Generator(device="cpu")
+        assert isinstance(generator, torch.Generator)
+        assert not isinstance(3, torch.Generator)
+    assert type(generator) is torch.Generator is real
+    assert seen == [torch.device("cpu")] * 2
+
+
+def test_a_negative_view_is_lazy():
+    tensor = torch.ones(2)
+    view = _torch.negative_view(tensor)
+    assert view.is_neg()
+    tensor.mul_(3)
+    assert view.tolist() == [-3, -3]
+
+
+def test_fake_tensors_that_are_no_parameters_are_copied_without_a_warning():
+    with _torch.FakeTensorMode(), _torch.deepcopied_quietly():
+        assert copy.deepcopy(torch.ones(2)).shape == (2,)
+
+
+def test_the_generator_state_has_the_layout_that_is_skipped_in():
+    state = torch.Generator().manual_seed(7).get_state()
+    assert state.numel() == 5056
+    assert int(state[:8].view(torch.int64)) == 7
+    words = state[24 : 24 + 8 * 624].view(torch.int64)
+    assert int(words[0]) == 7  # the first word of MT19937 is its seed
+    assert int(words[1]) == (1812433253 * (7 ^ (7 >> 30)) + 1) % 2**32

@@ -8,6 +8,7 @@ from torch import nn
 from fxpipe.capture.model.sequence import SpecSequential
 from fxpipe.errors import SpecError, TieError
 from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
+from fxpipe.recipes.deferred import replay
 
 
 class Head(nn.Module):
@@ -150,20 +151,21 @@ def test_what_is_no_layer_is_refused_by_its_place(layers, message):
         SpecSequential(layers)
 
 
-def test_initial_values_are_those_of_the_classes_whatever_else_is_built():
+@pytest.mark.parametrize("seed", [0, 3])
+def test_recorded_values_are_those_of_a_whole_build_in_order(seed):
+    specs = [LayerSpec(nn.Linear, 3, 4), F.gelu, LayerSpec(nn.BatchNorm1d, 4), LayerSpec(Head, 4, 2)]
     with torch.device("meta"):
-        model = SpecSequential(
-            [LayerSpec(nn.Linear, 3, 4), F.gelu, LayerSpec(nn.BatchNorm1d, 4), LayerSpec(Head, 4, 2)]
-        )
-    everything = model.initial_values(list(model.state_dict()), torch.manual_seed)
-    assert sorted(everything) == sorted(model.state_dict())
-    alone = model.initial_values(["3.proj.weight", "2.running_var"], torch.manual_seed)
-    assert sorted(alone) == ["2.running_var", "3.proj.weight"]
-    assert all(torch.equal(value, everything[fqn]) for fqn, value in alone.items())
-    torch.manual_seed(3)
-    assert torch.equal(alone["3.proj.weight"], Head(4, 2).proj.weight)
+        model = SpecSequential(specs)
+    before = torch.get_rng_state()
+    recorded = model.recorded(seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(seed)
+    whole = SpecSequential(specs).state_dict()
+    assert sorted(recorded) == sorted(whole)
+    for fqn, tensor in recorded.items():
+        assert torch.equal(dict(replay({fqn: tensor}))[fqn], whole[fqn])
 
 
-def test_a_module_that_stands_in_the_sequence_itself_has_no_initial_values_to_give():
+def test_a_module_that_stands_in_the_sequence_itself_is_not_recorded():
     model = SpecSequential([nn.Linear(2, 2, device="meta"), LayerSpec(nn.Linear, 2, 2)])
-    assert set(model.initial_values(["0.weight", "1.weight"], torch.manual_seed)) == {"1.weight"}
+    assert sorted(model.recorded(0)) == ["1.bias", "1.weight"]

@@ -4,7 +4,6 @@ import random
 import subprocess
 import sys
 import textwrap
-import weakref
 
 import numpy as np
 import pytest
@@ -938,8 +937,8 @@ def sequence():
     return on_meta(lambda: SpecSequential(layers))
 
 
-def sequence_tensors(model, fqns=None, **more):
-    return tensors(model, fqns, constructor_values=model.initial_values, **more)
+def sequence_tensors(model, fqns=None, *, seed=0, **more):
+    return tensors(model, fqns, constructed=model.recorded(seed), seed=seed, **more)
 
 
 def test_layers_of_a_sequence_have_the_values_of_their_constructors():
@@ -949,6 +948,8 @@ def test_layers_of_a_sequence_have_the_values_of_their_constructors():
     assert found["1.mask"].eq(2).all()
     assert found["1.gain"].mean() > 2
     assert "4.weight" not in found
+    torch.manual_seed(0)
+    assert_same(found, named(SpecSequential(model.specs)))  # drawn one after another, as in a plain build
     assert_same(sequence_tensors(model, blocks=[]), found)
     for fqn in found:
         assert_same(sequence_tensors(model, [fqn]), {fqn: found[fqn]})
@@ -977,25 +978,10 @@ def test_a_module_on_meta_within_a_sequence_needs_init():
 
 def test_empty_keeps_the_buffers_that_constructors_make():
     model = sequence()
-    values = materialized(model, init="empty", constructor_values=model.initial_values)
+    values = materialized(model, init="empty", constructed=model.recorded(0))
     assert "1.mask" not in values.unfilled
     assert values.tensors["1.mask"].eq(2).all()
     assert {"0.weight", "1.gain", "2.bias"} <= set(values.unfilled)
-
-
-@pytest.mark.parametrize("init", [None, lambda module: None])
-def test_one_layer_of_a_sequence_is_in_memory_at_a_time(init):
-    model = on_meta(lambda: SpecSequential([LayerSpec(nn.Linear, 8, 1) for _ in range(4)]))
-    made = []
-
-    def build(fqns, seed_place):
-        assert not any(weight() is not None for weight in made), "a weight that nobody wants is still there"
-        values = model.initial_values(fqns, seed_place)
-        made.extend(weakref.ref(values[fqn]) for fqn in values if fqn.endswith("weight"))
-        return values
-
-    tensors(model, [f"{place}.bias" for place in range(4)], init=init, constructor_values=build)
-    assert len(made) == 4
 
 
 def test_a_class_that_builds_another_layer_the_next_time_is_refused():
@@ -1007,7 +993,7 @@ def test_a_class_that_builds_another_layer_the_next_time_is_refused():
             self.weight = nn.Parameter(torch.zeros(next(sizes)))
 
     model = on_meta(lambda: SpecSequential([LayerSpec(Growing)]))
-    with pytest.raises(MaterializeError, match=r"layer 0 is built with 0\.weight \(4,\) .* captured with \(3,\)"):
+    with pytest.raises(MaterializeError, match=r"constructor makes 0\.weight \(4,\) .* captured it made \(3,\)"):
         sequence_tensors(model)
 
 

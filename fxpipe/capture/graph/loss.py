@@ -208,14 +208,14 @@ class _Analysis:
             constant: torch.Tensor = self.recorder.constants[str(node.target)]
             return constant
         fqn = self.skeleton.aliases.get(str(node.target), "") if node.op == "get_attr" else ""
-        return self._checked(self.skeleton.originals.get(fqn), str(node.target))
+        return self._checked(self.skeleton.value_of(fqn), str(node.target))
 
     def _values_of(self, fake: torch.Tensor) -> torch.Tensor:
         fqn = self.skeleton.fqn_of.get(id(fake), "")
-        return self._checked(self.skeleton.originals.get(fqn), fqn)
+        return self._checked(self.skeleton.value_of(fqn), fqn)
 
     def _checked(self, tensor: torch.Tensor | None, name: str) -> torch.Tensor:
-        if tensor is None or tensor.is_meta:
+        if tensor is None:
             raise CaptureError(
                 f"the loss weighs classes by {name}, which has no values when the model is compiled\n"
                 "  pass loss_weight= to say how microbatches weigh, or build that tensor on a real device"

@@ -1,6 +1,6 @@
 """A pipeline written by hand, a list of specs, as one ``nn.Module`` that is captured like any model."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 
 from fxpipe.errors import SpecError, TieError
 from fxpipe.ir.spec import LayerSpec, TiedLayerSpec
+from fxpipe.recipes.deferred import deferred_init, is_recorded
 
 
 class SpecSequential(nn.Module):
@@ -78,25 +79,19 @@ class SpecSequential(nn.Module):
             return spec.forward_fn(module, value)
         return module(value)
 
-    def initial_values(self, fqns: Collection[str], seed_place: Callable[[int], None]) -> dict[str, torch.Tensor]:
-        """Give tensors the values that the constructors of their layers give them, one layer in memory at a time.
+    def recorded(self, seed: int) -> dict[str, torch.Tensor]:
+        """Record how the constructors of all layers, called in order after one ``torch.manual_seed``, fill them.
 
         Args:
-            fqns: First names of the tensors wanted; those of places that hold no spec are left out.
-            seed_place: Called with the place before its layer is built, so that values depend on nothing else.
+            seed: The seed.
 
         Returns:
-            The tensors on the CPU, by name.
+            Recorded tensors by first name; ready modules' own are left out.
         """
-        values = {}
-        for place, spec in enumerate(self.specs):
-            prefix = f"{place}."
-            wanted = [fqn for fqn in fqns if fqn.startswith(prefix)]
-            if wanted and isinstance(spec, LayerSpec):
-                seed_place(place)
-                tensors = _tensors(spec.build(device="cpu"))
-                values.update({fqn: tensors[fqn.removeprefix(prefix)].detach() for fqn in wanted})
-        return values
+        with torch.random.fork_rng(devices=[]), deferred_init(seed=seed):
+            again = SpecSequential(self.specs)
+        tensors = {**dict(again.named_parameters()), **dict(again.named_buffers())}
+        return {fqn: tensor for fqn, tensor in tensors.items() if is_recorded(tensor)}
 
     def _tied_module(self, place: int, spec: TiedLayerSpec, earlier: list[int]) -> nn.Module:
         """The module of a tied spec: that of an earlier place, or a new one that shares the earlier one's tensors."""
@@ -180,11 +175,6 @@ def _tensor_name(module: nn.Module, attr: str, place: int, spec: TiedLayerSpec) 
         f"key {spec.key!r} ties the attribute {attr!r} of place {place}, but {type(module).__name__} has no such "
         f"parameter\n  its parameters are: {known}"
     )
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def _about(parameter: nn.Parameter) -> str:

@@ -17,6 +17,7 @@ from fxpipe.capture.model.held import held_by
 from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
 from fxpipe.errors import CaptureError, TieError
 from fxpipe.ir.spec import TensorInfo
+from fxpipe.recipes.deferred import is_recorded, replay
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -44,6 +45,13 @@ class Skeleton:
     module_fqns: Mapping[int, str]
     plain: Mapping[int, tuple[str, torch.Tensor]]
     generators: frozenset[int]
+
+    def value_of(self, fqn: str) -> torch.Tensor | None:
+        """Give a tensor's value where it has one before ``materialize``: it is real, or its initialisation recorded."""
+        tensor = self.originals.get(fqn)
+        if tensor is not None and is_recorded(tensor):
+            tensor = dict(replay({fqn: tensor}))[fqn]
+        return None if tensor is None or tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
 
     def build_layer(self, fqn: str, device: Any, dtype: Any) -> nn.Module:
         """Make one module anew, without values: what a captured ``LayerSpec.build`` gives."""
@@ -81,6 +89,7 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     memo: dict[int, Any] = {id(tensor): fakes[aliases[fqn]] for fqn, tensor in named}
     plain = {id(tensor): (place, tensor) for place, tensor in _plain_tensors(model) if id(tensor) not in memo}
     _refuse_hidden(plain)
+    plain = _with_values(plain)
     _refuse_hidden_modules(model)
     _refuse_foreign_hooks(model)
     _refuse_overlaps(aliases, originals)
@@ -105,6 +114,17 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     module_fqns.update({id(part): fqn for fqn, part in module.named_modules()})
     generators = frozenset(id(item) for _, item in _plain_items(module) if isinstance(item, torch.Generator))
     return Skeleton(module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators)
+
+
+def _with_values(plain: Mapping[int, tuple[str, torch.Tensor]]) -> dict[int, tuple[str, torch.Tensor]]:
+    """Give recorded tensors that are plain attributes their values: they are constants, on every rank."""
+    found = dict(plain)
+    for key, value in replay({str(key): tensor for key, (_, tensor) in plain.items() if is_recorded(tensor)}):
+        if value is not None:
+            place = plain[int(key)][0]
+            found[int(key)] = place, value
+            found[id(value)] = place, value
+    return found
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor
 from fxpipe.errors import MaterializeError
-from fxpipe.runtime.build.generators import kept_generators, seed_generators
+from fxpipe.recipes.deferred import is_recorded, replay
+from fxpipe.runtime.build.generators import kept_generators
 from fxpipe.runtime.build.initialize import InitFunction, Initializer, Unit, has_reset, is_huggingface
-from fxpipe.runtime.build.standin import StandIn, make_stand_in
-
-Constructor = Callable[[Collection[str], Callable[[int], None]], Mapping[str, torch.Tensor]]
+from fxpipe.runtime.build.standin import make_stand_in
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,15 +42,16 @@ def initial_values(
     seed: int,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
-    constructor_values: Constructor | None = None,
+    constructed: Mapping[str, torch.Tensor] | None = None,
 ) -> Values:
     """Give tensors memory and values.
 
-    A value is the user's own where it is real; else what the constructors of a hand-written sequence give; then what
-    ``init`` makes of it. Random values depend on the seed, the tensor's name and ``blocks``, not on which tensors are
-    asked for, nor on the device. The global random state is left as it was.
+    A value is the user's own where it is real; else what the model's constructor gave it, where that was recorded and
+    ``init`` is None; else what ``init`` makes of it. Values do not depend on which tensors are asked for, nor on the
+    device; those of ``init`` depend on the seed, the tensor's name and ``blocks``. The global random state is left as
+    it was.
 
-    Besides the tensors themselves it needs memory for one block on the CPU.
+    Besides the tensors themselves it needs memory for one tensor on the CPU, with ``init`` for one block.
 
     Args:
         skeleton: The model with fake tensors; only read.
@@ -65,7 +65,7 @@ def initial_values(
         seed: Seed of what is drawn.
         device: Where the tensors go.
         dtype: What floating-point tensors are cast to once they have their values; None keeps each.
-        constructor_values: ``SpecSequential.initial_values`` of a hand-written sequence.
+        constructed: Recorded tensors of a hand-written sequence, by first FQN: what ``init`` functions start from.
 
     Returns:
         The tensors, and with ``"empty"`` the names of those that have no value yet.
@@ -83,22 +83,38 @@ def initial_values(
     """
     _check_init(skeleton, init)
     missing = [fqn for fqn in fqns if not _is_real(originals[fqn])]
-    if init is None and constructor_values is None:
-        _refuse(skeleton, missing, init)
+    constructed = constructed or {}
+    recipes = {fqn: constructed.get(fqn, originals[fqn]) for fqn in missing}
+    recipes = {fqn: tensor for fqn, tensor in recipes.items() if is_recorded(tensor)}
+    if init == "empty":
+        buffers = {fqn for unit in _buffer_units(skeleton, missing) for fqn in unit.tensors}
+        recipes = {fqn: tensor for fqn, tensor in recipes.items() if fqn in buffers}
+    elif init is not None:
+        recipes = {}
     tensors: dict[str, torch.Tensor] = {}
     unfilled: list[str] = []
+    if init is None:
+        _refuse(skeleton, [fqn for fqn in missing if fqn not in recipes], init)
     with kept_generators(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        for fqn, value in replay(recipes):
+            if value is not None:
+                _check_alike(fqn, value, originals[fqn])
+                tensors[fqn] = _owned(value, device, dtype)
+            del value  # one tensor at a time
+        missing = [fqn for fqn in missing if fqn not in tensors]
+        if init is None:
+            _refuse(skeleton, missing, init)
         if missing:
             stand_in = make_stand_in(skeleton, originals, aliases)
-            start = _Start(originals, stand_in, constructor_values, seed)
             initializer = Initializer(skeleton, stand_in, frozenset(blocks), init, seed)
             units = _buffer_units(skeleton, missing) if init == "empty" else initializer.units(missing)
             wanted = set(missing)
             for unit in units:
-                filled, left = initializer.fill(unit, start.values(unit.tensors))
+                start = _start(unit.tensors, originals, constructed if init != "empty" else {})
+                filled, left = initializer.fill(unit, start)
                 unfilled += [fqn for fqn in left if fqn in wanted]
                 tensors.update((fqn, _owned(filled[fqn], device, dtype)) for fqn in filled if fqn in wanted)
-                del filled  # the next unit's memory comes after this one's is free
+                del filled, start  # the next unit's memory comes after this one's is free
         if init != "empty":
             _refuse(skeleton, unfilled, init)
         for fqn in fqns:
@@ -114,51 +130,25 @@ def initial_values(
     return Values({fqn: tensors[fqn] for fqn in fqns}, tuple(fqn for fqn in fqns if fqn in left_over))
 
 
-@dataclass(slots=True, eq=False)
-class _Start:
-    """Values that tensors have before any function runs: the user's own, and those of constructors.
+def _start(
+    fqns: Sequence[str], originals: Mapping[str, torch.Tensor], constructed: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Give the values that tensors have before any function runs: the user's own, and those of constructors."""
+    found = {fqn: originals[fqn].detach() for fqn in fqns if _is_real(originals[fqn])}
+    recorded = {fqn: constructed[fqn] for fqn in fqns if fqn in constructed and fqn not in found}
+    for fqn, value in replay(recorded):
+        if value is not None:
+            _check_alike(fqn, value, originals[fqn])
+            found[fqn] = value
+    return found
 
-    Attributes:
-        originals: The user's tensors.
-        stand_in: Knows shapes and dtypes.
-        constructor_values: Builds the layers of a hand-written sequence, where there is one.
-        seed: Seed of the constructors.
-        place: The layer built last.
-        built: Its tensors.
-    """
 
-    originals: Mapping[str, torch.Tensor]
-    stand_in: StandIn
-    constructor_values: Constructor | None
-    seed: int
-    place: str = ""
-    built: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    def values(self, fqns: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Give what there is of these; several units of one layer in a row build it once."""
-        found = {}
-        for fqn in fqns:
-            if _is_real(self.originals[fqn]):
-                found[fqn] = self.originals[fqn].detach()
-            elif self.constructor_values is not None:
-                self._build(fqn.partition(".")[0], self.constructor_values)
-                if fqn in self.built:
-                    found[fqn] = self.built[fqn]
-        return found
-
-    def _build(self, place: str, constructor_values: Constructor) -> None:
-        if place == self.place:
-            return
-        self.built = {}  # never two layers at once
-        inside = [fqn for fqn in self.stand_in.metas if fqn.startswith(f"{place}.")]
-        self.place, self.built = place, constructor_values(inside, lambda index: seed_generators(self.seed, index))
-        for fqn, tensor in self.built.items():
-            meta = self.stand_in.metas[fqn]
-            if (tensor.shape, tensor.dtype) != (meta.shape, meta.dtype):
-                raise MaterializeError(
-                    f"layer {place} is built with {fqn} {tuple(tensor.shape)} {tensor.dtype}, but was captured with "
-                    f"{tuple(meta.shape)} {meta.dtype}\n  a spec's class must build the same layer every time"
-                )
+def _check_alike(fqn: str, value: torch.Tensor, expected: torch.Tensor) -> None:
+    if (value.shape, value.dtype) != (expected.shape, expected.dtype):
+        raise MaterializeError(
+            f"the constructor makes {fqn} {tuple(value.shape)} {value.dtype}, but when it was captured it made "
+            f"{tuple(expected.shape)} {expected.dtype}\n  a spec's class must build the same layer every time"
+        )
 
 
 def _buffer_units(skeleton: nn.Module, fqns: Sequence[str]) -> list[Unit]:
