@@ -2,7 +2,7 @@
 
 import sys
 
-from fxpipe.cli import main
+from fxpipe.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import fxpipe
-from fxpipe.cli import main
+from fxpipe.cli.main import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUILD = f"{ROOT / 'examples' / 'train_gpt.py'}:build"
@@ -87,9 +87,9 @@ def test_costs_may_come_from_a_file(capsys, tmp_path):
 
 @pytest.mark.parametrize(("text", "size"), [("70GB", 70 * 10**9), ("64 GiB", 64 * 2**30), ("1e9", 10**9), ("5", 5)])
 def test_sizes_are_read_with_their_units(text, size):
-    from fxpipe.cli import _bytes
+    from fxpipe.cli.options import size as read_size
 
-    assert _bytes(text) == size
+    assert read_size(text) == size
 
 
 def test_a_size_in_another_unit_is_refused(capsys):
@@ -103,3 +103,110 @@ def test_baselines_are_shown_on_request(capsys):
     assert main(["plan", BUILD, "--stages", "2", "--baselines"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("DeepSpeed", "torchtitan", "Megatron", "torchgpipe"))
+
+
+def test_a_saved_plan_is_shown_without_torch(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    assert main(["plan", BUILD, "--stages", "3", "--json", str(path)]) == 0
+    report = capsys.readouterr().out
+    code = "import sys; sys.modules['torch'] = None; from fxpipe.cli.main import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "show", str(path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", report)
+
+
+def test_saved_plans_and_schedules_stand_side_by_side(capsys, tmp_path):
+    paths = []
+    for stages in ("2", "4"):
+        paths.append(str(tmp_path / f"{stages}.json"))
+        assert main(["plan", BUILD, "--stages", stages, "--json", paths[-1]]) == 0
+    capsys.readouterr()
+    assert main(["compare", *paths, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert sorted(row["plan"] for row in rows) == sorted(paths)
+    assert rows[0]["step_s"] <= rows[1]["step_s"]
+    assert main(["compare", BUILD, "--stages", "4", "--schedule", "1F1B,GPipe"]) == 0
+    printed = capsys.readouterr().out
+    assert "1F1B" in printed
+    assert "GPipe" in printed
+
+
+def test_plans_of_different_models_do_not_compare(capsys, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text(
+        "import torch\nfrom torch import nn\n"
+        "def build():\n    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), (torch.zeros(8, 8),)\n"
+    )
+    paths = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert main(["plan", BUILD, "--stages", "2", "--json", paths[0]]) == 0
+    assert main(["plan", f"{other}:build", "--stages", "2", "--json", paths[1]]) == 0
+    assert main(["compare", *paths]) == 1
+
+
+def test_a_model_may_be_a_function_of_a_package_a_config_or_a_shape(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["plan", "--stages", "2", "--batch", "8", "--sequence", "16", "--dtype", "float32"]
+    assert main([*command, str(tmp_path)]) == 0
+    assert "input_ids int64[1, 16]" in capsys.readouterr().out
+    assert main([*command, "gpt2"]) == 0
+    assert capsys.readouterr().out.startswith("GPT2LMHeadModel · 2 stages")
+    assert main(["plan", "--stages", "2", "examples.train_gpt:build"]) == 0
+    assert capsys.readouterr().out.startswith("GPT · 2 stages")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("llama-9000b", "names no function, no config and no built-in shape"),
+        ("no/such/config.json", "there is no file no/such/config.json"),
+        ("no_such_package.train:build", "there is no module no_such_package"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line(capsys, model, message):
+    assert main(["plan", model, "--stages", "2"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_verify_holds_the_pipeline_against_the_model(capsys, tmp_path):
+    source = tmp_path / "small.py"
+    source.write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))\n"
+        "    def forward(self, x):\n"
+        "        for layer in self.layers:\n            x = torch.tanh(layer(x))\n"
+        "        return x.square().mean()\n"
+        "def build():\n    return Net(), (torch.ones(8, 8),), {}\n"
+    )
+    assert main(["verify", f"{source}:build", "--stages", "2"]) == 0
+    assert "tensors equal" in capsys.readouterr().out
+
+
+def test_a_plan_is_exported_to_standard_output_or_a_file(capsys, tmp_path):
+    target = tmp_path / "stages.dot"
+    assert main(["export", BUILD, "--stages", "2", "--format", "dot"]) == 0
+    printed = capsys.readouterr().out
+    assert main(["export", BUILD, "--stages", "2", "--format", "dot", "-o", str(target)]) == 0
+    assert target.read_text() == printed
+    assert main(["export", BUILD, "--stages", "4", "--format", "torchtitan"]) == 2
+    assert "token.weight = head.weight is one parameter" in capsys.readouterr().err
+
+
+def test_shells_complete_the_commands(capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    assert "--memory-limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["plan", "show", "compare", "verify", "export", "completion"])
+def test_help_ends_with_examples(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"  fxpipe {command}" in capsys.readouterr().out

@@ -39,6 +39,7 @@ TABLE = {
     "planning.simulation": Room("errors ir"),
     "planning": Room("errors ir planning.costs planning.search planning.simulation", "numpy"),
     "report": Room("errors ir", "tabulate"),
+    "export": Room("errors ir"),
     "capture.model": Room(CAPTURE_BELOW, "torch numpy"),
     "capture.calls": Room(f"{CAPTURE_BELOW} capture.model", "torch numpy"),
     "capture.record": Room(f"{CAPTURE_BELOW} capture.model capture.calls", "torch numpy"),
@@ -57,7 +58,7 @@ TABLE = {
     "verification": Room("errors ir capture runtime materialize training", "torch"),
     "pipeline": Room("errors ir planning report runtime materialize training verification", "torch"),
     "compiler": Room("errors ir batch recipes planning capture profiling materialize training pipeline", "torch"),
-    "cli": Room("errors ir planning report capture compiler pipeline", "tqdm"),
+    "cli": Room("errors ir planning report export capture compiler pipeline", "tqdm torch transformers shtab"),
     "__main__": Room("cli"),
 }
 # A class can only be checked against torch, and built, where torch is: inside these functions.
@@ -228,7 +229,7 @@ def test_the_guard_sees_private_names():
 
 
 def test_planning_and_reporting_start_without_torch():
-    rooms = ("__init__", "errors", "ir", "planning", "report", "cli")
+    rooms = ("__init__", "errors", "ir", "planning", "report", "export", "cli")
     without = [m for m in MODULES if room_of(m).split(".")[0] in rooms]
     code = f"import sys, importlib\nsys.modules['torch'] = None\nfor m in {without}: importlib.import_module(m)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from fxpipe.errors import PlanError
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, TieGroup
 from fxpipe.ir.simulation import Simulation
+from fxpipe.ir.units import count_text, digits, ranges_text, size_text, time_unit
 
 WIDTH = 100
 
@@ -94,7 +95,7 @@ _BASELINES = "The same model cut by others' rules, at the same costs and links"
 
 
 def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: str) -> str:
-    unit, scale = _time_unit(plan.bottleneck)
+    unit, scale = time_unit(plan.bottleneck)
     per_rank = _memory_by_rank(plan)
     own = Baseline("this plan", "", plan.bottleneck, _balance(plan), max(per_rank.values(), default=0))
     rows = [
@@ -102,10 +103,10 @@ def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: st
         if row.bottleneck is None
         else [
             row.name,
-            _digits(row.bottleneck * scale),
+            digits(row.bottleneck * scale),
             f"{row.bottleneck / plan.bottleneck:.3f} ×" if plan.bottleneck else "",
             f"{row.balance:.3f}",
-            _size(row.peak_bytes),
+            size_text(row.peak_bytes),
             row.remark,
         ]
         for row in (own, *baselines)
@@ -169,7 +170,7 @@ def _headline(plan: PipelinePlan) -> str:
 
 def _stage_table(plan: PipelinePlan, style: str) -> str:
     total = sum(stage.seconds for stage in plan.stages) or 1.0
-    unit, scale = _time_unit(max((max(stage.forward_s, stage.backward_s) for stage in plan.stages), default=0.0))
+    unit, scale = time_unit(max((max(stage.forward_s, stage.backward_s) for stage in plan.stages), default=0.0))
     several = plan.num_ranks != plan.num_stages
     header = ["stage", *(["rank"] if several else []), "layers", "params", "of time"]
     header += [f"fwd {unit}", f"bwd {unit}", "memory", "sends →"]
@@ -178,11 +179,11 @@ def _stage_table(plan: PipelinePlan, style: str) -> str:
             str(stage.index),
             *([str(stage.rank)] if several else []),
             "",
-            _number(stage.parameters),
+            count_text(stage.parameters),
             f"{100 * stage.seconds / total:.1f} %",
-            _digits(stage.forward_s * scale),
-            _digits(stage.backward_s * scale),
-            _size(stage.peak_bytes),
+            digits(stage.forward_s * scale),
+            digits(stage.backward_s * scale),
+            size_text(stage.peak_bytes),
             _sends(stage) if stage.index < plan.num_stages - 1 else "",
         ]
         for stage in plan.stages
@@ -200,7 +201,7 @@ def _stage_table(plan: PipelinePlan, style: str) -> str:
 
 def _sends(stage: StagePlan) -> str:
     several = f" in {len(stage.sends)}" if len(stage.sends) > 1 else ""
-    return _size(stage.send_bytes) + several
+    return size_text(stage.send_bytes) + several
 
 
 def _tie_table(plan: PipelinePlan, style: str) -> str:
@@ -220,11 +221,11 @@ def _tie_names(tie: TieGroup) -> str:
 def _tie_cells(tie: TieGroup) -> tuple[str, str, str]:
     stages = ("stages " if len(tie.stages) > 1 else "stage ") + ", ".join(map(str, tie.stages))
     if len(tie.stages) < 2:
-        return stages, _size(tie.bytes), "one copy"
+        return stages, size_text(tie.bytes), "one copy"
     if not tie.trainable:
-        return stages, _size(tie.bytes), "frozen"
-    unit, scale = _time_unit(tie.seconds)
-    return stages, _size(tie.bytes), f"all-reduce {_digits(tie.seconds * scale)} {unit}"
+        return stages, size_text(tie.bytes), "frozen"
+    unit, scale = time_unit(tie.seconds)
+    return stages, size_text(tie.bytes), f"all-reduce {digits(tie.seconds * scale)} {unit}"
 
 
 def _summary(plan: PipelinePlan, simulation: Simulation | None) -> list[str]:
@@ -233,17 +234,17 @@ def _summary(plan: PipelinePlan, simulation: Simulation | None) -> list[str]:
     bottleneck = _bottleneck(plan)
     pieces = []
     if mean > 0:
-        unit, scale = _time_unit(bottleneck)
-        pieces.append(f"bottleneck {_digits(bottleneck * scale)} {unit}")
+        unit, scale = time_unit(bottleneck)
+        pieces.append(f"bottleneck {digits(bottleneck * scale)} {unit}")
         bound = ""
         if plan.lower_bound > 0:
             gap = "best possible" if plan.proven else f"gap {100 * plan.gap:.1f} %"
             bound = f" (lower bound {plan.lower_bound / mean:.3f}, {gap})"
         pieces.append(f"balance max/mean {_balance(plan):.3f}{bound}")
     if simulation is not None and simulation.step_s > 0:
-        unit, scale = _time_unit(simulation.step_s)
+        unit, scale = time_unit(simulation.step_s)
         pieces.append(f"bubble ≈ {100 * simulation.mean_bubble:.1f} %")
-        pieces.append(f"step ≈ {_digits(simulation.step_s * scale)} {unit}")
+        pieces.append(f"step ≈ {digits(simulation.step_s * scale)} {unit}")
     if plan.limited_by:
         pieces.append(f"limited by: {plan.limited_by}")
     if plan.method:
@@ -282,10 +283,10 @@ def _notes(plan: PipelinePlan) -> list[str]:
     too_much = [rank for rank, need in sorted(per_rank.items()) if need > plan.hardware.memory]
     warnings = []
     if too_much:
-        who = f"rank {too_much[0]} needs" if len(too_much) == 1 else f"ranks {_ranges(too_much)} need up to"
+        who = f"rank {too_much[0]} needs" if len(too_much) == 1 else f"ranks {ranges_text(too_much)} need up to"
         warnings.append(
-            f"{who} {_size(max(per_rank[rank] for rank in too_much))}, and a {plan.hardware.name} has "
-            f"{_size(plan.hardware.memory)}: use more stages, smaller microbatches or memory_limit"
+            f"{who} {size_text(max(per_rank[rank] for rank in too_much))}, and a {plan.hardware.name} has "
+            f"{size_text(plan.hardware.memory)}: use more stages, smaller microbatches or memory_limit"
         )
     empty = [
         f"stage {stage.index} has no parameters: no possible partition into so many gives each some"
@@ -293,21 +294,6 @@ def _notes(plan: PipelinePlan) -> list[str]:
         if not stage.parameters
     ]
     return [*warnings, *empty, *plan.notes]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Join neighbours of ascending numbers.
-
-    >>> _ranges([0, 1, 2, 5, 7, 8])
-    '0–2, 5, 7–8'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def _layers(stage: StagePlan, room: int, shared: Collection[str]) -> str:
@@ -364,47 +350,3 @@ def _paragraph(label: str, text: str) -> list[str]:
 
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def _number(count: float) -> str:
-    """Three or four digits and a letter.
-
-    >>> _number(0), _number(950), _number(137_200_000), _number(405e9)
-    ('0', '950', '137.2 M', '405.0 G')
-    """
-    for letter in ("", "K", "M", "G"):
-        if count < 1000:
-            return f"{count:.1f} {letter}" if letter else f"{count:.0f}"
-        count /= 1000
-    return f"{count:.1f} T"
-
-
-def _size(count: float) -> str:
-    """Bytes in binary units.
-
-    >>> _size(0), _size(8 * 2**20), _size(9.8 * 2**30)
-    ('0 B', '8.0 MiB', '9.8 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def _time_unit(seconds: float) -> tuple[str, float]:
-    if seconds >= 1:
-        return "s", 1.0
-    return ("ms", 1e3) if seconds >= 1e-3 or seconds <= 0 else ("µs", 1e6)
-
-
-def _digits(value: float) -> str:
-    """Three digits that count.
-
-    >>> _digits(0), _digits(0.0123), _digits(1.234), _digits(412.3)
-    ('0', '0.0123', '1.23', '412')
-    """
-    if value <= 0:
-        return "0"
-    decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4
-    return f"{value:.{decimals}f}"

@@ -1,4 +1,4 @@
-"""Call a user's ``build()`` so that the model it makes has no memory."""
+"""Call a user's ``build()``, as a rule so that the model it makes has no memory."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,11 +10,12 @@ from fxpipe.errors import SpecError
 from fxpipe.ir.spec import LayerSpec
 
 
-def build_on_meta(factory: Callable[[], Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Call ``factory`` with meta as the default device.
+def build(factory: Callable[[], Any], device: str = "meta") -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Call ``factory`` with meta (or another device) as the default device.
 
     Args:
         factory: Returns a model (an ``nn.Module`` or a sequence of specs), or ``(model, args, kwargs)``.
+        device: The default device meanwhile.
 
     Returns:
         Model, example arguments and example keyword arguments of one global batch; empty where it gave none.
@@ -22,11 +23,11 @@ def build_on_meta(factory: Callable[[], Any]) -> tuple[Any, tuple[Any, ...], dic
     Raises:
         SpecError: It returned something else.
 
-    >>> model, args, kwargs = build_on_meta(lambda: (nn.Linear(10**6, 10**6), (torch.zeros(8, 10**6),), {}))
+    >>> model, args, kwargs = build(lambda: (nn.Linear(10**6, 10**6), (torch.zeros(8, 10**6),), {}))
     >>> model.weight.device, args[0].device
     (device(type='meta'), device(type='meta'))
     """
-    with torch.device("meta"):
+    with torch.device(device):
         built = factory()
     model, args, kwargs = built, (), {}
     if isinstance(built, tuple) and 2 <= len(built) <= 3 and _is_model(built[0]) and isinstance(built[1], tuple | list):

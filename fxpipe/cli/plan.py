@@ -1,0 +1,40 @@
+"""``fxpipe plan``: how a model would be cut into stages."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fxpipe.cli.options import add_command, add_model, add_planning, compiled, write
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = add_command(
+        commands,
+        "plan",
+        _run,
+        help="show how a model would be cut into stages, without memory or processes",
+        examples="""
+        fxpipe plan llama-8b --stages 8
+        fxpipe plan train.py:build --stages 4 --schedule ZBVZeroBubble --html plan.html
+        fxpipe plan config.json --stages 16 --memory-limit 70GB --json plan.json
+        """,
+    )
+    add_model(parser)
+    add_planning(parser)
+    parser.add_argument("--baselines", action="store_true", help="also cut as DeepSpeed, torchtitan and torchgpipe do")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the plan; without FILE, print it")
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report as Markdown")
+
+
+def _run(options: argparse.Namespace) -> None:
+    pipe = compiled(options)
+    if options.json == "-":
+        print(pipe.report("json"))
+    else:
+        print(pipe.report(baselines=options.baselines))
+    for path, format in ((options.json, "json"), (options.html, "html"), (options.markdown, "markdown")):
+        if path and path != "-":
+            write(path, pipe.report(format))
