@@ -12,6 +12,7 @@ from fxpipe.planning.costs.blocks import Block, find_blocks
 from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.costs.memory import LayerMemory, Shared, layer_memory
 from fxpipe.planning.costs.precision import Precision, precision_of
+from fxpipe.planning.costs.recompute import checkpoints, recomputed_modules
 from fxpipe.planning.search.problem import PartitionProblem, Placement, TiedNodes, TransferValue
 from fxpipe.planning.settings import Settings
 
@@ -31,6 +32,7 @@ class Layout:
         problem: Everything but the blocks' cohesion.
         placement: Ranks, live microbatches, links.
         anchors: Nodes that have parameters.
+        recomputed: FQNs of the modules that are recomputed, in the model's order.
     """
 
     graph: LayerGraph
@@ -43,6 +45,12 @@ class Layout:
     problem: PartitionProblem
     placement: Placement
     anchors: tuple[int, ...]
+    recomputed: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> dict[int, str]:
+        """For each layer of a recomputed module what it is recomputed with."""
+        return checkpoints(self.graph, self.recomputed)
 
     def grouped(self, opened: Collection[str] = ()) -> PartitionProblem:
         """Give the problem with every block whole but those named (by call, or by FQN)."""
@@ -123,9 +131,11 @@ def make_layout(graph: LayerGraph, estimate: Estimate, settings: Settings) -> La
         for block in find_blocks(graph)
     )
     anchors = tuple(node for node, layer in enumerate(layers) if graph.specs[layer].parameters)
+    recomputed = recomputed_modules(graph, settings.training.recompute)
     return Layout(
-        graph, estimate.costs, settings, precision, memory, layers, blocks, problem, settings.placement, anchors
-    )
+        graph, estimate.costs, settings, precision, memory, layers, blocks, problem, settings.placement, anchors,
+        recomputed,
+    )  # fmt: skip
 
 
 def _edges_to_last(

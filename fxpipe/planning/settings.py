@@ -139,16 +139,12 @@ class Settings:
 
 
 def check_recompute(schedule: str, training: Training) -> None:
-    """Raise where activation checkpointing would be recomputed many times.
+    """Raise where activation checkpointing would be recomputed many times; ``"auto"`` then chooses none.
 
     Raises:
-        ScheduleError: The schedule splits the backward, and blocks are to be recomputed.
+        ScheduleError: The schedule splits the backward, and modules are to be recomputed.
     """
-    if training.recompute in ("attention", "auto"):
-        raise ScheduleError(
-            f"recompute={training.recompute!r} is not planned yet\n  use recompute='block' or FQN patterns"
-        )
-    if training.recompute is not None and schedule_named(schedule).splits_backward:
+    if training.recompute not in (None, "auto") and schedule_named(schedule).splits_backward:
         whole = ", ".join(name for name, known in SCHEDULES.items() if not known.splits_backward)
         raise ScheduleError(
             f"{schedule} splits the backward: recompute={training.recompute!r} would run the forward of a block once "

@@ -12,7 +12,7 @@ from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.profile import Profile
 from fxpipe.planning.costs.precision import Precision, precision_of
-from fxpipe.planning.costs.recompute import recomputed_layers
+from fxpipe.planning.costs.recompute import recomputed_modules, with_recompute
 
 COSTS = ("parameters", "flops", "roofline", "profile")
 
@@ -49,8 +49,8 @@ def estimate_costs(
       be left out: they count nothing, and the notes name them.
 
     ``training.param_dtype`` changes the dtype of the operations and their bytes (not of measured times), and
-    ``training.recompute`` adds the forward of layers in recomputed modules to their backward. Equal layers share one
-    ``LayerCounts``, and each is estimated once.
+    ``training.recompute`` adds the forward of every layer in a recomputed module to its backward. Equal layers share
+    one ``LayerCounts``, and each is estimated once.
 
     Args:
         graph: The layers; counted, unless the cost is ``"parameters"``, a profile or a mapping.
@@ -88,7 +88,8 @@ def estimate_costs(
         raise PartitionError(
             f"unknown cost {cost!r}\n  known: {', '.join(COSTS)}, or a mapping from FQN to seconds of one microbatch"
         )
-    return _with_recompute(graph, estimate, training) if training.recompute else estimate
+    modules = recomputed_modules(graph, training.recompute)
+    return replace(estimate, costs=with_recompute(graph, estimate.costs, modules)) if modules else estimate
 
 
 def _by_counts(
@@ -276,15 +277,6 @@ def _split(graph: LayerGraph, layer: int, seconds: float) -> LayerCost:
                 forward, input_grad = (seconds * work(phase) / total for phase in ("forward", "input_grad"))
                 return LayerCost(forward, input_grad, max(seconds - forward - input_grad, 0.0))
     return LayerCost(seconds / 3, seconds / 3, seconds / 3)
-
-
-def _with_recompute(graph: LayerGraph, estimate: Estimate, training: Training) -> Estimate:
-    inside = recomputed_layers(graph, training)
-    costs = tuple(
-        replace(cost, input_grad_s=cost.input_grad_s + cost.forward_s) if layer in inside else cost
-        for layer, cost in enumerate(estimate.costs)
-    )
-    return replace(estimate, costs=costs)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,8 +10,7 @@ What a stage holds, on the runtime of ``torch.distributed.pipelining``:
 - besides: one buffer for what is received next, one gradient that comes back for each value sent, one that goes back
   for each value received.
 
-A module that is recomputed keeps what enters it, and one at a time has its activations; of one that lies inside of a
-layer nothing is known, and the layer counts as if it kept everything.
+A recomputed module keeps what enters it, and one of them at a time has its activations.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fxpipe.ir.hardware import OPTIMIZER_STATES, Training
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.planning.costs.precision import Precision
-from fxpipe.planning.costs.recompute import recomputed_layers
+from fxpipe.planning.costs.recompute import checkpoints, recomputed_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ def layer_memory(graph: LayerGraph, training: Training, precision: Precision) ->
         else:
             shared.append(tensor)
     savers = _savers(graph)
-    block_of = recomputed_layers(graph, training)
+    block_of = checkpoints(graph, recomputed_modules(graph, training.recompute))
     activation = [_saved_bytes(graph, layer, precision) for layer in range(len(graph.specs))]
     inside: dict[str, int] = {}
     for layer, name in block_of.items():
