@@ -29,7 +29,7 @@ from fxpipe.planning.costs.estimate import Estimate, estimate_costs
 from fxpipe.planning.layout import make_layout
 from fxpipe.planning.peers import compare
 from fxpipe.planning.planner import plan_pipeline
-from fxpipe.planning.settings import GRAINS, Settings
+from fxpipe.planning.settings import GRAINS, Settings, device_limit
 from fxpipe.profiling import Profiler
 from fxpipe.recipes.deferred import is_recording
 from fxpipe.training import Variants
@@ -54,7 +54,7 @@ def compile(
     ranks: int | None = None,
     cost: str | Mapping[str, float] | Profile = "roofline",
     hardware: Hardware | str | os.PathLike[str] = "h100",
-    memory_limit: float | None = None,
+    memory_limit: float | str | None = None,
     grain: str = "auto",
     training: Training | None = None,
     leaves: Sequence[object] = (),
@@ -84,7 +84,7 @@ def compile(
         cost: ``"parameters"``, ``"flops"``, ``"roofline"``; ``"profile"``: times measured on this machine's device by
             rank 0; a ``Profile`` measured elsewhere; or seconds by FQN (forward and backward of one microbatch).
         hardware: A preset's name, a ``Hardware``, or a TOML file.
-        memory_limit: Most bytes of a rank; None: no limit.
+        memory_limit: Most bytes of a rank; ``"device"``: the hardware's memory less a margin; None: no limit.
         grain: ``"block"``: cut between the model's blocks only; ``"op"``: anywhere; ``"auto"``: open a block where
             that saves at least two per cent.
         training: What memory and time are computed for.
@@ -135,7 +135,7 @@ def compile(
         cost=cost if isinstance(cost, str) else "profile" if isinstance(cost, Profile) else "given",
         grain=grain,
         leaves=tuple(map(_spelled, leaves)),
-        memory_limit=None if memory_limit is None else math.floor(memory_limit),
+        memory_limit=_limit(memory_limit, hardware),
         seed=seed,
     )
     compiler = _Compiler(capture, settings, cost, first, size)
@@ -252,12 +252,20 @@ def _check(stages: object, grain: object, memory_limit: object, microbatches: ob
         raise PartitionError(f"stages is {stages!r}\n  pass a whole number of stages, 1 or more")
     if grain not in GRAINS:
         raise PartitionError(f"unknown grain {grain!r}\n  known: {', '.join(GRAINS)}")
-    if memory_limit is not None and (
+    if memory_limit not in (None, "device") and (
         isinstance(memory_limit, bool) or not isinstance(memory_limit, int | float) or not memory_limit > 0
     ):
-        raise PartitionError(f"memory_limit is {memory_limit!r}\n  pass a positive number of bytes per rank, or None")
+        raise PartitionError(
+            f'memory_limit is {memory_limit!r}\n  pass a positive number of bytes per rank, "device", or None'
+        )
     if microbatches is not None and (isinstance(microbatches, bool) or not isinstance(microbatches, int)):
         raise ScheduleError(f"microbatches is {microbatches!r}\n  pass a divisor of the batch size, or None")
+
+
+def _limit(memory_limit: float | str | None, hardware: Hardware) -> int | None:
+    if isinstance(memory_limit, str):
+        return device_limit(hardware)
+    return None if memory_limit is None or math.isinf(memory_limit) else math.floor(memory_limit)
 
 
 def _microbatch(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fxpipe.cli.models import MODEL, find_factory
 from fxpipe.cli.shapes import Example
 from fxpipe.errors import PlanError
+from fxpipe.ir.hardware import RECOMPUTE, Training
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import SCHEDULES
@@ -67,7 +68,12 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         "--cost", default="roofline", help="parameters, flops, roofline (default), profile, or a JSON file of times"
     )
     parser.add_argument("--hardware", default="h100", help="a preset (default: h100) or a TOML file")
-    parser.add_argument("--memory-limit", type=size, metavar="SIZE", help="most bytes of a rank: 70GB, 64GiB")
+    parser.add_argument(
+        "--memory-limit", type=limit, metavar="SIZE", help="most bytes of a rank: 70GB, 64GiB, or device"
+    )
+    parser.add_argument(
+        "--recompute", metavar="WHAT", help="block, attention, auto, or FQN patterns with commas between; default: nothing"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of dropout and initialisation, part of the plan")
 
 
@@ -93,6 +99,7 @@ def compiled(options: argparse.Namespace, *, on_meta: bool = True, **changes: An
         "hardware": options.hardware,
         "memory_limit": options.memory_limit,
         "grain": options.grain,
+        "training": training(options),
         "seed": options.seed,
         **changes,
     }
@@ -142,6 +149,21 @@ def write(path: str, text: str) -> None:
         beside.replace(target)
     except OSError as error:
         raise PlanError(f"cannot write {path}: {error.strerror}\n  give a path that can be written") from error
+
+
+def training(options: argparse.Namespace) -> Training:
+    """Give the way of training that the options name."""
+    words = tuple(filter(None, (options.recompute or "").split(",")))
+    return Training(recompute=words[0] if len(words) == 1 and words[0] in RECOMPUTE else words or None)
+
+
+def limit(text: str) -> int | str:
+    """Read a memory limit: a size, or ``device``.
+
+    >>> limit("device"), limit("1kB")
+    ('device', 1000)
+    """
+    return text if text == "device" else size(text)
 
 
 def size(text: str) -> int:

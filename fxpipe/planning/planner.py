@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from fxpipe.errors import InfeasibleError
+from dataclasses import replace
+
+from fxpipe.errors import InfeasibleError, PartitionError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
+from fxpipe.ir.schedule import schedule_named
 from fxpipe.planning.costs.estimate import Estimate
+from fxpipe.planning.costs.recompute import recomputed_modules
+from fxpipe.planning.fit import choices_of, lay_out
+from fxpipe.planning.hints import memory_hint, needs_hint, settings_that_fit
 from fxpipe.planning.layout import Layout, make_layout
 from fxpipe.planning.limits import explained, limited_by
 from fxpipe.planning.plan import make_plan
+from fxpipe.planning.recut import recut
+from fxpipe.planning.search.partition import Partition
+from fxpipe.planning.search.problem import measure
 from fxpipe.planning.settings import Settings
 from fxpipe.planning.solve import ROUNDING, Solution, solve
 
@@ -16,6 +25,7 @@ _METHODS = {
     "chain": "the layers' only order, cut exactly",
     "downsets": "all possible cuts",
     "pool": "a pool of orders, with local improvement",
+    "simulated": "cuts with the recomputation that makes them fit, simulated",
 }
 
 
@@ -35,8 +45,25 @@ def plan_pipeline(graph: LayerGraph, estimate: Estimate, settings: Settings) -> 
         InfeasibleError: No partition keeps the memory limit; the message says the least one that works, and which of
             recomputation, more stages and another schedule help, each of them tried.
     """
+    made = bare_plan(graph, estimate, settings)
+    if not needs_hint(made):
+        return made
+    try:
+        fitting: PipelinePlan | PartitionError = bare_plan(graph, estimate, settings_that_fit(settings))
+    except PartitionError as error:
+        fitting = error
+    return replace(made, notes=(*made.notes, memory_hint(made, fitting)))
+
+
+def bare_plan(graph: LayerGraph, estimate: Estimate, settings: Settings) -> PipelinePlan:
+    """Plan as ``plan_pipeline`` does, and leave out what would help a plan that does not fit.
+
+    Raises:
+        PartitionError: As ``plan_pipeline``.
+        InfeasibleError: As ``plan_pipeline``.
+    """
     layout, solution = solve_pipeline(graph, estimate, settings)
-    return plan_of(layout, solution, estimate)
+    return replace(plan_of(layout, solution, estimate), training=settings.training)
 
 
 def solve_pipeline(graph: LayerGraph, estimate: Estimate, settings: Settings) -> tuple[Layout, Solution]:
@@ -49,11 +76,49 @@ def solve_pipeline(graph: LayerGraph, estimate: Estimate, settings: Settings) ->
         PartitionError: As ``plan_pipeline``.
         InfeasibleError: As ``plan_pipeline``.
     """
+    if settings.training.recompute == "auto":
+        return _with_recomputation(graph, estimate, settings)
     layout = make_layout(graph, estimate, settings)
     try:
         return layout, solve(layout)
     except InfeasibleError as error:
         raise explained(error, layout, estimate) from None
+
+
+def _with_recomputation(graph: LayerGraph, estimate: Estimate, settings: Settings) -> tuple[Layout, Solution]:
+    """Choose what is recomputed together with the cut; nothing where all fits as it is."""
+    plain = lay_out(graph, estimate, settings)
+    free = solve(replace(plain, settings=plain.settings.without_limit()))
+    limit = settings.memory_limit
+    needs = measure(plain.problem, free.partition.stage_of, placement=plain.placement).rank_memory
+    if limit is None:
+        return plain, free
+    choices = choices_of(graph, estimate, settings)
+    starts = [free.partition.stage_of]
+    failed: InfeasibleError | None = None
+    for modules in () if max(needs) <= limit else ((), recomputed_modules(graph, "block")):
+        layout = lay_out(graph, estimate, settings, modules) if modules else plain
+        if modules and schedule_named(settings.schedule).splits_backward:
+            continue
+        try:
+            starts.append(solve(layout).partition.stage_of)
+        except InfeasibleError as error:
+            failed = min((known for known in (failed, error) if known), key=lambda known: known.least_memory_limit or 0)
+    found = recut(choices, limit, starts)
+    if found is None:
+        assert failed is not None
+        raise explained(failed, plain, estimate) from None
+    layout = found.fitted.layout
+    return layout, _solution_of(layout, found.stage_of, free)
+
+
+def _solution_of(layout: Layout, stage_of: tuple[int, ...], free: Solution) -> Solution:
+    """Give a partition found by simulation; no partition at all has a smaller bottleneck than without recomputation."""
+    measured = measure(layout.problem, stage_of, placement=layout.placement)
+    bottleneck = max(measured.rank_loads)
+    bound = min(free.partition.lower_bound, bottleneck)
+    partition = Partition(stage_of, measured.loads, bottleneck, bound, bottleneck <= bound, "simulated")
+    return Solution(layout.problem, partition, layout.cut_blocks(stage_of), free.bare)
 
 
 def plan_of(layout: Layout, solution: Solution, estimate: Estimate) -> PipelinePlan:

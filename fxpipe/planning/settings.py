@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from fxpipe.errors import ScheduleError
@@ -10,6 +11,9 @@ from fxpipe.ir.schedule import SCHEDULES, check_microbatches, live_microbatches,
 from fxpipe.planning.search.problem import Placement
 
 GRAINS = ("block", "op", "auto")
+DEVICE_SHARE = 0.92
+"""Share of a device's memory that a plan may take: the rest is for the runtime's context, kernels' workspaces, the
+buffers of collectives, and memory that is free but in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,15 @@ class Settings:
             live_sets(self.schedule, self.stages, self.ranks, self.num_microbatches),
             tuple(self.link(stage) != self.near_link for stage in range(self.stages - 1)),
         )
+
+
+def device_limit(hardware: Hardware) -> int | None:
+    """Give the bytes of a device that a plan may take; None where its memory is not bounded.
+
+    >>> device_limit(Hardware.preset("h100"))
+    73600000000
+    """
+    return None if math.isinf(hardware.memory) else math.floor(hardware.memory * DEVICE_SHARE)
 
 
 def check_recompute(schedule: str, training: Training) -> None:

@@ -1,15 +1,23 @@
 """Recomputation: which modules it is of, what it costs, and how it is chosen with the cut."""
 
 import dataclasses
+import functools
+import itertools
+import math
 
 import layer_graphs
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from fxpipe.errors import PartitionError, ScheduleError
+from fxpipe.errors import InfeasibleError, PartitionError, ScheduleError
 from fxpipe.ir.hardware import Training
+from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.planning.costs.recompute import checkpoints, recomputed_modules
 from fxpipe.planning.planner import plan_pipeline
+from fxpipe.planning.simulation.engine import StageTimes
+from fxpipe.planning.simulation.simulate import simulate, step_seconds
 
 
 def with_attention(graph, calls="sdpa", mark=("causal",)):
@@ -79,3 +87,86 @@ def test_schedules_that_split_the_backward_recompute_nothing(choice):
     with pytest.raises(ScheduleError, match="splits the backward: recompute="):
         layer_graphs.settings(4, ranks=2, schedule="ZBVZeroBubble", training=Training(recompute=choice))
     layer_graphs.settings(4, ranks=2, schedule="ZBVZeroBubble", training=Training(recompute="auto"))
+
+
+# --- chosen with the cut ---
+
+
+@st.composite
+def chains(draw):
+    """Eight blocks, equal or not; weights, activations and times from nothing to much."""
+    equal = draw(st.booleans())
+    number = st.tuples(st.integers(0, 12), st.integers(0, 30), st.integers(0, 10))
+    rows = [draw(number)] * 8 if equal else [draw(number) for _ in range(8)]
+    return [(weights, kept, work) for weights, kept, work in rows], draw(st.integers(1, 8))
+
+
+def chain_graph(rows, stream):
+    build = layer_graphs.Builder("Chain")
+    x = None
+    for index, (weights, kept, work) in enumerate(rows):
+        x = build.layer(
+            f"h.{index}", [x] if x else [], (stream,), [("weight", (weights,))], flops=work * 10**9,
+            saves=[x] if x else [], saved_bytes=4 * kept, block=f"h.{index}",
+        )  # fmt: skip
+    return build.graph()
+
+
+def exhaustive(rows, stream, costs, made_for):
+    """The fastest step over all cuts, and over all blocks that each stage may recompute; None where nothing fits.
+
+    Bytes from the words of the contract: weight, gradient and two states; what a block keeps; what enters a block, once
+    where it is made and once where it is received; a buffer for what comes, and one for each gradient.
+    """
+    size = 4 * stream
+    bandwidth, latency = made_for.hardware.link(0, 1)
+    move_s = latency + size / bandwidth
+
+    @functools.cache
+    def stage_times(stage, low, high):
+        static = sum(16 * weights for weights, _, _ in rows[low:high])
+        static += (size if high < 8 else 0) + (2 * size if low else 0)
+        edges = size * (high - low - (high == 8) + (low > 0))
+        blocks = range(low, high)
+        least = math.inf
+        for again in itertools.chain.from_iterable(itertools.combinations(blocks, n) for n in range(len(blocks) + 1)):
+            kept = edges + sum(4 * rows[block][1] for block in blocks if block not in again)
+            working = max((4 * rows[block][1] for block in again), default=0)
+            if static + working + made_for.live_microbatches[stage] * kept <= made_for.memory_limit:
+                least = min(least, sum(costs[block].forward_s for block in again))
+        own = costs[low:high]
+        backward_s = sum(c.input_grad_s for c in own) + least
+        return StageTimes(sum(c.forward_s for c in own), backward_s, sum(c.weight_grad_s for c in own), move_s, move_s)
+
+    cuts = ((0, *cut, 8) for cut in itertools.combinations(range(1, 8), 2))
+    stages = ([stage_times(stage, *ends) for stage, ends in enumerate(itertools.pairwise(cut))] for cut in cuts)
+    fitting = (times for times in stages if all(time.input_grad_s < math.inf for time in times))
+    return min((step_seconds("1F1B", times, 3, made_for.num_microbatches) for times in fitting), default=None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(chains(), st.sampled_from([3, 6, 12]), st.floats(0.3, 1.1), st.sampled_from([math.inf, 1e5]))
+@example(([(3, 10, 5)] * 8, 2), 6, 0.6, math.inf)
+@example(([(0, 0, 0)] * 8, 1), 3, 1.0, math.inf)
+def test_cut_and_recomputation_are_as_fast_as_the_best_of_all_and_never_over_the_limit(chain, count, share, bandwidth):
+    rows, stream = chain
+    graph = chain_graph(rows, stream)
+    made_for = layer_graphs.settings(
+        3, num_microbatches=count, grain="block", training=Training(recompute="auto"),
+        hardware=layer_graphs.hardware(link_bandwidth=bandwidth),
+    )  # fmt: skip
+    free = plan(graph, made_for)
+    assert all(not stage.recompute for stage in free.stages)
+    limit = max(math.ceil(share * max(stage.peak_bytes for stage in free.stages)), 1)
+    made_for = dataclasses.replace(made_for, memory_limit=limit)
+    best = exhaustive(rows, stream, layer_graphs.estimate(graph, made_for).costs, made_for)
+    if best is None:
+        with pytest.raises(InfeasibleError) as caught:
+            plan(graph, made_for)
+        assert caught.value.least_memory_limit > limit
+        return
+    found = plan(graph, made_for)
+    assert max(stage.peak_bytes for stage in found.stages) <= limit
+    assert simulate(found).step_s <= best * 1.01 + 1e-18
+    assert found.training.recompute == "auto"
+    assert PipelinePlan.from_json(found.to_json()) == found

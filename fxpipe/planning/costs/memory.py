@@ -37,6 +37,7 @@ class Shared:
         bytes: Static bytes, once per rank.
         live_bytes: Bytes per live microbatch, once per stage.
         gradient_bytes: Bytes of the gradient that holders add up; 0 for what has none.
+        is_working: Whether it is what one recomputed module at a time needs, not a tensor.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Shared:
     bytes: int = 0
     live_bytes: int = 0
     gradient_bytes: int = 0
+    is_working: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +265,7 @@ def _working_blocks(block_of: Mapping[int, str], inside: Mapping[str, int]) -> l
     below = 0
     for size in sorted({nbytes for nbytes in inside.values() if nbytes}):
         layers = tuple(sorted(layer for layer, block in block_of.items() if inside[block] >= size))
-        steps.append(Shared(f"blocks of {size} bytes and more, recomputed", layers, bytes=size - below))
+        key = f"blocks of {size} bytes and more, recomputed"
+        steps.append(Shared(key, layers, bytes=size - below, is_working=True))
         below = size
     return steps
