@@ -172,7 +172,7 @@ class _Compiler:
         """Capture at block grain, and at op grain where that may pay; plan; capture what the plan runs."""
         if self.first is None:
             return self._without_example()
-        if self.settings.grain != "op":
+        if self.settings.grain != "op" and not self._looks_inside():
             whole, captured = self._captured("block")
             found = self._planned_whole(whole, captured)
             if found is not None:
@@ -206,6 +206,11 @@ class _Compiler:
             return compare(make_layout(*self._by_parameters()))
         graph, captured = self._captured("block")
         return compare(make_layout(graph, self._estimate(graph, captured), self.settings))
+
+    def _looks_inside(self) -> bool:
+        """Tell whether recomputation needs to know what lies in blocks, whatever the grain."""
+        recompute = self.settings.training.recompute
+        return recompute == "attention" or (recompute == "auto" and self.settings.memory_limit is not None)
 
     def _without_example(self) -> tuple[LayerGraph, PipelinePlan, Captured | None]:
         graph, estimate, settings = self._by_parameters()

@@ -197,7 +197,9 @@ class Front:
         return found[::-1]
 
 
-def fit(choices: Choices, stage_of: Sequence[int], limit: float, root: Front | None = None) -> Fitted | None:
+def fit(
+    choices: Choices, stage_of: Sequence[int], limit: float, root: Front | None = None, always: tuple[str, ...] = ()
+) -> Fitted | None:
     """Make a partition keep a memory limit by recomputing as little time as possible on each rank.
 
     What is chosen is laid out and measured; where it is still too much, which happens as blocks share what they keep,
@@ -208,6 +210,7 @@ def fit(choices: Choices, stage_of: Sequence[int], limit: float, root: Front | N
         stage_of: Stage of each node.
         limit: Bytes of each rank.
         root: Front to start from, kept between calls.
+        always: Modules that are recomputed in any case, such as blocks that a cut crosses: several ranks share them.
 
     Returns:
         What is recomputed; None where nothing makes it fit.
@@ -215,19 +218,19 @@ def fit(choices: Choices, stage_of: Sequence[int], limit: float, root: Front | N
     layout = choices.layout
     settings, placement = layout.settings, layout.placement
     asked = [float(limit)] * settings.ranks
-    modules: tuple[str, ...] = ()
-    fitted = layout
-    plain = measure(layout.problem, stage_of, placement=placement)
-    for _ in range(MOST_ROUNDS):
-        needs = measure(fitted.problem, stage_of, placement=placement).rank_memory if modules else plain.rank_memory
+    modules = always
+    fitted = lay_out(layout.graph, choices.estimate, settings, modules) if modules else layout
+    plain = measure(fitted.problem, stage_of, placement=placement)
+    for turn in range(MOST_ROUNDS):
+        needs = measure(fitted.problem, stage_of, placement=placement).rank_memory if turn else plain.rank_memory
         over = [rank for rank in range(settings.ranks) if needs[rank] > limit]
         if not over:
             return Fitted(fitted, modules)
-        if modules:
+        if turn:
             for rank in over:
                 asked[rank] -= max(needs[rank] - limit, 1.0)
         found = recomputed(choices, stage_of, asked, root or Front.empty(), plain)
-        chosen = tuple(name for own in found or () for name in own.modules)
+        chosen = (*always, *(name for own in found or () for name in own.modules))
         if found is None or chosen == modules:
             return None
         modules = chosen

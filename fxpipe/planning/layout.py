@@ -12,7 +12,7 @@ from fxpipe.planning.costs.blocks import Block, find_blocks
 from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.costs.memory import LayerMemory, Shared, layer_memory
 from fxpipe.planning.costs.precision import Precision, precision_of
-from fxpipe.planning.costs.recompute import checkpoints, recomputed_modules
+from fxpipe.planning.costs.recompute import recomputed_modules
 from fxpipe.planning.search.problem import PartitionProblem, Placement, TiedNodes, TransferValue
 from fxpipe.planning.settings import Settings
 
@@ -46,11 +46,6 @@ class Layout:
     placement: Placement
     anchors: tuple[int, ...]
     recomputed: tuple[str, ...] = ()
-
-    @property
-    def checkpoints(self) -> dict[int, str]:
-        """For each layer of a recomputed module what it is recomputed with."""
-        return checkpoints(self.graph, self.recomputed)
 
     def grouped(self, opened: Collection[str] = ()) -> PartitionProblem:
         """Give the problem with every block whole but those named (by call, or by FQN)."""

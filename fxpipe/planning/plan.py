@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from fxpipe.ir.graph import LayerGraph, Tie, Value
@@ -13,6 +13,7 @@ from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.planning.costs.blocks import block_names
 from fxpipe.planning.costs.memory import gradient_bytes
 from fxpipe.planning.costs.precision import Precision
+from fxpipe.planning.costs.recompute import modules_of_layers
 from fxpipe.planning.layout import Layout, tie_seconds
 from fxpipe.planning.search.problem import Measured, measure
 
@@ -87,9 +88,8 @@ def make_plan(
     units = _unit_names(layout, opened)
     whole = {block for block in block_names(graph) if block and block.partition("@")[0] not in opened}
     home = _homes(graph, stage_of, repeats, units, whole)
-    inside = layout.checkpoints
     stages = tuple(
-        _stage_plan(index, layout, home, repeats[index], units, whole, inside, stage_of, measured, moved_s[index])
+        _stage_plan(index, layout, home, repeats[index], units, whole, stage_of, measured, moved_s[index])
         for index in range(settings.stages)
     )
     ties = tuple(_tie_group(layout, tie, home, repeats) for tie in graph.ties)
@@ -159,7 +159,6 @@ def _stage_plan(
     needed: tuple[int, ...],
     units: Sequence[str],
     whole: Collection[str],
-    inside: Mapping[int, str],
     stage_of: Sequence[int],
     measured: Measured,
     moved_s: float,
@@ -172,7 +171,6 @@ def _stage_plan(
     forward_s = math.fsum(layout.costs[layer].forward_s for layer in working)
     backward_s = math.fsum(layout.costs[layer].backward_s for layer in working)
     weight_grad_s = min(math.fsum(layout.costs[layer].weight_grad_s for layer in working), backward_s)
-    recomputed = {inside[layer].partition("@")[0] for layer in working if layer in inside}
     sends = crossing(graph, stage_of, index) if index < settings.stages - 1 else ()
     # A whole block runs what is free in it; a block that is all free runs wherever it is needed.
     elsewhere = [units[layer] for layer in needed if home[layer] != index and units[layer] not in whole]
@@ -192,7 +190,7 @@ def _stage_plan(
         live_microbatches=settings.live_microbatches[index],
         sends=tuple(layout.precision.meta(value.meta) for value in sends),
         duplicated=tuple(dict.fromkeys(elsewhere)),
-        recompute=tuple(name for name in layout.recomputed if name in recomputed),
+        recompute=modules_of_layers([units[layer] for layer in own], layout.recomputed),
     )
 
 

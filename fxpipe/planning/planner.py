@@ -104,12 +104,19 @@ def _with_recomputation(graph: LayerGraph, estimate: Estimate, settings: Setting
             starts.append(solve(layout).partition.stage_of)
         except InfeasibleError as error:
             failed = min((known for known in (failed, error) if known), key=lambda known: known.least_memory_limit or 0)
-    found = recut(choices, limit, starts)
+    found = recut(choices, limit, starts, _solved)
     if found is None:
         assert failed is not None
         raise explained(failed, plain, estimate) from None
     layout = found.fitted.layout
     return layout, _solution_of(layout, found.stage_of, free)
+
+
+def _solved(layout: Layout) -> tuple[int, ...] | None:
+    try:
+        return solve(layout).partition.stage_of
+    except PartitionError:
+        return None
 
 
 def _solution_of(layout: Layout, stage_of: tuple[int, ...], free: Solution) -> Solution:

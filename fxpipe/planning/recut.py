@@ -9,7 +9,7 @@ from their neighbours. Simulation picks. Where there are few cuts, all are tried
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
@@ -25,6 +25,7 @@ from fxpipe.planning.simulation.simulate import step_seconds
 ALL_CUTS = 250  # so many cuts, or fewer, are all tried
 WIDTH = 3.0  # times the mean load that a stage may have in the dynamic programme
 SLACKS = (1.0, 1.005, 1.01, 1.02, 1.04, 1.07, 1.1, 1.15, 1.25)  # of the bottleneck, when the sum is made small
+ROUNDS = 3  # of cutting anew what is recomputed as found, and choosing anew what is
 MOST_MOVES = 60  # improvements by moving one boundary
 
 
@@ -43,23 +44,37 @@ class Recut:
     step_s: float
 
 
-def recut(choices: Choices, limit: float, starts: Sequence[Sequence[int]] = ()) -> Recut | None:
+def recut(
+    choices: Choices,
+    limit: float,
+    starts: Sequence[Sequence[int]] = (),
+    solver: Callable[[Layout], Sequence[int] | None] | None = None,
+) -> Recut | None:
     """Find the fastest partition that keeps the limit.
 
     Args:
         choices: What blocks could recompute.
         limit: Bytes of each rank.
         starts: Partitions known from other searches.
+        solver: Partitions a layout at its grain, with what it recomputes as given; opened blocks come from it.
 
     Returns:
         The best one; None where none was found that fits.
     """
     search = _Search(choices, limit)
+    everything = tuple(name for ways in choices.ways for name in ways[-1].modules)
     for start in starts:
-        search.look_at(tuple(start))
+        search.look_at(tuple(start), everything)
     for cut in search.cuts():
         search.look_at(search.stages(cut))
     search.improve()
+    for _ in range(ROUNDS):
+        if solver is None or search.best is None:
+            break
+        other = solver(search.best.fitted.layout)
+        if other is None or not search.look_at(tuple(other)):
+            break
+        search.improve()
     return search.best
 
 
@@ -81,12 +96,27 @@ class _Search:
                 stage_of[start:stop] = [stage] * (stop - start)
         return tuple(stage_of)
 
-    def look_at(self, stage_of: tuple[int, ...]) -> bool:
-        """Make a partition fit, and keep it if it is the fastest so far; tells whether it is."""
+    def look_at(self, stage_of: tuple[int, ...], otherwise: tuple[str, ...] = ()) -> bool:
+        """Make a partition fit, and keep it if it is the fastest so far; tells whether it is.
+
+        Args:
+            stage_of: Stage of each node.
+            otherwise: What to recompute where a choice of blocks is not found.
+        """
         if stage_of in self._seen or len(set(stage_of)) < self.layout.settings.stages:
             return False
         self._seen.add(stage_of)
-        if self.best is not None:
+        found = self._kept(stage_of, ())
+        crossed = [
+            ways[-1].modules
+            for block, ways in zip(self.layout.blocks, self.choices.ways, strict=True)
+            if len(ways) > 1 and len({stage_of[node] for node in block.layers}) > 1
+        ]
+        found = (bool(crossed) and self._kept(stage_of, sum(crossed, ()))) or found
+        return found or (bool(otherwise) and self._kept(stage_of, otherwise))
+
+    def _kept(self, stage_of: tuple[int, ...], always: tuple[str, ...]) -> bool:
+        if self.best is not None and not always:
             # What blocks keep each by itself tells nearly all; only what looks better is laid out and measured.
             limits = [self.limit] * self.layout.settings.ranks
             added = recomputed(self.choices, stage_of, limits, self.root)
@@ -99,7 +129,7 @@ class _Search:
             ]
             if self._step_s(times) >= self.best.step_s:
                 return False
-        fitted = fit(self.choices, stage_of, self.limit, self.root)
+        fitted = fit(self.choices, stage_of, self.limit, self.root, always)
         if fitted is None:
             return False
         step_s = self._step_s(stage_times(fitted.layout, stage_of))

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fxpipe.errors import InfeasibleError, PartitionError, ScheduleError
+from fxpipe.errors import InfeasibleError, PlanError, ScheduleError
 from fxpipe.ir.hardware import Training
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.planning.costs.recompute import checkpoints, recomputed_modules
 from fxpipe.planning.planner import plan_pipeline
+from fxpipe.planning.settings import device_limit
 from fxpipe.planning.simulation.engine import StageTimes
 from fxpipe.planning.simulation.simulate import simulate, step_seconds
 
@@ -47,7 +48,7 @@ def test_blocks_attention_and_patterns_name_modules_in_the_models_order():
     assert recomputed_modules(LLAMA, ("layers.3", "layers.*.mlp", "layers.3.mlp")) == (
         "layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "layers.3",
     )  # fmt: skip
-    with pytest.raises(PartitionError, match=r"names 'layers\.\*\.moe', and Llama has no such module"):
+    with pytest.raises(PlanError, match=r"names 'layers\.\*\.moe', which no module of Llama matches"):
         recomputed_modules(LLAMA, ("layers.*.moe",))
 
 
@@ -142,6 +143,62 @@ def exhaustive(rows, stream, costs, made_for):
     stages = ([stage_times(stage, *ends) for stage, ends in enumerate(itertools.pairwise(cut))] for cut in cuts)
     fitting = (times for times in stages if all(time.input_grad_s < math.inf for time in times))
     return min((step_seconds("1F1B", times, 3, made_for.num_microbatches) for times in fitting), default=None)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "grain"),
+    [
+        ("1F1B", "block"), ("1F1B", "op"), ("1F1B", "auto"), ("GPipe", "block"), ("GPipe", "op"),
+        ("Interleaved1F1B", "block"), ("LoopedBFS", "block"),
+    ],
+)  # fmt: skip
+def test_what_no_partition_fits_is_repaired_and_says_so(schedule, grain):
+    graph = with_attention(layer_graphs.gpt(blocks=8, tokens=128))
+    ranks = 4 if schedule in ("1F1B", "GPipe") else 2
+    free = layer_graphs.settings(4, ranks=ranks, schedule=schedule, num_microbatches=8, grain=grain)
+    plain = plan(graph, free)
+    limit = int(0.6 * max(sum(s.peak_bytes for s in plain.stages if s.rank == rank) for rank in range(ranks)))
+    tight = dataclasses.replace(free, memory_limit=limit)
+    with pytest.raises(InfeasibleError):
+        plan(graph, tight)
+    found = plan(graph, dataclasses.replace(tight, training=Training(recompute="auto")))
+    assert any(stage.recompute for stage in found.stages)
+    assert max(sum(s.peak_bytes for s in found.stages if s.rank == rank) for rank in range(ranks)) <= limit
+    assert max(simulate(found).peak_bytes) <= limit
+    everything = plan(graph, dataclasses.replace(tight, training=Training(recompute="block")))
+    assert simulate(found).step_s <= simulate(everything).step_s
+
+
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "DualPipeV"])
+def test_where_nothing_can_be_recomputed_the_least_limit_is_named_and_works(schedule):
+    graph = layer_graphs.gpt(blocks=8)
+    made_for = layer_graphs.settings(
+        4, ranks=2, schedule=schedule, grain="block", memory_limit=1000, training=Training(recompute="auto")
+    )
+    with pytest.raises(InfeasibleError) as caught:
+        plan(graph, made_for)
+    plan(graph, dataclasses.replace(made_for, memory_limit=caught.value.least_memory_limit))
+
+
+def test_a_plan_that_does_not_fit_its_device_says_what_would_make_it_fit_and_what_that_costs():
+    graph = with_attention(layer_graphs.gpt(blocks=8, tokens=128))
+    free = layer_graphs.settings(4, grain="block")
+    need = max(stage.peak_bytes for stage in plan(graph, free).stages)
+    small = dataclasses.replace(free, hardware=layer_graphs.hardware(memory=0.8 * need))
+    said = plan(graph, small).notes[-1]
+    fitting = plan(graph, dataclasses.replace(
+        small, training=Training(recompute="auto"), memory_limit=device_limit(small.hardware)
+    ))  # fmt: skip
+    more = simulate(fitting).step_s / simulate(plan(graph, free)).step_s - 1
+    count = sum(len(stage.recompute) for stage in fitting.stages)
+    assert said.startswith(f"recomputing {count} module")
+    assert f"for a step {100 * more:+.1f} %" in said
+    assert 'Training(recompute="auto"), memory_limit="device"' in said
+    tiny = dataclasses.replace(free, hardware=layer_graphs.hardware(memory=0.01 * need))
+    assert plan(graph, tiny).notes[-1].startswith("no recomputation makes it fit: no partition into 4 stages keeps")
+    split = layer_graphs.settings(4, ranks=2, schedule="ZBVZeroBubble", hardware=small.hardware, grain="block")
+    assert "ZBVZeroBubble splits the backward" in plan(graph, split).notes[-1]
+    assert plan(graph, free).notes == ()
 
 
 @settings(max_examples=200, deadline=None)

@@ -5,11 +5,11 @@ What it saves is told by ``costs.memory``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from fxpipe.errors import PartitionError
+from fxpipe.errors import PlanError
 from fxpipe.ir.cost import LayerCost, LayerCounts
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.planning.costs.blocks import find_blocks
@@ -24,11 +24,12 @@ def recomputed_modules(graph: LayerGraph, choice: Choice) -> tuple[str, ...]:
     - ``"block"``: every repeated block.
     - ``"attention"``: in each block the innermost modules that call attention or softmax; a block without one whole,
       as is one that is a layer by itself, since what lies in it is not known.
-    - patterns: every module, and every layer, whose FQN matches one of them.
+    - patterns: every module whose FQN matches one of them. Of one that lies inside of a layer nothing is known, and
+      the layer counts as if it kept everything.
     - ``None`` and ``"auto"`` (chosen by the planner): none.
 
     Raises:
-        PartitionError: A pattern matches nothing.
+        PlanError: A pattern matches no module.
     """
     if choice is None or choice == "auto":
         return ()
@@ -41,27 +42,58 @@ def recomputed_modules(graph: LayerGraph, choice: Choice) -> tuple[str, ...]:
             inside = (_attention_module(graph, layer, block.fqn) for layer in block.layers)
             found.update(dict.fromkeys(name for name in inside if name) or {block.fqn: None})
         return tuple(found)
-    free = frozenset(graph.recomputed)
-    modules: dict[str, None] = {}
-    for layer, spec in enumerate(graph.specs):
-        if layer not in free:
-            parts = spec.fqn.split(".")
-            modules.update(dict.fromkeys(".".join(parts[: length + 1]) for length in range(len(parts))))
-    chosen: dict[str, None] = {}
+    modules = dict.fromkeys(_modules(graph))
+    chosen: set[str] = set()
     for pattern in choice:
         matching = [pattern] if pattern in modules else [name for name in modules if fnmatchcase(name, pattern)]
         if not matching:
-            raise PartitionError(
-                f"recompute names {pattern!r}, and {graph.name} has no such module at this grain\n"
-                f"  give FQNs of its modules, such as {', '.join(map(repr, list(modules)[:4]))}, or patterns of them"
+            raise PlanError(
+                f"recompute= names {pattern!r}, which no module of {graph.name} matches\n"
+                "  give patterns of FQNs such as 'model.layers.*' or 'model.layers.*.mlp'"
             )
-        chosen.update(dict.fromkeys(matching))
-    return tuple(name for name in modules if name in chosen and not _within(name, chosen))
+        chosen.update(matching)
+    return outermost(name for name in modules if name in chosen)
 
 
-def _within(name: str, others: Collection[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:length]) in others for length in range(1, len(parts)))
+def outermost(fqns: Iterable[str]) -> tuple[str, ...]:
+    """Leave out what lies inside another one.
+
+    >>> outermost(["h.0", "h.0.mlp", "h.1.mlp"])
+    ('h.0', 'h.1.mlp')
+    """
+    ordered = tuple(dict.fromkeys(fqns))
+    every = set(ordered)
+    return tuple(fqn for fqn in ordered if every.isdisjoint(list(_owners(fqn))[1:]))
+
+
+def modules_of_layers(names: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
+    """Give those modules that hold one of some layers, or lie in one.
+
+    Args:
+        names: Names of layers, or of blocks.
+        modules: FQNs.
+
+    >>> modules_of_layers(["h.0", "h.1.attn@1"], ["h.0.mlp", "h.1", "h.2"])
+    ('h.0.mlp', 'h.1')
+    """
+    layers = {name.partition("@")[0] for name in names}
+    around = {owner for layer in layers for owner in _owners(layer)}
+    return tuple(fqn for fqn in modules if fqn in around or not layers.isdisjoint(_owners(fqn)))
+
+
+def _owners(fqn: str) -> Iterator[str]:
+    """Yield a module and all that it lies in."""
+    while fqn:
+        yield fqn
+        fqn = fqn.rpartition(".")[0]
+
+
+def _modules(graph: LayerGraph) -> Iterator[str]:
+    """Yield every module that is a layer or has tensors, and all that these lie in."""
+    for spec in graph.specs:
+        yield from reversed(list(_owners(spec.fqn)))
+        for info in (*spec.parameters, *spec.buffers):
+            yield from reversed(list(_owners(info.fqn.rpartition(".")[0])))
 
 
 def _attention_module(graph: LayerGraph, layer: int, block: str) -> str:
