@@ -72,7 +72,9 @@ def add_planning(parser: argparse.ArgumentParser) -> None:
         "--memory-limit", type=limit, metavar="SIZE", help="most bytes of a rank: 70GB, 64GiB, or device"
     )
     parser.add_argument(
-        "--recompute", metavar="WHAT", help="block, attention, auto, or FQN patterns with commas between; default: nothing"
+        "--recompute",
+        metavar="WHAT",
+        help="block, attention, auto, or FQN patterns with commas between; default: nothing",
     )
     parser.add_argument("--seed", type=int, default=0, help="of dropout and initialisation, part of the plan")
 
