@@ -166,7 +166,13 @@ def _solved(layout: Layout, problem: PartitionProblem, start: Solution | None = 
         bare = True
         partition = _cut(layout, problem, known, goal)
     most = partition.bottleneck * (1 - LEAST_GAIN)
-    if not bare and not _has_several_per_rank(layout) and most > max(_least_load(layout), partition.lower_bound):
+    enough = 0 < partition.bottleneck <= goal
+    if (
+        not enough
+        and not bare
+        and not _has_several_per_rank(layout)
+        and most > max(_least_load(layout), partition.lower_bound)
+    ):
         # The loss of a large vocabulary beside its projection may be more than any other stage.
         other = _cut(layout, problem, partition.stage_of, goal)
         if other.bottleneck <= most:

@@ -9,7 +9,7 @@ import random
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fxpipe.errors import InfeasibleError, PartitionError
@@ -93,8 +93,12 @@ def brute_force(problem, stages, placement, *, routing="adjacent", memory_limit=
     return best_load, least_memory
 
 
-TIME = st.one_of(st.integers(0, 9), st.floats(0, 10, allow_subnormal=False))
-EXACT_TIME = st.integers(0, 80).map(lambda eighths: eighths / 8)  # sums of these have no rounding
+# What the property tests draw from. Seconds: zeros, whole ones, any from 0 to 10; transfers and ties from the same, a
+# far link's apart from the near one's, so that it may be dearer, cheaper or free. Bytes: 0 to 20. Live microbatches of
+# a stage: 0 to 4. Limits: none, an infinite one, 1 to 150 bytes. Goals: none, an infinite one, 0 to 40 s. Infinite and
+# negative costs are refused (the tests of bad input); costs of very different size have tests of their own below.
+TIME = st.one_of(st.just(0), st.integers(0, 9), st.floats(0, 10, allow_subnormal=False))
+EXACT_TIME = st.one_of(st.just(0), st.integers(0, 80).map(lambda eighths: eighths / 8))  # sums have no rounding
 SIZE = st.integers(0, 20)
 
 
@@ -180,7 +184,12 @@ def agree(problem, stages, memory_limit, placement=None, **options):
     assert sum(load**2 for load in evened.loads) <= sum(load**2 for load in found.loads) + rounding
 
 
-LIMIT = st.one_of(st.none(), st.integers(1, 150))
+LIMIT = st.one_of(st.none(), st.just(math.inf), st.integers(1, 150))
+# Found by chance: a far link that costs nothing was taken for one that costs as much as a near one.
+FREE_FAR_LINK = PartitionProblem(
+    (0, 1, 1, 0), values=(TransferValue(1, (0, 1, 2), 0.0),), memory=(0,) * 4, activation=(0,) * 4
+)
+FAR_BETWEEN_TWO = Placement.simple(2, far=(True,))
 ROUTING = st.sampled_from(["adjacent", "direct"])
 
 
@@ -192,6 +201,8 @@ def test_no_assignment_has_a_smaller_bottleneck(problem, stages, routing, memory
 
 @settings(max_examples=200, deadline=None)
 @given(problems(most_nodes=6, extras=True), placements(), ROUTING, st.booleans(), LIMIT)
+@example(FREE_FAR_LINK, FAR_BETWEEN_TWO, "adjacent", False, None)
+@example(FREE_FAR_LINK, FAR_BETWEEN_TWO, "adjacent", True, None)
 def test_fixed_numbers_of_stages_live_microbatches_links_and_ties_agree_with_the_judge(
     problem, placement, routing, exactly, limit
 ):
@@ -200,10 +211,41 @@ def test_fixed_numbers_of_stages_live_microbatches_links_and_ties_agree_with_the
 
 @settings(max_examples=200, deadline=None)
 @given(problems(most_nodes=6, extras=True, time=EXACT_TIME), placements(several=True), ROUTING, st.booleans(), LIMIT)
+@example(FREE_FAR_LINK, FAR_BETWEEN_TWO, "adjacent", False, None)
+@example(FREE_FAR_LINK, FAR_BETWEEN_TWO, "adjacent", True, None)
 def test_no_assignment_has_a_smaller_rank_load_and_then_a_smaller_stage_load(
     problem, placement, routing, exactly, limit
 ):
     agree(problem, len(placement.rank_of_stage), limit, placement, routing=routing, exactly=exactly)
+
+
+CHAIN_OF_THREE = PartitionProblem((1, 1, 1), edges=((0, 1), (1, 2)), memory=(0,) * 3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    problems(most_nodes=6, extras=True, time=EXACT_TIME),
+    placements(),
+    ROUTING,
+    st.booleans(),
+    LIMIT,
+    st.one_of(st.just(math.inf), st.floats(0, 40)),
+)
+# Found by hand: a chain of which a search stopped at its goal was called proven there.
+@example(CHAIN_OF_THREE, Placement.simple(2), "adjacent", True, None, 2.5)
+@example(CHAIN_OF_THREE, Placement.simple(3), "adjacent", False, None, math.inf)
+@example(FREE_FAR_LINK, FAR_BETWEEN_TWO, "adjacent", True, None, 1.5)
+def test_a_search_that_stops_at_a_goal_bounds_nothing_that_exists(problem, placement, routing, exactly, limit, goal):
+    stages = len(placement.rank_of_stage)
+    (best, _), _ = brute_force(problem, stages, placement, routing=routing, memory_limit=limit, exactly=exactly)
+    if best == INFEASIBLE:
+        return
+    found = partition_nodes(
+        problem, stages, memory_limit=limit, routing=routing, placement=placement, exactly=exactly, goal=goal
+    )
+    assert found.lower_bound <= best <= found.bottleneck
+    assert found.bottleneck <= goal or best == found.bottleneck or not found.proven
+    assert not found.proven or found.bottleneck == best
 
 
 def every_assignment(problem, stages):
@@ -359,6 +401,8 @@ def test_larger_graphs_get_valid_partitions_within_their_bounds(seed, ranks):
 
 @settings(max_examples=150, deadline=None)
 @given(problems(most_nodes=6, extras=True, time=EXACT_TIME), placements(several=True), st.booleans(), st.floats(1, 2))
+@example(FREE_FAR_LINK, FAR_BETWEEN_TWO, False, 1.0)
+@example(FREE_FAR_LINK, FAR_BETWEEN_TWO, True, 2.0)
 def test_what_must_cross_never_bounds_above_the_best(problem, placement, exactly, slack):
     stages = len(placement.rank_of_stage)
     (best, _), _ = brute_force(problem, stages, placement, exactly=exactly)
@@ -469,6 +513,9 @@ def test_a_placement_that_does_not_fit_the_stages_is_refused(placement, message)
             PartitionProblem((1.0,), values=(TransferValue(1.0, (0,), -1.0),)),
             "far_seconds of transfer 0 of node 0 is -1",
         ),
+        (PartitionProblem((1.0,), values=(TransferValue(1.0, (0,), math.inf),)), "far_seconds of transfer 0 of node 0"),
+        (PartitionProblem((1.0,), values=(TransferValue(math.inf, (0,)),)), "transfer 0 of node 0 is inf"),
+        (PartitionProblem((1.0,), ties=(TiedNodes((0,), seconds=math.inf),)), "tie 0 of node 0 is inf"),
         (PartitionProblem((1.0,), values=(TransferValue(1.0, (0,), sent_bytes=math.nan),)), "sent_bytes of transfer 0"),
         (PartitionProblem((1.0,), values=(TransferValue(1.0, ()),)), "a transfer has no nodes"),
         (PartitionProblem((1.0,), ties=(TiedNodes((0,), bytes=-1),)), "bytes of tie 0 of node 0 is -1"),

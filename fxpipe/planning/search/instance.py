@@ -21,6 +21,7 @@ LARGE_LOAD_BUDGET = 2**57  # for graphs of many nodes, whose rounding adds up: a
 MANY_NODES = 5_000
 MEMORY_BUDGET = 2**57
 UNREACHABLE = np.iinfo(np.int64).max
+ANY_LOAD = int(np.iinfo(np.int64).max // 4)  # above every sum of loads
 
 # Columns of what a moving value costs, and of what a shared tensor costs.
 NEAR_LOAD, FAR_LOAD, SENT, RECEIVED, SENT_FIXED, RECEIVED_FIXED = range(6)
@@ -95,8 +96,10 @@ class Instance:
         return math.ldexp(float(load), -self.load_exponent)
 
     def load_units(self, seconds: float) -> int:
-        """Give seconds as a load, rounded down."""
-        return math.floor(Fraction(seconds) * Fraction(2) ** self.load_exponent) if math.isfinite(seconds) else 0
+        """Give seconds as a load, rounded down; what any load keeps for infinitely many."""
+        if math.isinf(seconds):
+            return ANY_LOAD
+        return math.floor(Fraction(seconds) * Fraction(2) ** self.load_exponent)
 
     def bytes(self, memory: int) -> int:
         """Give a memory in bytes, rounded up."""
@@ -129,7 +132,9 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
     near, far = columns[0], columns[2]
     links = np.empty((len(near), 2))
     links[:, 0] = near
-    links[:, 1] = [n if f is None else f for n, f in zip(near, far, strict=True)] if any(far) else links[:, 0]
+    links[:, 1] = (
+        near if far.count(None) == len(far) else [n if f is None else f for n, f in zip(near, far, strict=True)]
+    )
     tie_seconds = np.asarray([tie.seconds for tie in problem.ties], dtype=np.float64)
     total = float(seconds.sum() + 2 * links.max(axis=1, initial=0).sum() + tie_seconds.sum())
     budget = LOAD_BUDGET if num_nodes <= MANY_NODES else LARGE_LOAD_BUDGET

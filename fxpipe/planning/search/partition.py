@@ -312,7 +312,8 @@ def _search_small(
         found = search_pool(instance, request, goal, [found]) or found
     if single:
         whole = len(small.node_of) == instance.size or not instance.anchors.all()
-        bound = _chain_bound(instance, request, found, whole=whole)
+        settled = found.value > goal or goal == lower  # a search that stopped at the goal says nothing of what is below
+        bound = _chain_bound(instance, request, found, whole=whole) if settled else min(lower, found.value)
         return _Answer(found, bound, found.value <= bound, "chain")
     found = improved(instance, request, goal, found, ROUNDS if downsets is None and not hints.goal else FEW_ROUNDS)
     if downsets is not None and found.value > lower:
