@@ -13,7 +13,7 @@ from fxpipe.planning.search.partition import Partition, most_stages, partition_n
 from fxpipe.planning.search.problem import PartitionProblem
 
 LEAST_GAIN = 0.02  # share of the bottleneck that opening blocks must save
-EVENNESS = 0.02  # share that a rank of several stages may have more, so that its stages are more alike
+EVENNESS = 0.005  # share that a rank of several stages may have more, so that its stages are more alike
 ROUNDING = 1e-9  # two searches of one problem round differently
 CLOSING_NODES = 40_000  # layers looked at in vain while blocks are closed again
 COLOCATION_NODES = 3_000  # largest problem for which co-locating ties is tried

@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fxpipe.planning.search.instance import FAR_LOAD, NEAR_LOAD, Instance, Ints
+from fxpipe.planning.search.instance import (
+    FAR_LOAD,
+    NEAR_LOAD,
+    Instance,
+    Ints,
+)
 from fxpipe.planning.search.orders import given_order
 from fxpipe.planning.search.request import FAR, FREE, Request
 
 MOST_NODES = 12_000  # larger graphs get the simple bound alone
 ROWS = 512  # nodes whose predecessors are added up together
 PATHS = 6  # paths of a flow
+MOST_PAIRS = 12  # pairs of a first and a last node of which all are tried
 INFINITE = int(np.iinfo(np.int64).max // 4)
 
 
@@ -52,16 +58,47 @@ def crossing_bound(instance: Instance, request: Request, upper: int) -> int:
     boundaries = np.arange(1, request.stages)
     inside = after[:, None] > (request.stages - boundaries) * upper
     outside = before[:, None] > boundaries * upper
-    for ends, nodes in ((inside, instance.predecessors), (outside, instance.successors)):
-        alone = [node for node, others in enumerate(nodes) if not others]
-        if len(alone) == 1:  # the only first node lies before every boundary, the only last one behind
-            ends[alone[0]] = True
-    crossed = _flow(instance, request, order, inside, outside)
+    crossed = _least_flow(instance, request, order, inside, outside)
     total = int(instance.load.sum()) + 2 * sum(crossed)
     bound = -(-total // len(set(request.ranks)))
     if not request.exactly:  # with fewer stages less has to cross, but each stage has more
         bound = min(bound, -(-int(instance.load.sum()) // (request.stages - 1)))
     return max(simple, bound)
+
+
+def _least_flow(
+    instance: Instance, request: Request, order: list[int], inside: NDArray[np.bool_], outside: NDArray[np.bool_]
+) -> list[int]:
+    """Give for each boundary what flows at least: some first anchor lies before it, and some last one behind.
+
+    Which ones is not known: the least over all pairs holds. Where there are many pairs, only what is known for every
+    boundary counts.
+    """
+    anchored = instance.anchors > 0 if request.exactly else np.ones(instance.size, dtype=bool)
+    firsts = _foremost(anchored, order, instance.predecessors)
+    lasts = _foremost(anchored, order[::-1], instance.successors)
+    if len(firsts) * len(lasts) > MOST_PAIRS:
+        return _flow(instance, request, order, inside, outside)
+    least: list[int] | None = None
+    for first in firsts:
+        for last in lasts:
+            before, behind = inside.copy(), outside.copy()
+            before[first] = behind[last] = True
+            crossed = _flow(instance, request, order, before, behind)
+            least = crossed if least is None else list(map(min, least, crossed))
+    assert least is not None
+    return least
+
+
+def _foremost(anchored: NDArray[np.bool_], order: list[int], before: tuple[tuple[int, ...], ...]) -> list[int]:
+    """Give the anchored nodes that no other one comes before."""
+    behind = [False] * len(order)
+    found = []
+    for node in order:
+        behind[node] = any(behind[other] or anchored[other] for other in before[node])
+        if anchored[node] and not behind[node]:
+            found.append(node)
+    return found
 
 
 def _closed_loads(instance: Instance, order: list[int], neighbours: tuple[tuple[int, ...], ...]) -> Ints:

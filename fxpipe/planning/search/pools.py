@@ -114,6 +114,11 @@ def _some_upper(instance: Instance, request: Request, costs: OrderCosts, objecti
     return (found.memory if objective == "memory" else found.bottleneck) + 1
 
 
+def stages_of_cuts(costs: OrderCosts, cuts: Sequence[int]) -> Ints:
+    """Give each merged node's stage from the cuts of an order, both ends included."""
+    return _stages(costs.order, costs.starts, cuts)
+
+
 def _stages(order: Sequence[int], starts: Ints, cuts: Sequence[int]) -> Ints:
     bounds = starts[np.asarray(cuts)]
     stage_of = np.empty(len(order), dtype=np.int64)

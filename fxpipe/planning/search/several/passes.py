@@ -240,10 +240,10 @@ class _Passes:
             fits = (last > NOWHERE) & (-last <= bound - int(others[-1])) & (room[:, None] <= other.cuts[-1][None, :])
             if not fits.any():
                 return None
-            end = np.unravel_index(np.where(fits, np.abs(last), -NOWHERE).argmin(), fits.shape)
+            end = divmod(int(np.where(fits, np.abs(last), -NOWHERE).argmin()), fits.shape[1])
         else:
             end = (0, 0)
-        return self._traced(lines, states, (int(end[0]), int(end[1])), others, bound, down=down)
+        return self._traced(lines, states, end, others, bound, down=down)
 
     def _traced(
         self,
@@ -268,8 +268,8 @@ class _Passes:
             fits = (before > NOWHERE) & (before >= own + its - (bound - int(others[step - 1])))
             loads = own - one.begins[step - 1][ahead], its - other.begins[step - 1][beside]
             larger = np.maximum(loads[0][:, None], loads[1][None, :])
-            where = np.unravel_index(np.where(fits, larger, -NOWHERE).argmin(), fits.shape)
-            at, to = int(where[0]), int(where[1]) + (place if down else 0)
+            at, to = divmod(int(np.where(fits, larger, -NOWHERE).argmin()), fits.shape[1])
+            to += place if down else 0
             cuts.append((int(one.cuts[step - 1][at]), int(other.cuts[step - 1][to])))
         return np.asarray([cut for cut, _ in cuts[::-1]]), np.asarray([cut for _, cut in cuts[::-1]])
 
