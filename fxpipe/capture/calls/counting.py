@@ -86,9 +86,10 @@ class LayerCounter:
         tensors = tensors_in(args, kwargs)
         weights = [tensor for _, tensor in named_tensors(function)] if isinstance(function, nn.Module) else []
         flags = tuple(tensor.requires_grad for tensor in (*tensors, *weights))
+        own = tuple(id(tensor) in self._skeleton.fqn_of for tensor in tensors)  # what is kept of them is kept anyway
         # What runs for real, on integers, leaves no trace: its shapes tell it apart.
         shapes = () if trace else (getattr(function, "__name__", ""), *map(work_of, tensors))
-        return trace, shapes, flags, torch.is_grad_enabled(), attention
+        return trace, shapes, flags, own, torch.is_grad_enabled(), attention
 
     def _measure(
         self,

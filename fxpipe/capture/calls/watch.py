@@ -46,11 +46,17 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
             self.drew = True
         if self.trace is not None:
-            self.trace.append((func, *map(work_of, args), *((name, work_of(arg)) for name, arg in kwargs.items())))
+            named = ((name, work_of(arg)) for name, arg in kwargs.items())
+            self.trace.append((func, torch.is_grad_enabled(), *map(work_of, args), *named))
         shape = grouped_shape(func, args, kwargs)
         if shape is not None:
             return args[0].new_empty(shape, dtype=kwargs.get("out_dtype") or args[0].dtype)
         return func(*args, **kwargs)
+
+    def note(self, *what: Any) -> None:
+        """Put something into the trace that is no operation and yet decides what is kept for the backward."""
+        if self.trace is not None:
+            self.trace.append(tuple(map(work_of, what)) + what[:2])
 
 
 def work_of(value: Any) -> Any:

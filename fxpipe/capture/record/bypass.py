@@ -23,6 +23,7 @@ from fxpipe._torch import (
     without_modes,
 )
 from fxpipe.capture.calls.blocked import Blocked, user_line
+from fxpipe.capture.calls.values import Same
 from fxpipe.capture.model.skeleton import named_tensors
 from fxpipe.capture.record.calls import record_whole
 from fxpipe.capture.record.forward import Forward
@@ -69,6 +70,9 @@ class Bypasses:
                 "no gradients in a pipeline\n  pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
             )
         if forward.passes or functorch_is_active():
+            if not forward.counting:
+                forward.reads_quietly(args, kwargs)
+                forward.watch.note("function", Same(cls), args, kwargs)
             result = real(*args, **kwargs)
             forward.side_channels.made(result)
             return result
@@ -79,7 +83,7 @@ class Bypasses:
             return cls.apply(*args, **kwargs)  # type: ignore[attr-defined]
 
         function.__name__ = function.__qualname__ = cls.__name__
-        return record_whole(forward, function, real, args, kwargs)
+        return record_whole(forward, function, real, args, kwargs, kind=Same(cls))
 
     def _vmap(self, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of ``vmap`` as one call."""
@@ -99,6 +103,8 @@ class Bypasses:
     def _script(self, scripted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Callable[..., Any]) -> Any:
         forward = self._forward
         if forward.passes:
+            if not forward.counting:
+                forward.reads_quietly(args, kwargs)
             with without_functions():
                 result = real(scripted, *args, **kwargs)
             forward.side_channels.made(result)
@@ -119,6 +125,7 @@ class Bypasses:
         """Number the activation-checkpointing regions; one inside another belongs to the outer one."""
         forward = self._forward
         if forward.passes:
+            forward.watch.note("checkpoint", begins)
             return
         self._depth += 1 if begins else -1
         if begins and self._depth == 1:

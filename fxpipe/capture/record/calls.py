@@ -56,7 +56,15 @@ class Calls(TorchFunctionMode):
             func, name, args = torch.Tensor.clone, "clone", args[:1]
         if name == "__get__":
             value = func(*args, **kwargs)
-            if forward.passes or not isinstance(value, torch.Tensor):
+            if forward.counting or not isinstance(value, torch.Tensor):
+                return value
+            if forward.quiet is not None:  # ``.T`` of another module's weight is a read of it
+                try:
+                    forward.reads_quietly(args)
+                except Blocked as blocked:
+                    forward.noted(blocked)
+                    raise
+                forward.side_channels.made(value)
                 return value
         if forward.counting:
             return self._real_values.run(func, name, args, kwargs, tensors_in(args, kwargs))
@@ -75,9 +83,7 @@ class Calls(TorchFunctionMode):
     def _run_quietly(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
         """Run a call inside something that is recorded whole."""
         forward = self._forward
-        tensors = tensors_in(args, kwargs)
-        if not forward.on_zeros:
-            forward.side_channels.check(tensors)
+        tensors = forward.reads_quietly(args, kwargs)
         result = self._run(func, name, args, kwargs, tensors, frame)
         forward.side_channels.made(result)
         if name in READS and not isinstance(result, torch.Tensor):
@@ -218,6 +224,8 @@ def record_whole(
     real: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    *,
+    kind: Any = None,
 ) -> Any:
     """Record one call of something whose inside is not looked at.
 
@@ -227,6 +235,7 @@ def record_whole(
         real: What is called now.
         args: Arguments of both.
         kwargs: Keyword arguments of both.
+        kind: What besides its operations tells the call from others: its backward may be its own.
     """
     frame = forward.frames.top
     frame.functions.append(function.__name__)
@@ -235,7 +244,7 @@ def record_whole(
         tensors = tensors_in(args, kwargs)
         versions = versions_of(tensors)
         forward.side_channels.begin(None, frame.fqn, args, kwargs)
-    trace: list[Any] = []
+    trace: list[Any] = [kind] if kind is not None else []
     forward.watch.drew, forward.watch.trace = False, trace
     forward.quiet = frame.fqn
     try:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxpipe.capture.calls.blocked import Blocked, user_line
 from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.calls.watch import Watch
 from fxpipe.capture.model.blocks import Leaves
 from fxpipe.capture.model.preserve import Attributes, python_random_state
@@ -124,6 +125,17 @@ class Forward:
     def fqn_of(self, module: nn.Module) -> str | None:
         """Give the FQN of a module of the model, or of the copy of one that computes on zeros; None for others."""
         return self.skeleton.module_fqns.get(id(module)) or self.on_zeros.get(id(module))
+
+    def reads_quietly(self, *values: Any) -> list[torch.Tensor]:
+        """Refuse what something recorded whole reads beside its arguments, and give the tensors it reads.
+
+        Raises:
+            Blocked: A tensor was neither given to it nor made by it.
+        """
+        tensors = tensors_in(*values)
+        if not self.on_zeros:
+            self.side_channels.check(tensors)
+        return tensors
 
     def noted(self, blocked: Blocked) -> None:
         """Complete an exception on its way out, and remember it."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from fxpipe._torch import replaced, without_functions
+from fxpipe.capture.calls.alike import Reads, structure_of, watched_reads
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.forms import versions_of
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
@@ -98,8 +99,8 @@ class ModuleCalls:
         self._check_outside(frame)
         module = frame.module
         with without_functions():
-            key = self._repeats.key(module, args, kwargs)
-            repeat = self._repeats.find(key)
+            key = structure_of(module, args, kwargs)
+            repeat = self._repeats.find(key, module)
             if repeat is not None:
                 return self._repeated(repeat, frame, args, kwargs)
             watched = [*tensors_in(args, kwargs), *(tensor for _, tensor in named_tensors(module))]
@@ -110,8 +111,10 @@ class ModuleCalls:
         forward.watch.trace = trace
         forward.quiet, forward.has_read, forward.has_drawn = frame.fqn, False, False
         counts = None
+        reads: Reads | None = None
         try:
-            result = original(module, *args, **kwargs)
+            with watched_reads(module) if key is not None else nullcontext() as reads:
+                result = original(module, *args, **kwargs)
         except UNKNOWN_VALUES:
             forward.has_read = True
             result, counts = self._zero_runs.run_module(forward, frame, args, kwargs)
@@ -138,8 +141,9 @@ class ModuleCalls:
         with without_functions():
             forward.recorder.emit(result, node)
             plain = not (written or counts or forward.has_read or forward.has_drawn)
-            if plain and key is not None and not any(forward.attributes.changes(frame.fqn)):
-                self._repeats.add(key, watched, result, tuple(trace), tuple(forward.attention))
+            if plain and reads is not None and not any(forward.attributes.changes(frame.fqn)):
+                repeat = Repeat(result, tuple(trace), tuple(forward.attention))
+                self._repeats.add(key, module, reads, watched, repeat)
         forward.python_random = python_random_state()
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -98,21 +98,26 @@ def sources(node: fx.Node) -> tuple[fx.Node, ...]:
     return (*node.all_input_nodes, *info(node).after)
 
 
-def reached(start: Iterable[fx.Node], follow: Callable[[fx.Node], Iterable[fx.Node]] = sources) -> dict[fx.Node, None]:
-    """Give all nodes that can be reached backwards, the first ones included.
+def going_back(start: Iterable[fx.Node], follow: Callable[[fx.Node], Iterable[fx.Node]] = sources) -> Iterator[fx.Node]:
+    """Yield all nodes that can be reached backwards, the first ones included, each once.
 
     Args:
         start: Where to begin.
         follow: Gives the nodes to go to from a node.
     """
-    found: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
     todo = list(start)
     while todo:
         node = todo.pop()
-        if node not in found:
-            found[node] = None
+        if node not in seen:
+            seen.add(node)
+            yield node
             todo += follow(node)
-    return found
+
+
+def reached(start: Iterable[fx.Node], follow: Callable[[fx.Node], Iterable[fx.Node]] = sources) -> dict[fx.Node, None]:
+    """Give all nodes that can be reached backwards; arguments as of ``going_back``."""
+    return dict.fromkeys(going_back(start, follow))
 
 
 def made_by(node: fx.Node) -> fx.Node:
@@ -139,7 +144,7 @@ def is_activation(node: fx.Node) -> bool:
 
 def is_derived(nodes: Sequence[fx.Node]) -> bool:
     """Whether nodes depend on inputs, buffers and constants alone, and take no gradient."""
-    return all(map(derives, reached(nodes)))
+    return all(map(derives, going_back(nodes)))
 
 
 def derives(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ Invariants, on which every number rests:
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal, NoReturn
@@ -71,7 +72,7 @@ class Recorder:
         self.constant_places: dict[str, str] = {}
         self.storages: dict[int, Storage] = {}
         self.region: int | None = None
-        self.left: dict[int, tuple[torch.Tensor, str]] = {}  # what calls recorded whole left behind, and their FQN
+        self._left: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # what calls recorded whole left behind
         self._node_of: dict[int, fx.Node] = {}
         self._kept: list[Any] = []  # an id names a tensor only while the tensor lives
         self._attributes: dict[str, fx.Node] = {}
@@ -99,6 +100,17 @@ class Recorder:
     def made_here(self, tensor: torch.Tensor) -> bool:
         """Tell whether the forward made a tensor (or was given it), in a call that was recorded."""
         return id(tensor) in self._node_of
+
+    def leave(self, reference: weakref.ref[torch.Tensor], fqn: str) -> None:
+        """Note that a call recorded whole made a tensor and did not return it: should it be read later, it was kept."""
+        tensor = reference()
+        if tensor is not None:
+            self._left[id(tensor)] = (reference, fqn)
+
+    def left_by(self, tensor: torch.Tensor) -> str | None:
+        """Give the FQN of the call recorded whole that left a tensor behind, None for any other tensor."""
+        reference, fqn = self._left.get(id(tensor), (None, None))
+        return fqn if reference is not None and reference() is tensor else None
 
     def is_written_after(self, node: fx.Node) -> bool:
         """Tell whether some call writes to a node's value that is not the node itself."""
@@ -130,8 +142,8 @@ class Recorder:
         fqn = self.skeleton.fqn_of.get(id(tensor))
         if fqn is not None:
             return self._attribute(fqn, tensor)
-        if id(tensor) in self.left:
-            maker = self.left[id(tensor)][1]
+        maker = self.left_by(tensor)
+        if maker is not None:
             what = f"a tensor {describe(tensor)} is read that module {maker} left behind"
             raise Blocked(what, frame.fqn, opens=[maker])
         if isinstance(tensor, FakeTensor) or tensor.is_meta:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +14,6 @@ from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.values import Same, describe, tensors_in
 from fxpipe.capture.model.skeleton import named_tensors
 from fxpipe.capture.record.recorder import Recorder
-
-_HELD_BY_US = 3  # the list, the loop's variable, and getrefcount's argument
 
 
 class SideChannels:
@@ -59,8 +57,8 @@ class SideChannels:
             key = id(tensor)
             if key in self._own or key in self._made_ids:
                 continue
-            if key in self._recorder.left:
-                _, where = self._recorder.left[key]
+            where = self._recorder.left_by(tensor)
+            if where is not None:
                 what = f"it reads a tensor {describe(tensor)} that module {where} left behind"
                 raise Blocked(what, self._fqn, opens=(*self._opens, where) if self._opens else ())
             if self._recorder.knows(tensor):
@@ -94,11 +92,12 @@ class SideChannels:
             Blocked: It changed an object that it was given.
         """
         returned = set(map(id, tensors_in(result)))
-        for tensor in self._made:
-            if sys.getrefcount(tensor) > _HELD_BY_US and id(tensor) not in returned and isinstance(tensor, FakeTensor):
-                self._recorder.left[id(tensor)] = (tensor, self._fqn)
-        arguments = self._arguments
+        made: list[weakref.ref[torch.Tensor]]
+        made = [weakref.ref(each) for each in self._made if id(each) not in returned and isinstance(each, FakeTensor)]
+        arguments, self._arguments = self._arguments, []
         self.stop()
+        for reference in made:
+            self._recorder.leave(reference, self._fqn)
         for part, before in arguments:
             if _contents(part) != before:
                 kind = type(part).__qualname__

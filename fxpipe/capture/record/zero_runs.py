@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
 from fxpipe._torch import FakeTensor, without_functions, without_modes
+from fxpipe.capture.calls.alike import Reads, structure_of, watched_reads
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.values import Same, tensors_in
 from fxpipe.capture.calls.zero_inputs import as_fakes, on_zeros
-from fxpipe.capture.model.skeleton import named_tensors
 from fxpipe.capture.record.forward import Forward
 from fxpipe.capture.record.frames import Frame
 from fxpipe.ir.cost import LayerCounts
-from fxpipe.ir.tree import tree_leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,12 +25,14 @@ class _Run:
         counts: What it does, None uncounted.
         frames: The calls inside, with the FQN of the module at which the run was made.
         fqn: That FQN.
+        reads: What attributes it read.
     """
 
     result: Any
     counts: LayerCounts | None
     frames: tuple[Frame, ...]
     fqn: str
+    reads: Reads
 
 
 class ZeroRuns:
@@ -45,7 +42,7 @@ class ZeroRuns:
     """
 
     def __init__(self) -> None:
-        self._runs: dict[Any, _Run] = {}
+        self._runs: dict[Any, list[_Run]] = {}
 
     def run_module(
         self, forward: Forward, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -65,19 +62,20 @@ class ZeroRuns:
             Blocked: The shape of what it returns depends on values.
         """
         frame.clear()
-        with without_functions(), without_modes():
-            key = _kind(frame.module, args, kwargs)
-        run = self._runs.get(key)
+        with without_functions():
+            key = structure_of(frame.module, args, kwargs)
+        alike = self._runs.setdefault(key, []) if key is not None else []
+        run = next((run for run in alike if run.reads.hold_in(frame.module)), None)
         if run is None:
-            run = self._run(forward, frame, args, kwargs, key)
+            run = self._run(forward, frame, args, kwargs)
             self._compare(forward, frame, args, kwargs, run)
-            self._runs[key] = run
+            alike.append(run)
         else:
             _replay(forward, frame, run)
         given = {id(tensor) for tensor in tensors_in(args, kwargs) if not isinstance(tensor, FakeTensor)}
         return as_fakes(run.result, forward.skeleton.mode, lambda tensor: id(tensor) in given), run.counts
 
-    def _run(self, forward: Forward, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any) -> _Run:
+    def _run(self, forward: Forward, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
         with without_functions(), without_modes():
             call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs)
         forward.on_zeros = {id(part): f"{frame.fqn}.{name}" for name, part in call.named_modules() if name}
@@ -85,17 +83,17 @@ class ZeroRuns:
         start = len(forward.frames.all)
         frame.module = call  # so that its call is known for the one that has begun
         try:
-            with without_modes():
+            with without_modes(), watched_reads(call) as reads:
                 result = call(*real_args, **real_kwargs)
             counts = None
             if forward.counts.counter is not None:
                 with without_functions(), without_modes():
-                    counts = forward.counts.counter.counts(call, real_args, real_kwargs, ("zeros", key), ())
+                    counts = forward.counts.counter.counts(call, real_args, real_kwargs, (Same(call),), ())
         finally:
             forward.on_zeros = {}
             frame.module = forward.skeleton.module.get_submodule(frame.fqn)
         frames = (frame, *forward.frames.all[start:])
-        return _Run(result, counts, tuple(map(copy.copy, frames)), frame.fqn)
+        return _Run(result, counts, tuple(map(copy.copy, frames)), frame.fqn, reads)
 
     def _compare(
         self, forward: Forward, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], run: _Run
@@ -120,21 +118,6 @@ class ZeroRuns:
             for tensor, another in zip(tensors, other, strict=True):
                 if another.requires_grad and not tensor.requires_grad:
                     tensor.requires_grad_()
-
-
-def _kind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Give what decides how a module runs: its structure, plain attributes, and shapes."""
-    tensors = [*tensors_in(args, kwargs), *(tensor for _, tensor in named_tensors(module))]
-    literals = [leaf for _, leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, bool | int | float | str)]
-    attributes = [
-        (name, value)
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if isinstance(value, bool | int | float | str)
-    ]
-    shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in tensors)
-    values = tuple(Same(tensor) for tensor in tensors if not isinstance(tensor, FakeTensor))
-    return type(module), repr(module), shapes, values, repr(literals), repr(attributes), torch.is_grad_enabled()
 
 
 def _replay(forward: Forward, frame: Frame, run: _Run) -> None:

@@ -20,6 +20,7 @@ from fxpipe.runtime.build.boundary import join
 from fxpipe.runtime.build.lower import Lowered, lower
 from fxpipe.runtime.build.randomness import DrawRules, Randomness
 from fxpipe.runtime.build.recompute import recompute_module
+from fxpipe.runtime.build.unheld import Unheld, check_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class StageModule(nn.Module):
         self._randomness = Randomness(device)
         self._watched: set[int] = set()  # ids of modules with hooks of ours
         self._programs: dict[Hashable, _Installed] = {}
+        self._checked: set[Hashable] = set()  # programs that have run once
         self._moved: dict[int, tuple[Any, Any]] = {}
         self._compiler: Callable[[Lowered], Lowered] | None = None
         self._recomputed: tuple[str, ...] = ()  # modules opened here whose calls are run again in the backward
@@ -143,9 +145,14 @@ class StageModule(nn.Module):
         # Not leaves any more: a module may write into what it is given.
         received = join(received)
         if not installed.draws:
-            return join(installed.run(self, None, received, inputs))
-        with self._randomness.drawing(draw_seed, installed.rules) as draws:
-            return join(installed.run(self, draws, received, inputs))
+            results = join(installed.run(self, None, received, inputs))
+        else:
+            with self._randomness.drawing(draw_seed, installed.rules) as draws:
+                results = join(installed.run(self, draws, received, inputs))
+        if key not in self._checked:  # one tensor without values makes all that is computed of it such
+            check_values(results, f"stage {self._stage_index}")
+            self._checked.add(key)
+        return results
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what the stage runs, now and for variants to come; arguments as ``torch.compile``'s.
@@ -288,8 +295,8 @@ class _Values:
                 first = aliases.get(start + name, start + name)
                 if first in tensors and first not in self._made:
                     self._made[first] = _like(tensor, tensors[first])
-                # What is not owned stands for itself: a copy of the modules copies no tensor.
-                self.memo[id(tensor)] = self._made.get(first, tensor)
+                made = self._made.get(first)
+                self.memo[id(tensor)] = made if made is not None else Unheld.of(first, tensor)
             self._add_plain(module, device)
 
     def find(self, fqn: str) -> torch.Tensor | None:
