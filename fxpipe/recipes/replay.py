@@ -74,7 +74,7 @@ class Replay:
             for place, entry in entries:
                 self.run(entry)
                 for storage in done.get(place, ()):
-                    if storage in wanted:
+                    if storage in members:  # another one that is wanted may have been read here as it was before
                         yield storage, self._take(storage)
                     self.memory.pop(storage, None)
 
