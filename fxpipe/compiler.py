@@ -166,7 +166,7 @@ class _Compiler:
         self.size = size
         self.profiler = Profiler() if cost == "profile" else None
         self.profile = cost if isinstance(cost, Profile) else None
-        self.counter = LayerCounter(capture.skeleton, fused_attention=settings.hardware.device != "cpu")
+        self.counter = self._counter()
 
     def plan(self) -> tuple[LayerGraph, PipelinePlan, Captured | None]:
         """Capture at block grain, and at op grain where that may pay; plan; capture what the plan runs."""
@@ -204,6 +204,7 @@ class _Compiler:
         """Cut the model as others would, at the same costs."""
         if self.first is None:
             return compare(make_layout(*self._by_parameters()))
+        self.counter = self._counter()  # the model may have been cast since
         graph, captured = self._captured("block")
         return compare(make_layout(graph, self._estimate(graph, captured), self.settings))
 
@@ -211,6 +212,9 @@ class _Compiler:
         """Tell whether recomputation needs to know what lies in blocks, whatever the grain."""
         recompute = self.settings.training.recompute
         return recompute == "attention" or (recompute == "auto" and self.settings.memory_limit is not None)
+
+    def _counter(self) -> LayerCounter:
+        return LayerCounter(self.capture.skeleton, fused_attention=self.settings.hardware.device != "cpu")
 
     def _without_example(self) -> tuple[LayerGraph, PipelinePlan, Captured | None]:
         graph, estimate, settings = self._by_parameters()

@@ -177,6 +177,7 @@ def materialize(
     own = [stage for stage in plan.stages if groups is None or stage.rank == groups.position]
     parts = [_parts(capture, plan, layers, stage) for stage in own]
     stages, unfilled = _build(capture, parts, where, seed, init)
+    capture.release()
     engine: LocalEngine | DistributedEngine
     if groups is None:
         engine = LocalEngine(stages)

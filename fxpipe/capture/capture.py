@@ -120,7 +120,7 @@ class Capture:
         self.skeleton: Skeleton = make_skeleton(model)
         self.loss_fn = loss_fn
         self.dtype: torch.dtype | None = None
-        self._model = model
+        self._model: nn.Module | None = model
         self.name = type(model).__name__
         self._patterns = tuple(leaves)
         self._parameter_names = parameter_names(self.skeleton.module.forward)
@@ -145,11 +145,21 @@ class Capture:
 
     def cast(self, dtype: torch.dtype) -> None:
         """Capture from now on as if every floating-point parameter and buffer had another dtype."""
-        training = [part.training for part in self.skeleton.module.modules()]
+        assert self._model is not None, "the model is no longer there"
+        before = self.skeleton
+        training = [part.training for part in before.module.modules()]
         self.skeleton = make_skeleton(self._model, dtype)
+        self.skeleton.values.update(before.values)
+        before.release(self._model)
         self.dtype = dtype
         for part, mode in zip(self.skeleton.module.modules(), training, strict=True):
             part.training = mode
+
+    def release(self) -> None:
+        """Let go of the user's model: its structure is known, and its values are where they are needed."""
+        if self._model is not None:
+            self.skeleton.release(self._model)
+            self._model = None
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = None) -> Inputs:
         """Name the tensors of a microbatch."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import types
+import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,29 +30,52 @@ class Skeleton:
         mode: The fake mode they belong to.
         infos: Every parameter and buffer, by first FQN, in the model's order.
         aliases: First FQN of every FQN.
-        originals: The user's own tensors by first FQN; never written.
+        originals: The user's own tensors by first FQN, until ``release``; never written.
         fqn_of: First FQN by ``id`` of a fake tensor, and of the user's own tensor (closures may hold it).
         module_fqns: First FQN by ``id`` of a copied module, and of the user's own.
         plain: Tensors kept as plain attributes, by ``id``: the dotted place and the tensor.
         generators: ``id`` of the random generators that the copied modules keep.
+        origins: Where each tensor's value comes from unless ``init=`` gives one: ``"real"``: it has one;
+            ``"recorded"``: from its recorded initialisation; ``"none"``: from nowhere.
+        values: Values that were asked for.
     """
 
     module: nn.Module
     mode: FakeTensorMode
     infos: Mapping[str, TensorInfo]
     aliases: Mapping[str, str]
-    originals: Mapping[str, torch.Tensor]
-    fqn_of: Mapping[int, str]
-    module_fqns: Mapping[int, str]
+    originals: dict[str, torch.Tensor]
+    fqn_of: dict[int, str]
+    module_fqns: dict[int, str]
     plain: Mapping[int, tuple[str, torch.Tensor]]
     generators: frozenset[int]
+    origins: Mapping[str, str] = field(default_factory=dict)
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def value_of(self, fqn: str) -> torch.Tensor | None:
         """Give a tensor's value where it has one before ``materialize``: it is real, or its initialisation recorded."""
-        tensor = self.originals.get(fqn)
-        if tensor is not None and is_recorded(tensor):
-            tensor = dict(replay({fqn: tensor}))[fqn]
-        return None if tensor is None or tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
+        origin = self.origins.get(fqn, "none")
+        if fqn not in self.values and origin != "none":
+            tensor = self.originals[fqn]
+            value = dict(replay({fqn: tensor}))[fqn] if origin == "recorded" and is_recorded(tensor) else tensor
+            if value is None or value.is_meta:
+                return None
+            self.values[fqn] = value.detach().clone()
+        return self.values.get(fqn)
+
+    def release(self, model: nn.Module) -> None:
+        """Let go of the user's tensors; the names of those that live on for other reasons stay known.
+
+        Args:
+            model: The model that this is a copy of.
+        """
+        for fqn, tensor in self.originals.items():
+            self.originals[fqn] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        # An identity is forgotten with what it belongs to: another object could get the same one.
+        for _, tensor in named_tensors(model):
+            weakref.finalize(tensor, self.fqn_of.pop, id(tensor), None)
+        for part in model.modules():
+            weakref.finalize(part, self.module_fqns.pop, id(part), None)
 
     def build_layer(self, fqn: str, device: Any, dtype: Any) -> nn.Module:
         """Make one module anew, without values: what a captured ``LayerSpec.build`` gives."""
@@ -113,7 +137,14 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     module_fqns = {id(part): fqn for fqn, part in model.named_modules()}
     module_fqns.update({id(part): fqn for fqn, part in module.named_modules()})
     generators = frozenset(id(item) for _, item in _plain_items(module) if isinstance(item, torch.Generator))
-    return Skeleton(module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators)
+    origins = {fqn: _origin(tensor) for fqn, tensor in originals.items()}
+    return Skeleton(module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators, origins)
+
+
+def _origin(tensor: torch.Tensor) -> str:
+    if is_recorded(tensor):
+        return "recorded"
+    return "none" if tensor.is_meta or isinstance(tensor, FakeTensor) else "real"
 
 
 def _with_values(plain: Mapping[int, tuple[str, torch.Tensor]]) -> dict[int, tuple[str, torch.Tensor]]:
