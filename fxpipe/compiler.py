@@ -15,6 +15,7 @@ from fxpipe.batch.split import Microbatch
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.model.sequence import build_sequence
+from fxpipe.choosing import Asked, Chooser
 from fxpipe.errors import CaptureError, PartitionError, PlanError, ScheduleError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
@@ -43,13 +44,13 @@ LEAST_GAIN = 0.02
 
 def compile(
     model: nn.Module | Sequence[LayerSpec | Callable[..., Any]],
-    stages: int,
+    stages: int | str,
     example_args: Sequence[Any] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     loss_fn: Callable[..., Any] | None = None,
     loss_weight: Callable[..., float] | None = None,
-    microbatches: int | None = None,
+    microbatches: int | str | None = None,
     schedule: str = "1F1B",
     ranks: int | None = None,
     cost: str | Mapping[str, float] | Profile = "roofline",
@@ -71,15 +72,16 @@ def compile(
     Args:
         model: A module on the meta device or a real one (not modified), or a sequence of ``LayerSpec``,
             ``TiedLayerSpec``, modules and callables.
-        stages: Number of stages.
+        stages: Number of stages; ``"auto"``: the fastest for the given ``ranks``, else the fewest that fit.
         example_args: Positional arguments of one global batch, as ``step`` will get it; fake or meta tensors do.
         example_kwargs: Its keyword arguments; ``target`` among them where there is a ``loss_fn``.
         loss_fn: ``loss_fn(output, target)``; None where the model returns its loss (``.loss``, ``["loss"]`` or a
             scalar).
         loss_weight: Weight of a microbatch in the batch's loss, from its inputs; None: found in the model.
-        microbatches: A divisor of the batch size; None: the largest up to four per stage.
+        microbatches: A divisor of the batch size; None: the largest up to four per stage; ``"auto"``: chosen.
         schedule: ``"GPipe"``, ``"1F1B"``, ``"Interleaved1F1B"``, ``"LoopedBFS"``, ``"InterleavedZeroBubble"``,
-            ``"ZBVZeroBubble"`` or ``"DualPipeV"``.
+            ``"ZBVZeroBubble"`` or ``"DualPipeV"``; ``"auto"``: chosen. What is chosen has the fastest simulated step of
+            all that keep the memory limit (without one, the device's); a note names it and the runners-up.
         ranks: Number of ranks; None: as many as stages, half as many for schedules with several stages per rank.
         cost: ``"parameters"``, ``"flops"``, ``"roofline"``; ``"profile"``: times measured on this machine's device by
             rank 0; a ``Profile`` measured elsewhere; or seconds by FQN (forward and backward of one microbatch).
@@ -119,11 +121,21 @@ def compile(
     hardware = resolve_hardware(hardware)
     training = training if training is not None else Training()
     _check(stages, grain, memory_limit, microbatches)
-    ranks = default_ranks(schedule_named(schedule).name, stages) if ranks is None else ranks
-    placement(schedule, stages, ranks)
+    limit = _limit(memory_limit, hardware)
     module = model if isinstance(model, nn.Module) else build_sequence(model)
     capture = Capture(module, loss_fn=loss_fn, leaves=leaves)
     example = example_batch(module, example_args, example_kwargs, loss_fn)
+    said: tuple[str, ...] = ()
+    if "auto" in (stages, schedule, microbatches):
+        chooser = Chooser(capture, example, cost, hardware, training)
+        asked = Asked.of(stages=stages, ranks=ranks, schedule=schedule, microbatches=microbatches, limit=limit)
+        chosen, line = chooser.choose(asked)
+        stages, ranks, schedule = chosen.stages, chosen.ranks, chosen.schedule
+        microbatches, limit, said = chosen.num_microbatches, chosen.limit, (line,)
+    assert isinstance(stages, int)
+    assert not isinstance(microbatches, str)
+    ranks = default_ranks(schedule_named(schedule).name, stages) if ranks is None else ranks
+    placement(schedule, stages, ranks)
     number, size, first = _microbatch(example, stages, ranks, schedule, microbatches)
     settings = Settings.of(
         stages=stages,
@@ -132,14 +144,15 @@ def compile(
         num_microbatches=number,
         hardware=hardware,
         training=training,
-        cost=cost if isinstance(cost, str) else "profile" if isinstance(cost, Profile) else "given",
+        cost=_named(cost),
         grain=grain,
         leaves=tuple(map(_spelled, leaves)),
-        memory_limit=_limit(memory_limit, hardware),
+        memory_limit=limit,
         seed=seed,
     )
     compiler = _Compiler(capture, settings, cost, first, size)
     graph, made, captured = compiler.from_plan(plan) if plan is not None else compiler.plan()
+    made = replace(made, notes=(*said, *made.notes))
     stage_of_layer = {name: stage.index for stage in made.stages for name in stage.layers}
     variants = Variants(capture, stage_of_layer, made.num_stages, made.opened)
     if captured is not None:
@@ -257,8 +270,8 @@ class _Compiler:
 
 
 def _check(stages: object, grain: object, memory_limit: object, microbatches: object) -> None:
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise PartitionError(f"stages is {stages!r}\n  pass a whole number of stages, 1 or more")
+    if stages != "auto" and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
+        raise PartitionError(f'stages is {stages!r}\n  pass a whole number of stages, 1 or more, or "auto"')
     if grain not in GRAINS:
         raise PartitionError(f"unknown grain {grain!r}\n  known: {', '.join(GRAINS)}")
     if memory_limit not in (None, "device") and (
@@ -267,14 +280,18 @@ def _check(stages: object, grain: object, memory_limit: object, microbatches: ob
         raise PartitionError(
             f'memory_limit is {memory_limit!r}\n  pass a positive number of bytes per rank, "device", or None'
         )
-    if microbatches is not None and (isinstance(microbatches, bool) or not isinstance(microbatches, int)):
-        raise ScheduleError(f"microbatches is {microbatches!r}\n  pass a divisor of the batch size, or None")
+    if microbatches not in (None, "auto") and (isinstance(microbatches, bool) or not isinstance(microbatches, int)):
+        raise ScheduleError(f'microbatches is {microbatches!r}\n  pass a divisor of the batch size, "auto", or None')
 
 
 def _limit(memory_limit: float | str | None, hardware: Hardware) -> int | None:
     if isinstance(memory_limit, str):
         return device_limit(hardware)
     return None if memory_limit is None or math.isinf(memory_limit) else math.floor(memory_limit)
+
+
+def _named(cost: str | Mapping[str, float] | Profile) -> str:
+    return cost if isinstance(cost, str) else "profile" if isinstance(cost, Profile) else "given"
 
 
 def _microbatch(

@@ -57,7 +57,10 @@ TABLE = {
     "training": Room("errors ir program batch capture runtime materialize", "torch"),
     "verification": Room("errors ir capture runtime materialize training", "torch"),
     "pipeline": Room("errors ir planning report runtime materialize training verification", "torch"),
-    "compiler": Room("errors ir batch recipes planning capture profiling materialize training pipeline", "torch"),
+    "choosing": Room("errors ir batch planning capture", "torch tqdm"),
+    "compiler": Room(
+        "choosing errors ir batch recipes planning capture profiling materialize training pipeline", "torch"
+    ),
     "cli": Room("errors ir planning report export capture compiler pipeline", "tqdm torch transformers shtab"),
     "__main__": Room("cli"),
 }

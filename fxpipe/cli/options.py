@@ -59,10 +59,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_planning(parser: argparse.ArgumentParser) -> None:
     """Add what a plan depends on besides the model."""
-    parser.add_argument("--stages", type=int, required=True, help="number of stages")
+    parser.add_argument("--stages", type=count, required=True, help="number of stages, or auto")
     parser.add_argument("--ranks", type=int, help="number of ranks; default: as many as stages, or half as many")
-    parser.add_argument("--schedule", default="1F1B", help=f"one of {', '.join(SCHEDULES)} (default: 1F1B)")
-    parser.add_argument("--microbatches", type=int, help="default: the largest divisor of the batch up to 4 per stage")
+    parser.add_argument("--schedule", default="1F1B", help=f"one of {', '.join(SCHEDULES)}, or auto (default: 1F1B)")
+    parser.add_argument(
+        "--microbatches",
+        type=count,
+        help="a number, or auto; default: the largest divisor of the batch up to 4 per stage",
+    )
     parser.add_argument("--grain", default="auto", help="where cuts may go: block, op or auto (default)")
     parser.add_argument(
         "--cost", default="roofline", help="parameters, flops, roofline (default), profile, or a JSON file of times"
@@ -90,7 +94,8 @@ def compiled(options: argparse.Namespace, *, on_meta: bool = True, **changes: An
     from fxpipe.capture.model.factory import build
     from fxpipe.compiler import compile
 
-    example = Example(options.batch or 4 * max(options.stages, 1), options.sequence, options.dtype)
+    size = options.stages if isinstance(options.stages, int) else options.ranks or 8
+    example = Example(options.batch or 4 * max(size, 1), options.sequence, options.dtype)
     model, args, kwargs = build(find_factory(options.model, example), "meta" if on_meta else "cpu")
     arguments: dict[str, Any] = {
         "stages": options.stages,
@@ -157,6 +162,15 @@ def training(options: argparse.Namespace) -> Training:
     """Give the way of training that the options name."""
     words = tuple(filter(None, (options.recompute or "").split(",")))
     return Training(recompute=words[0] if len(words) == 1 and words[0] in RECOMPUTE else words or None)
+
+
+def count(text: str) -> int | str:
+    """Read a number, or ``auto``.
+
+    >>> count("8"), count("auto")
+    (8, 'auto')
+    """
+    return text if text == "auto" else int(text)
 
 
 def limit(text: str) -> int | str:
