@@ -288,6 +288,11 @@ def scale(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
                 tensor.mul_(factor)
 
 
+def found_infinities(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Give what ``unscale_`` found, a number per device: above zero where a gradient is not finite."""
+    return list(scaler._per_optimizer_states[id(optimizer)].get("found_inf_per_device", {}).values())
+
+
 def compiled_in_place(module: torch.nn.Module) -> bool:
     """Tell whether ``module.compile()`` was called."""
     return module._compiled_call_impl is not None

@@ -20,6 +20,7 @@ from fxpipe.errors import CaptureError, PartitionError, PlanError, ScheduleError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.hardware_file import resolve_hardware
+from fxpipe.ir.mesh import num_replicas
 from fxpipe.ir.plan import Baseline, PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import default_ranks, least_microbatches, placement, schedule_named
@@ -91,7 +92,8 @@ def compile(
             that saves at least two per cent.
         training: What memory and time are computed for.
         leaves: Classes, class names and FQN patterns never opened.
-        mesh: A ``DeviceMesh`` with a dimension ``"pp"``; None: all ranks are the pipeline.
+        mesh: A ``DeviceMesh`` with a dimension ``"pp"``, and with ``"dp"`` (or ``"dp_replicate"``, ``"dp_shard"``) for
+            data-parallel replicas; others need ``materialize(parallelize=)``. None: all ranks are the pipeline.
         plan: A ready plan, checked against the model.
         seed: Of dropout and of initialisation.
 
@@ -119,7 +121,7 @@ def compile(
             "  leave the block first: only what builds the model belongs in it"
         )
     hardware = resolve_hardware(hardware)
-    training = training if training is not None else Training()
+    training = _with_replicas(training if training is not None else Training(), _replicas(mesh))
     _check(stages, grain, memory_limit, microbatches)
     limit = _limit(memory_limit, hardware)
     module = model if isinstance(model, nn.Module) else build_sequence(model)
@@ -267,6 +269,24 @@ class _Compiler:
         if self.profiler is not None:
             cost = self.profile = self.profiler.measure(captured)
         return estimate_costs(graph, cost, self.settings.hardware, self.settings.training)
+
+
+def _replicas(mesh: DeviceMesh | None) -> int:
+    return num_replicas(dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=False))) if mesh is not None else 1
+
+
+def _with_replicas(training: Training, replicas: int) -> Training:
+    """Plan for the replicas that the mesh has.
+
+    Raises:
+        PlanError: ``training`` says otherwise.
+    """
+    if training.data_parallel not in (1, replicas) and replicas > 1:
+        raise PlanError(
+            f"training says data_parallel={training.data_parallel}, but the mesh has {replicas} replicas\n"
+            "  leave data_parallel out, or give the mesh as many"
+        )
+    return replace(training, data_parallel=max(replicas, training.data_parallel))
 
 
 def _check(stages: object, grain: object, memory_limit: object, microbatches: object) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -26,11 +25,13 @@ from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages
 from fxpipe.runtime.build.state import StateNames, state_names
 from fxpipe.runtime.build.values import initial_values
 from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.dimensions import check_mesh, dimensions
 from fxpipe.runtime.ranks.groups import Groups, make_groups, start_process_group, stop_process_group
 from fxpipe.runtime.ranks.place import default_device, is_distributed
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.prepare import RunOptions
 
 Init = Callable[[nn.Module], Any] | str | None
 
@@ -149,6 +150,7 @@ def materialize(
     dtype: torch.dtype | None,
     seed: int,
     init: Init,
+    options: RunOptions,
 ) -> Running:
     """Allocate and initialise this rank's stages; all of them outside torchrun.
 
@@ -160,6 +162,7 @@ def materialize(
         dtype: Floating-point dtype of parameters and buffers.
         seed: Of initialisation.
         init: What gives values to tensors without a real one.
+        options: How the stages are run.
 
     Raises:
         MaterializeError: A tensor has no source for its values.
@@ -167,10 +170,10 @@ def materialize(
         ScheduleError: There are more or fewer processes than ranks.
     """
     capture = source.capture
+    options.check(plan.schedule)
+    check_mesh(source.mesh, parallelized=options.parallelize is not None)
     where = default_device() if device is None else torch.device(device)
-    started = is_distributed() and start_process_group(where)
-    groups = _groups(source.mesh, plan, where) if is_distributed() else None
-    agree(groups, None, "the plan", plan.fingerprint)
+    groups, started = _join(source.mesh, plan, where)
     if dtype is not None:
         capture.cast(dtype)
     layers = _layers_by_name(graph)
@@ -178,25 +181,32 @@ def materialize(
     parts = [_parts(capture, plan, layers, stage) for stage in own]
     stages, unfilled = _build(capture, parts, where, seed, init)
     capture.release()
-    engine: LocalEngine | DistributedEngine
-    if groups is None:
-        engine = LocalEngine(stages)
-    else:
-        engine = DistributedEngine(stages, plan.num_stages, plan.schedule, groups, where)
-    gradients = Gradients(stages, plan.ties, [stage.rank for stage in plan.stages], groups)
+    for stage, planned in zip(stages, own, strict=True):
+        options.apply(stage, planned.recompute, capture.blocks)
+    placed = [stage.rank for stage in plan.stages]
+    gradients = Gradients(stages, plan.ties, placed, groups, keep_wide=options.keep_wide)
+    names = state_names(capture.skeleton.module, capture.skeleton.aliases)
+    engine = _engine(plan, stages, groups, where, gradients)
+    stage_of_tensor = _stage_of_tensor(plan, layers)
     return Running(
-        plan,
-        capture,
-        tuple(stages),
-        engine,
-        gradients,
-        groups,
-        where,
-        state_names(capture.skeleton.module, capture.skeleton.aliases),
-        _stage_of_tensor(plan, layers),
-        unfilled,
-        started,
+        plan, capture, tuple(stages), engine, gradients, groups, where, names, stage_of_tensor, unfilled, started
     )
+
+
+def _engine(
+    plan: PipelinePlan, stages: Sequence[StageModule], groups: Groups | None, device: torch.device, gradients: Gradients
+) -> LocalEngine | DistributedEngine:
+    if groups is None:
+        return LocalEngine(stages)
+    return DistributedEngine(stages, plan.num_stages, plan.schedule, groups, device, when_done=gradients.stage_done)
+
+
+def _join(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device) -> tuple[Groups | None, bool]:
+    """Meet the other ranks, if there are any; tells whether the process group was started here."""
+    started = is_distributed() and start_process_group(device)
+    groups = _groups(mesh, plan, device) if is_distributed() else None
+    agree(groups, None, "the plan", plan.fingerprint)
+    return groups, started
 
 
 def tied_names(capture: Capture) -> dict[str, str]:
@@ -210,8 +220,8 @@ def tied_names(capture: Capture) -> dict[str, str]:
 
 def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device) -> Groups:
     """Join the other ranks."""
-    pipelines = _pipelines(mesh)
-    size = len(pipelines[0])
+    found = dimensions(mesh)
+    size = len(found.pipelines[0])
     if size != plan.num_ranks:
         raise ScheduleError(
             f"the plan is for {plan.num_ranks} ranks, but {size} processes were started\n"
@@ -219,18 +229,7 @@ def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device) -
         )
     placement = {stage.index: stage.rank for stage in plan.stages}
     ties = [[placement[stage] for stage in tie.stages] for tie in plan.ties]
-    return make_groups(pipelines, ties, device)
-
-
-def _pipelines(mesh: DeviceMesh | None) -> list[list[int]]:
-    """Give the global ranks of every pipeline."""
-    if mesh is None:
-        return [list(range(dist.get_world_size()))]
-    names = mesh.mesh_dim_names or ()
-    if "pp" not in names:
-        raise ScheduleError(f"the mesh has the dimensions {names}\n  name one of them 'pp': the pipeline's")
-    rows = mesh.mesh.movedim(names.index("pp"), -1).reshape(-1, mesh.size(names.index("pp")))
-    return [[int(rank) for rank in row] for row in rows]
+    return make_groups(found.pipelines, ties, device, replicas=found.replicas, unions=found.unions)
 
 
 def _stages_for(plan: PipelinePlan, ranks: int) -> str:

@@ -18,6 +18,8 @@ from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.table import render
 from fxpipe.runtime.build.state import full_state, load_state, own_state
 from fxpipe.runtime.ranks.place import is_first
+from fxpipe.runtime.run.optimizer import make_optimizer, make_scaler
+from fxpipe.runtime.run.prepare import RunOptions
 from fxpipe.training import Trainer, Variants
 from fxpipe.verification import Verification, Verifier
 
@@ -92,6 +94,10 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         seed: int | None = None,
         init: Callable[[nn.Module], Any] | str | None = None,
+        *,
+        parallelize: Callable[[nn.Module], Any] | None = None,
+        compile: str | Mapping[str, Any] | None = None,
+        keep_wide: bool = False,
     ) -> Self:
         """Allocate and initialise this rank's stages; all of them outside torchrun.
 
@@ -101,6 +107,12 @@ class Pipeline:
             seed: Of initialisation; None: the one given to ``compile``.
             init: What gives values to tensors without a real one: a function of a module (called on each module after
                 its ``reset_parameters``), ``"reset"``, ``"huggingface"``, ``"empty"``, or None for nothing.
+            parallelize: Called with each stage module of this rank before it runs: applies ``fully_shard``,
+                ``parallelize_module`` or the like to it over the mesh's other dimensions, in place.
+            compile: What ``torch.compile`` is applied to: ``"blocks"`` (the model's own, equal ones compiled once),
+                ``"stage"``, or a mapping of its options, for the blocks; with ``"of": "stage"`` for the stage.
+            keep_wide: Whether gradients of bfloat16 and float16 parameters stay in float32, in which they accumulate,
+                for optimisers with master weights; else they are rounded once, to the parameter's dtype.
 
         Returns:
             The pipeline itself.
@@ -120,6 +132,7 @@ class Pipeline:
             dtype=dtype,
             seed=self.plan.seed if seed is None else seed,
             init=init,
+            options=RunOptions(parallelize, compile, keep_wide),
         )
         return self
 
@@ -131,11 +144,13 @@ class Pipeline:
         target: Any = None,
         last: bool = True,
         microbatches: Sequence[Any] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Run forward and backward of one batch.
 
-        Every rank calls it with the same batch. Gradients accumulate until ``zero_grad``.
+        Every rank of a pipeline calls it with the same batch, data-parallel replicas each with their own: the loss is
+        that of all their samples together. Gradients accumulate until ``zero_grad``.
 
         Args:
             *args: Positional arguments of the model: the whole batch.
@@ -143,17 +158,39 @@ class Pipeline:
             last: Whether the optimiser comes next; False while more batches follow.
             microbatches: Instead of a batch, ready-split ones: dictionaries of keyword arguments, tuples of positional
                 ones, or ``(args, kwargs)`` pairs. They may differ in shape.
+            scaler: Of ``grad_scaler``: the loss is multiplied by its scale before the backward.
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            The batch's loss: a detached scalar, the same on every rank.
+            The batch's loss, without the scale: a detached scalar, the same on every rank.
 
         Raises:
             ScheduleError: The batch cannot be cut into microbatches for the schedule.
             CaptureError: The model does something for this batch that cannot be recorded.
             MaterializeError: There are no stages yet, or tensors without values.
         """
-        return self._trainer.step(self._materialized(), (args, kwargs, target), microbatches, last=last)
+        batch = args, kwargs, target
+        return self._trainer.step(self._materialized(), batch, microbatches, last=last, scaler=scaler)
+
+    def evaluate(
+        self, *args: Any, target: Any = None, microbatches: Sequence[Any] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Compute the loss of one batch, without gradients; no outputs travel.
+
+        Args:
+            *args: As in ``step``; likewise the rest.
+            target: What ``loss_fn`` compares the output with.
+            microbatches: Instead of a batch, ready-split ones.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            The loss, weighted as in ``step`` and over all replicas: a scalar, the same on every rank.
+
+        Raises:
+            ScheduleError: The batch cannot be cut into microbatches for the schedule.
+            CaptureError: The model does something for this batch that cannot be recorded.
+        """
+        return self._trainer.evaluate(self._materialized(), (args, kwargs, target), microbatches)
 
     def infer(self, *args: Any, gather: bool = True, microbatches: int = 1, **kwargs: Any) -> Any:
         """Run the model forward, without gradients.
@@ -210,6 +247,40 @@ class Pipeline:
     def eval(self) -> Self:
         """Switch every module to evaluation mode."""
         return self.train(False)
+
+    def optimizer(
+        self,
+        cls: Callable[..., torch.optim.Optimizer],
+        groups: Callable[[str, nn.Parameter], Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> torch.optim.Optimizer:
+        """Make an optimiser of this rank's trainable parameters, on a rank without any too; every rank calls it.
+
+        ``cls(pipe.parameters(), **options)`` is the same wherever the rank has parameters.
+
+        Args:
+            cls: The class, such as ``torch.optim.AdamW``.
+            groups: ``groups(fqn, parameter)`` gives the options of the parameter's group; those with equal options go
+                together. Every rank gets all groups, in one order. None: all parameters in one group.
+            **options: Of the optimiser.
+
+        Raises:
+            MaterializeError: There are no parameters yet, or ``groups`` gives no mapping.
+        """
+        running = self._materialized()
+        return make_optimizer(cls, self.named_parameters(), running.groups, running.device, groups, options)
+
+    def grad_scaler(self, **options: Any) -> torch.amp.GradScaler:
+        """Make a loss scaler for float16, for ``step(scaler=)``; every rank calls it.
+
+        It is torch's, and used as in plain training (``unscale_``, ``step``, ``update``); what one rank finds not to be
+        finite counts on all, so that all skip the same steps.
+
+        Args:
+            **options: Those of ``torch.amp.GradScaler``: ``init_scale``, ``growth_interval``, …
+        """
+        running = self._materialized()
+        return make_scaler(running.groups, running.device, options)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -16,7 +16,7 @@ import torch
 from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.order import Order
 from fxpipe.batch.split import Microbatch, batch_size_of, check_microbatches, merge_outputs, split_batch
-from fxpipe.batch.weights import loss_shares, loss_weights
+from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
@@ -26,6 +26,8 @@ from fxpipe.program import Program
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.run.reduction import sum_over
 from fxpipe.runtime.run.work import Job
 
 
@@ -132,24 +134,34 @@ class Step:
         inputs: The microbatches.
         variants: The graph each takes.
         sizes: Samples of each.
-        shares: Weight of each loss term of each microbatch.
+        counts: What each loss term of each microbatch is a mean over.
+        shares: Weight of each loss term of each microbatch in the loss of the batch, of all replicas' together.
     """
 
     inputs: tuple[Inputs, ...]
     variants: tuple[Variant, ...]
     sizes: tuple[int, ...]
-    shares: tuple[tuple[float, ...], ...]
+    counts: Counts = ()
+    shares: tuple[tuple[float, ...], ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
         """What all ranks must agree on."""
         return tuple(variant.key for variant in self.variants)
 
+    def weighed(self, groups: Groups | None) -> Step:
+        """Give every loss term its share in the batch of all replicas; every rank calls this."""
+        totals = add_counts(self.counts)
+        if groups is not None and groups.replicas is not None:
+            totals = sum_over(groups.replicas.control, totals)
+        terms = [variant.program.loss_terms for variant in self.variants]
+        return replace(self, shares=make_shares(terms, self.counts, totals))
+
     def with_outputs(self, variants: Variants) -> Step:
         """Give the same microbatches for the model's outputs instead of a loss."""
         with torch.no_grad():
             found = tuple(variants.find(each, with_loss=False) for each in self.inputs)
-        return replace(self, variants=found, shares=((),) * len(found))
+        return replace(self, variants=found, counts=(), shares=())
 
     def on_one_stage(self) -> Step:
         """Give the same microbatches for the whole model on one stage."""
@@ -166,7 +178,16 @@ class Step:
             for stage in stages:
                 stage.add_program(variant.key, variant.program)
 
-    def jobs(self, stages: Sequence[StageModule], device: torch.device, *, seed: int, step: int) -> list[Job]:
+    def jobs(
+        self,
+        stages: Sequence[StageModule],
+        device: torch.device,
+        *,
+        seed: int,
+        step: int,
+        replica: int = 0,
+        scale: torch.Tensor | None = None,
+    ) -> list[Job]:
         """Give each microbatch the form that engines take, its inputs on the stages' device.
 
         Args:
@@ -174,14 +195,18 @@ class Step:
             device: Where the stages run.
             seed: Seed of the random numbers.
             step: Which step it is.
+            replica: Which data-parallel replica this is: random numbers differ between them.
+            scale: What the loss is multiplied by before the backward, on the device.
         """
         jobs = []
-        for index, (inputs, variant, shares) in enumerate(zip(self.inputs, self.variants, self.shares, strict=True)):
+        shares_of = self.shares or ((),) * len(self.inputs)
+        for index, (inputs, variant, shares) in enumerate(zip(self.inputs, self.variants, shares_of, strict=True)):
             names: dict[str, None] = {}
             for stage in stages:
                 names.update(dict.fromkeys(variant.program.stages[stage.stage_index].inputs))
             tensors = {name: inputs.tensors[name].to(device, non_blocking=True) for name in names}
-            jobs.append(Job(variant.key, variant.program, tensors, shares, microbatch_seed(seed, step, index)))
+            draws = microbatch_seed(seed, step, index, replica)
+            jobs.append(Job(variant.key, variant.program, tensors, shares, draws, scale))
         return jobs
 
 
@@ -200,11 +225,20 @@ class Trainer:
         self.num_steps = 0
         self._loss_weight = loss_weight
 
-    def step(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None, *, last: bool) -> torch.Tensor:
+    def step(
+        self,
+        running: Running,
+        batch: Microbatch,
+        ready: Sequence[Any] | None,
+        *,
+        last: bool,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> torch.Tensor:
         """Run forward and backward of one batch; see ``Pipeline.step``."""
         step = self.prepare(running, batch, ready)
-        jobs = step.jobs(running.stages, running.device, seed=self.seed, step=self.num_steps)
-        running.gradients.begin()
+        scale = scaler.scale(torch.ones((), device=running.device)) if scaler is not None else None
+        jobs = self.jobs(running, step, scale)
+        running.gradients.begin(last=last)
         loss = running.engine.train(jobs)
         running.gradients.finish(last=last)
         self.num_steps += 1
@@ -212,8 +246,8 @@ class Trainer:
 
     def infer(self, running: Running, batch: Microbatch, num_microbatches: int, *, gather: bool) -> Any:
         """Run the model forward; see ``Pipeline.infer``."""
-        step = self._agreed(running, lambda: self._for_inference(running, batch, num_microbatches), with_sizes=False)
-        jobs = step.jobs(running.stages, running.device, seed=self.seed, step=self.num_steps)
+        step = self._agreed(running, lambda: self._for_inference(running, batch, num_microbatches))
+        jobs = self.jobs(running, step)
         flat = running.engine.infer(jobs, gather=gather)
         if flat is None:
             return None
@@ -222,9 +256,22 @@ class Trainer:
 
     def prepare(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> Step:
         """Check a batch, cut it and find its variants; every rank goes on, or all raise the same error."""
-        return self._agreed(running, lambda: self._for_training(running, batch, ready), with_sizes=True)
+        return self._agreed(running, lambda: self._for_training(running, batch, ready)).weighed(running.groups)
 
-    def _agreed(self, running: Running, make: Callable[[], Step], *, with_sizes: bool) -> Step:
+    def evaluate(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> torch.Tensor:
+        """Compute the loss of a batch alone; see ``Pipeline.evaluate``."""
+        with torch.no_grad():
+            step = self._agreed(running, lambda: self._for_training(running, batch, ready)).weighed(running.groups)
+        return running.engine.evaluate(self.jobs(running, step))
+
+    def jobs(self, running: Running, step: Step, scale: torch.Tensor | None = None) -> list[Job]:
+        """Give a step the form that the engine takes."""
+        replica = running.groups.replica if running.groups is not None else 0
+        return step.jobs(
+            running.stages, running.device, seed=self.seed, step=self.num_steps, replica=replica, scale=scale
+        )
+
+    def _agreed(self, running: Running, make: Callable[[], Step]) -> Step:
         step: Step | None = None
         error: FxpipeError | None = None
         try:
@@ -232,7 +279,9 @@ class Trainer:
             step.install(running.stages)
         except FxpipeError as found:
             error = found
-        agree(running.groups, error, "the batch", *((step.keys, step.sizes if with_sizes else ()) if step else ()))
+        number = (len(step.inputs) if step.counts else 0,) if step else ()  # replicas may infer at their own pace
+        within = (step.keys, step.sizes if step.counts else ()) if step else ()
+        agree(running.groups, error, "the batch", *number, within=within)
         assert step is not None
         return step
 
@@ -254,11 +303,8 @@ class Trainer:
         found = tuple(self.variants.find(each, with_loss=True) for each in inputs)
         terms = [variant.program.loss_terms for variant in found]
         if self._loss_weight is None:
-            return Step(inputs, found, sizes, loss_shares(terms, [each.tensors for each in inputs], sizes))
-        weights = loss_weights(self._loss_weight, parts)
-        total = sum(weights)
-        shares = tuple((weight / total,) * len(each) for weight, each in zip(weights, terms, strict=True))
-        return Step(inputs, found, sizes, shares)
+            return Step(inputs, found, sizes, count_terms(terms, [each.tensors for each in inputs], sizes))
+        return Step(inputs, found, sizes, given_counts(self._loss_weight, parts, terms))
 
     def _check_batch(self, batch: Microbatch, ready: Sequence[Any] | None) -> None:
         args, kwargs, target = batch
@@ -289,4 +335,4 @@ class Trainer:
         inputs = tuple(self.variants.capture.inputs(*part) for part in parts)
         with torch.no_grad():
             found = tuple(self.variants.find(each, with_loss=False) for each in inputs)
-        return Step(inputs, found, check_microbatches(parts), ((),) * len(parts))
+        return Step(inputs, found, check_microbatches(parts))

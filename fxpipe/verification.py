@@ -22,6 +22,7 @@ from fxpipe.runtime.build.state import gather_tensors
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.reduction import any_over
 from fxpipe.runtime.run.stepwise import StepwiseEngine
 from fxpipe.runtime.run.work import Job, Tensors
 from fxpipe.training import Step, Variants
@@ -299,6 +300,9 @@ class Verifier:
         try:
             infos = self._variants.capture.skeleton.infos.values()
             whole = bool(self._first_of_all(fits_whole(infos, self._running.device)))
+            groups = self._running.groups
+            if groups is not None and groups.replicas is not None:
+                whole = not any_over(groups.everyone, [not whole])[0]
             tensors = gather_tensors(self._running.names, self._running.stages, self._running.groups) if whole else {}
             loss, gradients = self._tried(self._running.engine, jobs)
             _write(buffers)
@@ -325,7 +329,9 @@ class Verifier:
     def _jobs(
         self, stages: Sequence[StageModule], prepared: tuple[Step, Step], seed: int, step: int
     ) -> list[list[Job]]:
-        return [each.jobs(stages, self._running.device, seed=seed, step=step) for each in prepared]
+        groups = self._running.groups
+        replica = groups.replica if groups is not None else 0
+        return [each.jobs(stages, self._running.device, seed=seed, step=step, replica=replica) for each in prepared]
 
     def _first_of_all(self, value: Any) -> Any:
         """Give every rank what the first one has."""
@@ -353,7 +359,7 @@ class Verifier:
             self._running.gradients.begin()
             loss = engine.train(jobs)
             self._running.gradients.finish(last=True)
-            found = {fqn: p.grad.cpu() if p.grad is not None else None for fqn, p in parameters.items()}
+            found = {fqn: _on_cpu(parameter.grad) for fqn, parameter in parameters.items()}
         finally:
             for parameter, gradient in kept:
                 parameter.grad = gradient
@@ -369,9 +375,9 @@ class Verifier:
     ) -> tuple[list[Difference], str]:
         """Compare on rank 0, which builds the model; other ranks only send their gradients."""
         everywhere = self._of_all(found.gradients)
-        differences: list[Difference] = []
         error: FxpipeError | None = None
-        name = ""
+        reference: Reference | None = None
+        wanted: dict[str, torch.Tensor | None] = {}
         try:
             if self._running.groups is None or self._running.groups.position == 0:
                 whole = WholeModel(self._variants.capture, tensors, self._running.device)
@@ -379,20 +385,40 @@ class Verifier:
                 for each in alone:
                     each.install([whole.stage])
                 reference = whole.run(alone[0], *self._jobs([whole.stage], alone, seed, step))
-                name = reference.name
-                last = len(self._running.placement) - 1
-                differences = [
-                    compare("loss", last, found.loss, reference.loss),
-                    *compare_outputs(found.outputs, reference.outputs, last),
-                ]
                 wanted = whole.gradients()
-                largest = largest_entry(wanted.values())
-                for gradients in everywhere:
-                    differences += compare_gradients(gradients, wanted, self._running.stage_of_tensor, largest)
         except FxpipeError as raised:
             error = raised
         agree(self._running.groups, error, "the reference")
-        return differences, str(self._first_of_all(name))
+        differences: list[Difference] = []
+        if reference is not None:
+            loss, wanted = self._of_all_replicas(reference.loss, wanted)
+            last = len(self._running.placement) - 1
+            differences = [
+                compare("loss", last, found.loss, loss),
+                *compare_outputs(found.outputs, reference.outputs, last),
+            ]
+            largest = largest_entry(wanted.values())
+            for gradients in everywhere:
+                differences += compare_gradients(gradients, wanted, self._running.stage_of_tensor, largest)
+        return differences, str(self._first_of_all(reference.name if reference is not None else ""))
+
+    def _of_all_replicas(
+        self, loss: torch.Tensor, gradients: dict[str, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """Add up what the model gave for each replica's batch, on the ranks that hold the first stages."""
+        replicas = self._running.groups.replicas if self._running.groups is not None else None
+        if replicas is None:
+            return loss, gradients
+        everywhere: list[Any] = [None] * len(replicas.ranks)
+        own = loss.cpu(), {fqn: _on_cpu(gradient) for fqn, gradient in gradients.items()}
+        dist.all_gather_object(everywhere, own, group=replicas.control)
+        total: dict[str, torch.Tensor | None] = dict.fromkeys(gradients)
+        for _, each in everywhere:
+            for fqn, gradient in each.items():
+                before = total[fqn]
+                if gradient is not None:
+                    total[fqn] = gradient if before is None else before + gradient
+        return torch.stack([loss for loss, _ in everywhere]).sum(), total
 
     def _against_stages(
         self, jobs: Sequence[Job], output_jobs: Sequence[Job], found: _Found
@@ -421,6 +447,13 @@ class _Found:
     loss: torch.Tensor
     outputs: Mapping[str, torch.Tensor]
     gradients: Mapping[str, torch.Tensor | None]
+
+
+def _on_cpu(gradient: Any) -> torch.Tensor | None:
+    if gradient is None:
+        return None
+    whole: torch.Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return whole.cpu()
 
 
 def _write(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

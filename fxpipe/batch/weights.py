@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-
-import torch
+from typing import Any, TypeAlias
 
 from fxpipe.batch.split import Microbatch
 from fxpipe.errors import ScheduleError
 from fxpipe.program import LossTerm
+
+Counts: TypeAlias = tuple[tuple[float, ...], ...]
+"""By microbatch, then by loss term: what it counts (valid targets, samples); 0 for a sum, which is not weighed."""
 
 
 def loss_weights(loss_weight: Callable[..., float], microbatches: Sequence[Microbatch]) -> tuple[float, ...]:
@@ -25,7 +27,7 @@ def loss_weights(loss_weight: Callable[..., float], microbatches: Sequence[Micro
     Raises:
         ScheduleError: A weight is not a finite number of at least 0, or all are 0.
 
-    >>> batches = [((torch.zeros(rows, 2),), {}, None) for rows in (3, 1)]
+    >>> batches = [(("x" * rows,), {}, None) for rows in (3, 1)]
     >>> loss_weights(lambda x: float(len(x)), batches)
     (3.0, 1.0)
     """
@@ -51,37 +53,71 @@ def loss_weights(loss_weight: Callable[..., float], microbatches: Sequence[Micro
     return tuple(weights)
 
 
-def loss_shares(
-    terms: Sequence[Sequence[LossTerm]], inputs: Sequence[Mapping[str, torch.Tensor]], sizes: Sequence[int]
-) -> tuple[tuple[float, ...], ...]:
-    """Give the share of each loss term of each microbatch in the batch's loss.
+def given_counts(
+    loss_weight: Callable[..., float], microbatches: Sequence[Microbatch], terms: Sequence[Sequence[LossTerm]]
+) -> Counts:
+    """Give the user's weights the form of counts."""
+    weights = loss_weights(loss_weight, microbatches)
+    return tuple((weight,) * len(each) for weight, each in zip(weights, terms, strict=True))
+
+
+def count_terms(
+    terms: Sequence[Sequence[LossTerm]], tensors: Sequence[Mapping[str, Any]], sizes: Sequence[int]
+) -> Counts:
+    """Count what each microbatch's loss terms are means over.
+
+    These are plain numbers of this process; replicas of a pipeline add up their totals before ``make_shares``.
 
     Args:
-        terms: The summands of each microbatch's loss; variants of one model may have more or fewer.
-        inputs: The named tensors of each microbatch.
-        sizes: Samples of each.
+        terms: The loss terms of each microbatch; variants of one model may have more or fewer.
+        tensors: Its named inputs.
+        sizes: Its samples.
 
-    Returns:
-        For each microbatch, a share for each of its terms.
+    >>> count_terms([[LossTerm("a", "samples"), LossTerm("b", "sum")]] * 2, [{}, {}], (3, 1))
+    ((3.0, 0.0), (1.0, 0.0))
     """
-    columns = []
-    for position in range(max(len(each) for each in terms)):
-        column = [each[position] if position < len(each) else None for each in terms]
-        weights = [
-            _weight(term, tensors, size) if term is not None else 0.0
-            for term, tensors, size in zip(column, inputs, sizes, strict=True)
-        ]
-        total = sum(weights)
-        columns.append(
-            [
-                1.0 if term is not None and term.kind == "sum" else (weight / total if total else 0.0)
-                for term, weight in zip(column, weights, strict=True)
-            ]
-        )
-    return tuple(tuple(columns[position][index] for position in range(len(each))) for index, each in enumerate(terms))
+    return tuple(
+        tuple(_count(term, named, size) for term in each)
+        for each, named, size in zip(terms, tensors, sizes, strict=True)
+    )
 
 
-def _weight(term: LossTerm, tensors: Mapping[str, torch.Tensor], size: int) -> float:
-    if term.kind == "tokens" and term.count is not None:
-        return term.count(tensors)
-    return float(size)
+def add_counts(counts: Counts) -> tuple[float, ...]:
+    """Add up counts over microbatches: one total for each loss term.
+
+    >>> add_counts(((3.0, 0.0), (1.0, 0.0)))
+    (4.0, 0.0)
+    """
+    most = max((len(row) for row in counts), default=0)
+    return tuple(math.fsum(row[place] for row in counts if place < len(row)) for place in range(most))
+
+
+def make_shares(
+    terms: Sequence[Sequence[LossTerm]], counts: Counts, totals: Sequence[float]
+) -> tuple[tuple[float, ...], ...]:
+    """Turn counts into the weights under which the microbatches' losses add up to the batch's.
+
+    Args:
+        terms: The loss terms of each microbatch.
+        counts: Of ``count_terms``.
+        totals: Of ``add_counts``, over all replicas.
+
+    >>> make_shares([[LossTerm("a", "samples"), LossTerm("b", "sum")]] * 2, ((3.0, 0.0), (1.0, 0.0)), (4.0, 0.0))
+    ((0.75, 1.0), (0.25, 1.0))
+    """
+    return tuple(
+        tuple(_share(*each) for each in zip(own, row, totals, strict=False))
+        for own, row in zip(terms, counts, strict=True)
+    )
+
+
+def _count(term: LossTerm, tensors: Mapping[str, Any], size: int) -> float:
+    if term.kind == "sum":
+        return 0.0
+    return term.count(tensors) if term.kind == "tokens" and term.count is not None else float(size)
+
+
+def _share(term: LossTerm, count: float, total: float) -> float:
+    if term.kind == "sum":
+        return 1.0
+    return count / total if count else 0.0

@@ -92,7 +92,7 @@ def own_state(names: StateNames, stages: Sequence[StageModule]) -> dict[str, tor
 
 
 def full_state(names: StateNames, stages: Sequence[StageModule], groups: Groups | None) -> dict[str, torch.Tensor]:
-    """Gather the whole model's tensors, one at a time, on the pipeline's first rank.
+    """Gather the whole model's tensors, one at a time, on the first rank of all.
 
     Args:
         names: The model's names.
@@ -100,9 +100,11 @@ def full_state(names: StateNames, stages: Sequence[StageModule], groups: Groups 
         groups: The pipeline's groups; None where one process holds it all.
 
     Returns:
-        Copies on the CPU under all names, on the first rank; nothing on others.
+        Copies on the CPU under all names, on the first rank of the first replica; nothing on others.
     """
-    return names.named(gather_tensors(names, stages, groups, saved_only=True))
+    gathered = gather_tensors(names, stages, groups, saved_only=True)
+    is_first = groups is None or groups.ranks[groups.position] == groups.members[0]
+    return names.named(gathered) if is_first else {}
 
 
 def gather_tensors(

@@ -9,10 +9,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxpipe.errors import ScheduleError
+from fxpipe.ir.mesh import DATA_DIMENSIONS, num_replicas
 
 PIPELINE = "pp"
-DATA = ("dp", "dp_replicate", "dp_shard")
-"""Names of the dimensions along which batches differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +27,6 @@ class Dimensions:
     pipelines: tuple[tuple[int, ...], ...]
     replicas: tuple[tuple[int, ...], ...] = ()
     unions: tuple[tuple[int, ...], ...] = ()
-
-
-def num_replicas(mesh: DeviceMesh | None) -> int:
-    """Give the number of data-parallel replicas of a mesh, 1 without one."""
-    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=False)) if mesh is not None else {}
-    number = 1
-    for name in DATA:
-        number *= sizes.get(name, 1)
-    return number
 
 
 def check_mesh(mesh: DeviceMesh | None, *, parallelized: bool) -> None:
@@ -55,11 +45,11 @@ def check_mesh(mesh: DeviceMesh | None, *, parallelized: bool) -> None:
     if PIPELINE not in names:
         raise ScheduleError(f"the mesh has the dimensions {names}\n  name one of them 'pp': the pipeline's")
     for name, size in zip(names, mesh.mesh.shape, strict=True):
-        if name not in (PIPELINE, *DATA) and size > 1 and not parallelized:
+        if name not in (PIPELINE, *DATA_DIMENSIONS) and size > 1 and not parallelized:
             raise ScheduleError(
                 f"nothing divides the model or reduces gradients over the mesh's dimension {name!r} of size {size}\n"
                 f"  pass materialize(parallelize=...) a function of a stage module that does, give the dimension to "
-                f"data parallelism by naming it {DATA[0]!r}, or leave it out: mesh['pp', 'dp']"
+                f"data parallelism by naming it {DATA_DIMENSIONS[0]!r}, or leave it out: mesh['pp', 'dp']"
             )
 
 
@@ -83,10 +73,10 @@ def dimensions(mesh: DeviceMesh | None) -> Dimensions:
 
 def _of_slice(mesh: DeviceMesh) -> Dimensions:
     names = mesh.mesh_dim_names or ()
-    data = [index for index, name in enumerate(names) if name in DATA]
+    data = [index for index, name in enumerate(names) if name in DATA_DIMENSIONS]
     table, pipeline = mesh.mesh, names.index(PIPELINE)
     replicas: tuple[tuple[int, ...], ...] = ()
-    if num_replicas(mesh) > 1:
+    if num_replicas(dict(zip(names, table.shape, strict=True))) > 1:
         ends = list(range(-len(data), 0))
         replicas = _rows(table.movedim(data, ends).flatten(-len(data)))
     return Dimensions(_rows(table.movedim(pipeline, -1)), replicas, (tuple(sorted(table.flatten().tolist())),))

@@ -14,7 +14,7 @@ from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.failures import Failures
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.engine_stage import EngineStage
-from fxpipe.runtime.run.forward_only import infer
+from fxpipe.runtime.run.forward_only import infer, run_forwards
 from fxpipe.runtime.run.refusals import refuse_modules
 from fxpipe.runtime.run.schedule import forget_exchanges, make_schedule, run_schedule
 from fxpipe.runtime.run.work import Job, Tensors
@@ -44,6 +44,7 @@ class DistributedEngine:
         self._stages = [EngineStage(stage, num_stages, device, groups.pipeline) for stage in stages]
         for stage in self._stages:
             stage.split_by = self._split_by
+            stage.over_replicas = groups.replicas is not None
             stage.when_done = when_done or stage.when_done
         self._schedules: dict[int, Any] = {}
         self._loss_dtypes: dict[Any, torch.dtype] = {}
@@ -75,7 +76,9 @@ class DistributedEngine:
             run_schedule(self._schedule(len(jobs)), len(jobs))
             for stage in self._stages:
                 stage.jobs = ()
-            return self._share_loss(jobs[0].key)
+            last = self._stages[-1] if self._stages[-1].is_last else None
+            losses = [last.losses[index] for index in sorted(last.losses)] if last else []
+            return self._share_loss(jobs[0].key, losses, last.loss_dtype if last else None)
 
     def infer(self, jobs: Sequence[Job], *, gather: bool = True) -> list[Tensors] | None:
         """Run forward only, any number of microbatches.
@@ -89,6 +92,18 @@ class DistributedEngine:
         """
         with self.guard(), torch.no_grad():
             return infer(self._modules, self._placement, jobs, self._groups, self._device, gather=gather)
+
+    def evaluate(self, jobs: Sequence[Job]) -> torch.Tensor:
+        """Run forward only, of programs with a loss; no output travels further than to the last stage.
+
+        Returns:
+            The loss of the batch, of all replicas' together: a scalar, the same on every rank.
+        """
+        with self.guard(), torch.no_grad():
+            passes = run_forwards(self._modules, self._placement, jobs, self._groups, self._device)
+            if self._placement[-1] != self._groups.position:
+                return self._share_loss(jobs[0].key, [], None)
+            return self._share_loss(jobs[0].key, [work.loss() for work in passes], passes[-1].outputs[-1].dtype)
 
     def guard(self) -> AbstractContextManager[None]:
         """Guard other communication of the pipeline: a rank that fails meanwhile raises on all ranks, as in a step.
@@ -115,16 +130,15 @@ class DistributedEngine:
     def _failed_stage(self) -> int | None:
         return next((stage.stage_index for stage in self._stages if stage.failed), None)
 
-    def _share_loss(self, key: Hashable) -> torch.Tensor:
-        """Give every rank what the last stage computed."""
+    def _share_loss(self, key: Hashable, losses: Sequence[torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
+        """Give every rank the sum of what the last stage computed, which has any losses."""
         source = self._placement[-1]
-        last = self._stages[-1] if source == self._groups.position else None
         if key not in self._loss_dtypes:
-            dtypes = [last.loss_dtype if last else None]
+            dtypes = [dtype]
             dist.broadcast_object_list(dtypes, group=self._groups.control, group_src=source)
             self._loss_dtypes[key] = dtypes[0] or torch.float64
-        if last:
-            loss = torch.stack([last.losses[index] for index in sorted(last.losses)]).sum()
+        if losses:
+            loss = torch.stack(list(losses)).sum()
             if self._groups.replicas is not None:
                 dist.all_reduce(loss, group=self._groups.replicas.gradients)
         else:

@@ -38,6 +38,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         losses: On the last stage: the weighted loss of each microbatch so far, in float64.
         loss_dtype: On the last stage: dtype of the model's own loss.
         failed: Whether an error came from this stage's own work, not from an exchange.
+        over_replicas: Whether the losses of replicas are parts of one batch's.
         when_done: Called with the stage's index after its last backward of a step.
     """
 
@@ -50,6 +51,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.losses: dict[int, torch.Tensor] = {}
         self.loss_dtype: torch.dtype | None = None
         self.failed = False
+        self.over_replicas = False
         self.when_done: Callable[[int], None] = lambda stage_index: None
         self._passes: dict[int, Pass] = {}
         self._received: dict[int, Tensors] = {}
@@ -143,7 +145,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
             kept.clear()
         self.failed = False
         self._weights = None
-        self._sharded = hold_reduction(self.submod)
+        self._sharded = hold_reduction(self.submod, over_replicas=self.over_replicas)
 
     @contextmanager
     def _blamed(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import conform, message_layout, pack, receive_buffers
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups
-from fxpipe.runtime.run.work import Job, Tensors, run_forward
+from fxpipe.runtime.run.work import Job, Pass, Tensors, run_forward
 
 
 def infer(
@@ -40,16 +40,33 @@ def infer(
     Returns:
         The flat output tensors of each microbatch; None on ranks that do not get them.
     """
-    sends: list[dist.Work | None] = []
-    local: list[Tensors] = [()] * len(jobs)
-    for stage in stages:
-        local = _run_stage(stage, placement, jobs, groups, device, local, sends)
-    _wait(sends)
+    passes = run_forwards(stages, placement, jobs, groups, device)
     source = placement[-1]
     outputs = None
     if groups.position == source:
-        outputs = [flat[: len(job.program.outputs)] for flat, job in zip(local, jobs, strict=True)]
+        outputs = [work.outputs[: len(job.program.outputs)] for work, job in zip(passes, jobs, strict=True)]
     return _broadcast(outputs, source, groups, device) if gather else outputs
+
+
+def run_forwards(
+    stages: Sequence[StageModule],
+    placement: Sequence[int],
+    jobs: Sequence[Job],
+    groups: Groups,
+    device: torch.device,
+) -> list[Pass]:
+    """Run all microbatches through this rank's stages; arguments as of ``infer``.
+
+    Returns:
+        Each microbatch in this rank's last stage.
+    """
+    sends: list[dist.Work | None] = []
+    passes: list[Pass] = []
+    for stage in stages:
+        local = [work.outputs for work in passes] or [()] * len(jobs)
+        passes = _run_stage(stage, placement, jobs, groups, device, local, sends)
+    _wait(sends)
+    return passes
 
 
 def _run_stage(
@@ -58,9 +75,9 @@ def _run_stage(
     jobs: Sequence[Job],
     groups: Groups,
     device: torch.device,
-    local: list[Tensors],
+    local: Sequence[Tensors],
     sends: list[dist.Work | None],
-) -> list[Tensors]:
+) -> list[Pass]:
     """Run one stage; ``local`` is what the rank's stage before computed, and is taken if that is the stage before."""
     index = stage.stage_index
     from_rank = placement[index - 1] if index else groups.position
@@ -70,16 +87,15 @@ def _run_stage(
         messages, tensors = receive_buffers(message_layout(job.program.stages[index].received), device)
         works = [dist.irecv(message, group=groups.pipeline, group_src=from_rank) for message in messages]
         waiting.append((works, tuple(tensors)))
-    results: list[Tensors] = []
+    results: list[Pass] = []
     for number, job in enumerate(jobs):
         received = local[number] if index else ()
         if waiting:
             works, received = waiting[number]
             _wait(works)
-        outputs = run_forward(stage, job, received, training=False).outputs
-        results.append(outputs)
+        results.append(run_forward(stage, job, received, training=False))
         if to_rank != groups.position:
-            for message in pack(message_layout(job.program.stages[index].sent), outputs):
+            for message in pack(message_layout(job.program.stages[index].sent), results[-1].outputs):
                 sends.append(dist.isend(message, group=groups.pipeline, group_dst=to_rank))
     return results
 

@@ -54,7 +54,7 @@ class Gradients:
         self._wide = wide
         self._keep_wide = keep_wide
         self._holders = {tie.key: tuple(sorted({placement[stage] for stage in tie.stages})) for tie in ties if groups}
-        self._ties = [tie for tie in ties if len(self._holders.get(tie.key, ())) > 1]
+        self._ties = [tie for tie in ties if len(tie.stages) > 1]
         self._aside: dict[nn.Parameter, torch.Tensor] = {}
         self._returned: set[nn.Parameter] = set()
         self._is_open = False
@@ -115,7 +115,7 @@ class Gradients:
             return
         busy = [stage for stage in self._stages if stage.stage_index not in self._done]
         waiting = {id(parameter) for stage in busy for parameter in stage.parameters()}
-        waiting |= {id(parameter) for tie in self._ties if (parameter := self._held(tie)) is not None}
+        waiting |= self._tied()
         self._start(parameter for _, parameter in self._parameters() if id(parameter) not in waiting)
 
     def zero(self) -> None:
@@ -155,39 +155,56 @@ class Gradients:
         """List the parameters whose gradients are not simply what autograd accumulates."""
         if self._sum is not None:
             return [parameter for _, parameter in self._parameters()]
-        tied = {id(parameter) for tie in self._ties if (parameter := self._held(tie)) is not None}
+        tied = self._tied()
         return [p for _, p in self._parameters() if id(p) in tied or self._accumulates_wide(p)]
 
     def _accumulates_wide(self, parameter: nn.Parameter) -> bool:
         # FSDP2 has its own rule, MixedPrecisionPolicy(reduce_dtype=...).
         return self._wide and parameter.requires_grad and parameter.dtype in _NARROW and not _is_sharded(parameter)
 
-    def _held(self, tie: TieGroup) -> nn.Parameter | None:
+    def _copies(self, tie: TieGroup) -> list[nn.Parameter]:
+        """List a tied parameter as this rank holds it.
+
+        Its stages share one object, unless FSDP2 has made a sharded one of it in each.
+        """
+        found: dict[int, nn.Parameter] = {}
         for stage in self._stages:
             if stage.stage_index in tie.stages:
                 named: Mapping[str, nn.Parameter] = dict(stage.named_parameters(remove_duplicate=False))
-                found = [named[fqn] for fqn in tie.fqns if fqn in named]
-                if found:
-                    return found[0]
-        return None
+                found.update((id(named[fqn]), named[fqn]) for fqn in tie.fqns if fqn in named)
+        return list(found.values())
+
+    def _tied(self) -> set[int]:
+        """Give the ids of the parameters whose gradients are added up over several holders or copies."""
+        return {id(p) for _, copies in self._summed_ties() for p in copies}
+
+    def _summed_ties(self) -> Iterator[tuple[TieGroup, list[nn.Parameter]]]:
+        for tie in self._ties:
+            copies = self._copies(tie)
+            if len(copies) > 1 or (copies and len(self._holders.get(tie.key, ())) > 1):
+                yield tie, copies
 
     def _sum_ties(self) -> None:
-        """Add tied gradients up over their holders, those of the same holders together."""
-        if self._groups is None:
-            return
+        """Add tied gradients up over copies, and over their holders: those of the same holders together."""
         gradients: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        for tie in self._ties:
-            parameter = self._held(tie) if tie.trainable else None
-            if parameter is None:
+        copied: list[tuple[torch.Tensor, nn.Parameter]] = []
+        for tie, (parameter, *others) in self._summed_ties():
+            if not tie.trainable:
                 continue
             gradient = self._dense(parameter)
+            for other in others:
+                _local(gradient).add_(_local(self._dense(other)))
+                copied.append((gradient, other))
             if parameter.requires_grad:
                 _assign(parameter, gradient)
-            gradients.setdefault(self._holders[tie.key], []).append(_local(gradient))
+            gradients.setdefault(self._holders.get(tie.key, ()), []).append(_local(gradient))
         for holders, tensors in sorted(gradients.items()):
-            total = GroupSum(self._groups.ties[holders])
-            total.start(tensors)
-            total.finish()
+            if self._groups is not None and len(holders) > 1:
+                total = GroupSum(self._groups.ties[holders])
+                total.start(tensors)
+                total.finish()
+        for gradient, other in copied:
+            _assign(other, gradient.clone())
 
     def _start(self, parameters: Iterable[nn.Parameter]) -> None:
         """Begin to add gradients up over replicas; one that no replica has stays None."""
@@ -250,7 +267,11 @@ class Gradients:
     def _counted(self) -> list[nn.Parameter]:
         """List the parameters whose gradients this rank counts: a tie's first holder does."""
         position = self._groups.position if self._groups else 0
-        elsewhere = {id(self._held(tie)) for tie in self._ties if self._holders[tie.key][0] != position}
+        elsewhere = {
+            id(parameter)
+            for tie, copies in self._summed_ties()
+            for parameter in copies[1 if self._holders[tie.key][0] == position else 0 :]
+        }
         return [parameter for _, parameter in self._parameters() if id(parameter) not in elsewhere]
 
     def _gather(self, value: torch.Tensor) -> torch.Tensor:

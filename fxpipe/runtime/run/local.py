@@ -53,6 +53,16 @@ class LocalEngine:
         """
         return [self._infer_one(job) for job in jobs]
 
+    def evaluate(self, jobs: Sequence[Job]) -> torch.Tensor:
+        """Run forward only, of programs with a loss.
+
+        Returns:
+            The batch's loss: a scalar.
+        """
+        with torch.no_grad():
+            passes = [self._forward_one(job) for job in jobs]
+        return torch.stack([work.loss() for work in passes]).sum().to(passes[0].outputs[-1].dtype)
+
     def _train_one(self, job: Job) -> tuple[torch.Tensor, torch.dtype]:
         passes: list[Pass] = []
         received: Tensors = ()
@@ -67,8 +77,11 @@ class LocalEngine:
         return loss
 
     def _infer_one(self, job: Job) -> Tensors:
-        received: Tensors = ()
         with torch.no_grad():
-            for stage in self._stages:
-                received = run_forward(stage, job, received, training=False).outputs
-        return received[: len(job.program.outputs)]
+            return self._forward_one(job).outputs[: len(job.program.outputs)]
+
+    def _forward_one(self, job: Job) -> Pass:
+        work = run_forward(self._stages[0], job, (), training=False)
+        for stage in self._stages[1:]:
+            work = run_forward(stage, job, work.outputs, training=False)
+        return work

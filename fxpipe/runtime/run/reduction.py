@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 
+from fxpipe.errors import ScheduleError
+
 BUCKET_BYTES = 25 << 20
 """Largest message that several tensors share: large enough for a link's full speed, small enough to start early."""
 
@@ -43,6 +45,27 @@ class GroupSum:
                 parts = torch.split(message, [tensor.numel() for tensor in bucket])
                 for tensor, part in zip(bucket, parts, strict=True):
                     tensor.copy_(part.view(tensor.shape))
+
+
+MOST_NUMBERS = 1024
+"""Numbers that ranks may add up at once: they may hold different counts of them."""
+
+
+def sum_over(group: dist.ProcessGroup, numbers: Sequence[float]) -> tuple[float, ...]:
+    """Add numbers up over a group for tensors on the CPU; a rank that has fewer of them counts zeros.
+
+    Raises:
+        ScheduleError: There are more than can be added up.
+    """
+    if len(numbers) > MOST_NUMBERS:
+        raise ScheduleError(
+            f"the loss has {len(numbers)} terms, and replicas weigh at most {MOST_NUMBERS}\n"
+            "  add the terms up within the model"
+        )
+    table = torch.zeros(MOST_NUMBERS, dtype=torch.float64)
+    table[: len(numbers)] = torch.tensor(tuple(numbers), dtype=torch.float64)
+    dist.all_reduce(table, group=group)
+    return tuple(table[: len(numbers)].tolist())
 
 
 def any_over(group: dist.ProcessGroup, flags: Sequence[bool]) -> list[bool]:

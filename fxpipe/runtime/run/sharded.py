@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from fxpipe._torch import reduce_sharded_gradients
 
 
-def sum_over_replicas(module: nn.Module) -> None:
+def _sum_over_replicas(module: nn.Module) -> None:
     """Let gradients be added up, not averaged: replicas weigh their losses. And let weights be gathered once a step.
 
     Torch's own division by the number of replicas would be one too many; and what is resharded after a forward is
@@ -27,9 +27,16 @@ def sum_over_replicas(module: nn.Module) -> None:
             part.set_reshard_after_forward(False, recurse=False)
 
 
-def hold_reduction(module: nn.Module) -> bool:
-    """Let gradients accumulate unsharded until ``reduce_now``; tells whether anything in the module is sharded."""
+def hold_reduction(module: nn.Module, *, over_replicas: bool = False) -> bool:
+    """Let gradients accumulate unsharded until ``reduce_now``; tells whether anything in the module is sharded.
+
+    Args:
+        module: A stage.
+        over_replicas: Whether the losses of replicas are parts of one batch's.
+    """
     sharded = _outermost(module)
+    if sharded and over_replicas:
+        _sum_over_replicas(module)
     for part in sharded:
         part.set_is_last_backward(False)
         part.set_reshard_after_backward(False)

@@ -49,7 +49,11 @@ class StepwiseEngine:
                 (loss,) = self._shared(self._placement[-1], (last.loss(),) if last else ())
                 losses.append(loss)
                 self._backward(passes)
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        if self._groups.replicas is not None:
+            total = total.cpu()
+            dist.all_reduce(total, group=self._groups.replicas.control)
+        return total
 
     def infer(self, jobs: Sequence[Job]) -> list[Tensors]:
         """Run forward only; gives the model's flat output tensors of each microbatch, on every rank."""

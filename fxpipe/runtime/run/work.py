@@ -27,6 +27,7 @@ class Job:
         inputs: The model's inputs by name, on the stages' device.
         shares: Weight of each of the program's loss terms in the batch's loss; a term of share 0 is left out.
         draw_seed: The ``microbatch_seed`` of its random numbers.
+        scale: What the loss is multiplied by before the backward, a scalar on the stages' device; None for 1.
     """
 
     key: Hashable
@@ -34,6 +35,7 @@ class Job:
     inputs: Mapping[str, Any]
     shares: tuple[float, ...] = ()
     draw_seed: int = 0
+    scale: torch.Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +47,7 @@ class Pass:
         outputs: What the stage's graph returned.
         declared: What crosses to this stage, and from it (nothing on the last one).
         shares: On the last stage: the loss terms that count, and their weights.
+        scale: What the loss is multiplied by before the backward.
         groups: Between the halves of a split backward: what the second half needs; None to do all of it then.
     """
 
@@ -52,6 +55,7 @@ class Pass:
     outputs: Tensors
     declared: tuple[tuple[BoundaryTensor, ...], tuple[BoundaryTensor, ...]]
     shares: tuple[tuple[torch.Tensor, float], ...] = ()
+    scale: torch.Tensor | None = None
     groups: list[Any] | None = None
     pending: tuple[list[Any], list[torch.Tensor]] = field(default_factory=lambda: ([], []))
 
@@ -81,10 +85,10 @@ def run_forward(stage: StageModule, job: Job, received: Tensors, *, training: bo
     shares: tuple[tuple[torch.Tensor, float], ...] = ()
     if stage.stage_index < len(job.program.stages) - 1:
         _check_sent(program, outputs)
-    elif training:
+    else:
         terms = outputs[len(job.program.outputs) :]
         shares = tuple((term, share) for term, share in zip(terms, job.shares, strict=True) if share != 0)
-    return Pass(received, outputs, (program.received, program.sent), shares)
+    return Pass(received, outputs, (program.received, program.sent), shares, job.scale)
 
 
 def run_backward(work: Pass, gradients: Tensors = ()) -> Tensors:
@@ -134,10 +138,17 @@ def _roots(work: Pass, gradients: Tensors) -> tuple[list[torch.Tensor], list[tor
         crossing = [output for output, what in zip(work.outputs, declared, strict=True) if what.meta.requires_grad]
         pairs = list(zip(crossing, gradients, strict=True))
     else:
-        pairs = [(term, torch.full_like(term, share)) for term, share in work.shares]
+        pairs = [(term, _started(term, share, work.scale)) for term, share in work.shares]
     # A frozen output still gets a gradient from the next stage, which cannot know.
     started = [(root, gradient) for root, gradient in pairs if root.requires_grad]
     return [root for root, _ in started], [gradient for _, gradient in started]
+
+
+def _started(term: torch.Tensor, share: float, scale: torch.Tensor | None) -> torch.Tensor:
+    if scale is None:
+        return torch.full_like(term, share)
+    wide = torch.full_like(term, share, dtype=torch.promote_types(term.dtype, torch.float32))
+    return (wide * scale).to(term.dtype)
 
 
 def _leaves(work: Pass) -> list[torch.Tensor]:
