@@ -33,6 +33,8 @@ class StagePlan:
         transfer_s: Sends and receives of one microbatch, and its share of adding up tied gradients.
         peak_bytes: Most memory alive at once: weights, gradients, optimiser state, activations, buffers. Where a rank
             has several stages, the stage's part of it when the rank needs most.
+        gradient_bytes: Bytes of the gradients, as they accumulate; part of ``peak_bytes``.
+        optimizer_bytes: Bytes of the optimiser's state and master weights; part of ``peak_bytes``.
         activation_bytes: Activations kept per live microbatch.
         live_microbatches: Most microbatches alive at once under the plan's schedule.
         sends: Tensors sent to the next stage, one microbatch.
@@ -52,6 +54,8 @@ class StagePlan:
     weight_grad_s: float = 0.0
     transfer_s: float = 0.0
     peak_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
     activation_bytes: int = 0
     live_microbatches: int = 1
     sends: tuple[TensorMeta, ...] = ()

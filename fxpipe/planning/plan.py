@@ -11,7 +11,7 @@ from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.planning.costs.blocks import block_names
-from fxpipe.planning.costs.memory import gradient_bytes
+from fxpipe.planning.costs.memory import gradient_bytes, parameter_bytes
 from fxpipe.planning.costs.precision import Precision
 from fxpipe.planning.costs.recompute import modules_of_layers
 from fxpipe.planning.layout import Layout, tie_seconds
@@ -168,6 +168,9 @@ def _stage_plan(
     own = [layer for layer in range(len(units)) if home[layer] == index]
     working = [layer for layer in own if layer not in free]
     tensors = _weights(graph, (*own, *needed))
+    weights = sum(weight_bytes(tensor, layout.precision) for tensor in tensors)
+    gradients = sum(gradient_bytes(tensor, settings.training, layout.precision) for tensor in tensors)
+    trained = sum(parameter_bytes(tensor, settings.training, layout.precision) for tensor in tensors)
     forward_s = math.fsum(layout.costs[layer].forward_s for layer in working)
     backward_s = math.fsum(layout.costs[layer].backward_s for layer in working)
     weight_grad_s = min(math.fsum(layout.costs[layer].weight_grad_s for layer in working), backward_s)
@@ -179,13 +182,15 @@ def _stage_plan(
         rank=settings.rank_of_stage[index],
         layers=tuple(dict.fromkeys(units[layer] for layer in own)),
         parameters=sum(math.prod(tensor.shape) for tensor in tensors),
-        bytes=sum(weight_bytes(tensor, layout.precision) for tensor in tensors),
+        bytes=weights,
         seconds=measured.loads[index],
         forward_s=forward_s,
         backward_s=backward_s,
         weight_grad_s=weight_grad_s,
         transfer_s=moved_s,
         peak_bytes=math.ceil(measured.stage_memory[index]),
+        gradient_bytes=gradients,
+        optimizer_bytes=trained - weights - gradients,
         activation_bytes=math.ceil(measured.per_live[index]),
         live_microbatches=settings.live_microbatches[index],
         sends=tuple(layout.precision.meta(value.meta) for value in sends),

@@ -1,10 +1,8 @@
 """A plan as a person reads it: who gets what, what limits the pipeline, and what to do about it."""
 
 import dataclasses
-import html
 import json
 import textwrap
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
 from tabulate import tabulate
@@ -12,7 +10,19 @@ from tabulate import tabulate
 from fxpipe.errors import PlanError
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, TieGroup
 from fxpipe.ir.simulation import Simulation
-from fxpipe.ir.units import count_text, digits, ranges_text, size_text, time_unit
+from fxpipe.ir.units import count_text, digits, size_text, time_unit
+from fxpipe.report.page import render_page
+from fxpipe.report.words import (
+    BASELINES,
+    balance,
+    headline,
+    mean_load,
+    memory_by_rank,
+    notes,
+    slowest_load,
+    tie_names,
+    tie_price,
+)
 
 WIDTH = 100
 
@@ -24,7 +34,7 @@ def render(
     *,
     simulation: Simulation | None = None,
 ) -> str:
-    """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"``, ``"html"`` or ``"json"``.
+    """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"`` (or ``"md"``), ``"html"`` or ``"json"``.
 
     The page is one file that needs no other. The JSON is the plan itself; ``PipelinePlan.from_json`` reads it back.
 
@@ -46,31 +56,32 @@ def render(
     renderers: dict[str, Callable[[PipelinePlan, Sequence[Baseline], Simulation | None], str]] = {
         "text": _text,
         "markdown": _markdown,
-        "html": _page,
+        "html": render_page,
         "json": _json,
     }
+    format = "markdown" if format == "md" else format
     if format not in renderers:
         raise PlanError(f"unknown report format {format!r}\n  known: {', '.join(renderers)}")
     return renderers[format](plan, baselines, simulation)
 
 
 def _text(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
-    lines = textwrap.wrap(_headline(plan), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    lines = textwrap.wrap(headline(plan), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     lines += _paragraph("inputs", ", ".join(plan.inputs)) if plan.inputs else []
     lines += ["", _stage_table(plan, "plain"), ""]
     if plan.ties:
         lines += [_tie_table(plan, "plain"), ""]
     lines += _pieces(_summary(plan, simulation))
     lines += _paragraph("opened", ", ".join(plan.opened)) if plan.opened else []
-    for note in _notes(plan):
+    for note in notes(plan):
         lines += _paragraph("note", note)
     if baselines:
-        lines += ["", f"{_BASELINES}:", "", _baseline_table(plan, baselines, "plain")]
+        lines += ["", f"{BASELINES}:", "", _baseline_table(plan, baselines, "plain")]
     return "\n".join(lines)
 
 
 def _markdown(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
-    parts = [f"**{_headline(plan)}**"]
+    parts = [f"**{headline(plan)}**"]
     if plan.inputs:
         parts.append("Inputs of one microbatch: " + ", ".join(f"`{text}`" for text in plan.inputs))
     parts.append(_stage_table(plan, "github"))
@@ -79,8 +90,8 @@ def _markdown(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Sim
     parts.append("  \n".join(_summary(plan, simulation)))
     if plan.opened:
         parts.append("Opened, because a cut crosses them: " + ", ".join(f"`{name}`" for name in plan.opened))
-    parts += [f"> {note}" for note in _notes(plan)]
-    parts += [f"{_BASELINES}:", _baseline_table(plan, baselines, "github")] if baselines else []
+    parts += [f"> {note}" for note in notes(plan)]
+    parts += [f"{BASELINES}:", _baseline_table(plan, baselines, "github")] if baselines else []
     return "\n\n".join(parts)
 
 
@@ -91,13 +102,10 @@ def _json(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulat
     return json.dumps({"baselines": rows, "plan": json.loads(plan.to_json())}, sort_keys=True, indent=1)
 
 
-_BASELINES = "The same model cut by others' rules, at the same costs and links"
-
-
 def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: str) -> str:
     unit, scale = time_unit(plan.bottleneck)
-    per_rank = _memory_by_rank(plan)
-    own = Baseline("this plan", "", plan.bottleneck, _balance(plan), max(per_rank.values(), default=0))
+    per_rank = memory_by_rank(plan)
+    own = Baseline("this plan", "", plan.bottleneck, balance(plan), max(per_rank.values(), default=0))
     rows = [
         [row.name, "–", "", "", "", row.remark]
         if row.bottleneck is None
@@ -119,53 +127,6 @@ def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: st
     if style == "plain":
         return tabulate([header, *rows], tablefmt=style, colalign=align, disable_numparse=True)
     return tabulate(rows, header, tablefmt=style, colalign=align, disable_numparse=True)
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1.5em 0; } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; }
-td, th { font-variant-numeric: tabular-nums; text-align: left; }
-.model { display: flex; height: 3em; gap: 2px; margin: 1.5em 0; }
-.model div { background: #4a7ab5; color: white; overflow: hidden; padding: .7em .4em; min-width: 1px; }
-.model div.slowest { background: #c2573f; }
-"""
-
-
-def _page(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
-    """One self-contained page; the model is a bar, cut into stages as wide as the time they take."""
-    text = html.escape
-    slowest = max(plan.stages, key=lambda stage: stage.seconds)
-    bar = "".join(
-        f'<div style="flex: {max(stage.seconds, 1e-12) / max(slowest.seconds, 1e-12):.6f}"'
-        f'{" class=slowest" if stage is slowest else ""} title="{text(chr(10).join(stage.layers))}">{stage.index}</div>'
-        for stage in plan.stages
-    )
-    parts = [f"<h1>{text(plan.model)}</h1>", f"<p>{text(_headline(plan))}</p>", f'<div class="model">{bar}</div>']
-    parts += [f"<p>inputs: {text(', '.join(plan.inputs))}</p>"] if plan.inputs else []
-    parts.append(_stage_table(plan, "html"))
-    parts += [_tie_table(plan, "html")] if plan.ties else []
-    parts += [f"<p>{text(piece)}</p>" for piece in _summary(plan, simulation)]
-    parts += [f"<p>opened, because a cut crosses them: {text(', '.join(plan.opened))}</p>"] if plan.opened else []
-    parts += [f"<p><em>{text(note)}</em></p>" for note in _notes(plan)]
-    parts += [f"<p>{text(_BASELINES)}:</p>", _baseline_table(plan, baselines, "html")] if baselines else []
-    head = f'<meta charset="utf-8"><title>{text(plan.model)}</title><style>{_STYLE}</style>'
-    return "\n".join(["<!doctype html>", f"<html><head>{head}</head><body>", *parts, "</body></html>"])
-
-
-def _headline(plan: PipelinePlan) -> str:
-    size = f" of {plan.microbatch_size}" if plan.microbatch_size is not None else ""
-    ranks = [_count(plan.num_ranks, "rank")] if plan.num_ranks != plan.num_stages else []
-    return " · ".join(
-        [
-            plan.model,
-            _count(plan.num_stages, "stage"),
-            *ranks,
-            plan.schedule,
-            _count(plan.num_microbatches, "microbatch", "microbatches") + size,
-            plan.hardware.name,
-            f"cost: {plan.cost}",
-        ]
-    )
 
 
 def _stage_table(plan: PipelinePlan, style: str) -> str:
@@ -208,30 +169,20 @@ def _tie_table(plan: PipelinePlan, style: str) -> str:
     rows = [["tied", "", *_tie_cells(tie)] for tie in plan.ties]
     room = WIDTH - 2 * 4 - 4 - sum(max(len(row[i]) for row in rows) for i in (2, 3, 4))
     for row, tie in zip(rows, plan.ties, strict=True):
-        row[1] = _shorten(_tie_names(tie), room if style == "plain" else 10 * WIDTH)
+        row[1] = _shorten(tie_names(tie), room if style == "plain" else 10 * WIDTH)
     header = () if style == "plain" else ("", "tensor", "stages", "bytes", "per step")
     return tabulate(rows, header, tablefmt=style, disable_numparse=True)
 
 
-def _tie_names(tie: TieGroup) -> str:
-    shown = " = ".join(tie.fqns[:3]) + (f" = … ({len(tie.fqns)} names)" if len(tie.fqns) > 3 else "")
-    return shown if len(tie.fqns) > 1 else f"{shown} (called at several places)"
-
-
 def _tie_cells(tie: TieGroup) -> tuple[str, str, str]:
     stages = ("stages " if len(tie.stages) > 1 else "stage ") + ", ".join(map(str, tie.stages))
-    if len(tie.stages) < 2:
-        return stages, size_text(tie.bytes), "one copy"
-    if not tie.trainable:
-        return stages, size_text(tie.bytes), "frozen"
-    unit, scale = time_unit(tie.seconds)
-    return stages, size_text(tie.bytes), f"all-reduce {digits(tie.seconds * scale)} {unit}"
+    return stages, size_text(tie.bytes), tie_price(tie)
 
 
 def _summary(plan: PipelinePlan, simulation: Simulation | None) -> list[str]:
     """Bottleneck, balance, bubble, step time and limit: the pieces of the last lines."""
-    mean = _mean(plan)
-    bottleneck = _bottleneck(plan)
+    mean = mean_load(plan)
+    bottleneck = slowest_load(plan)
     pieces = []
     if mean > 0:
         unit, scale = time_unit(bottleneck)
@@ -240,7 +191,7 @@ def _summary(plan: PipelinePlan, simulation: Simulation | None) -> list[str]:
         if plan.lower_bound > 0:
             gap = "best possible" if plan.proven else f"gap {100 * plan.gap:.1f} %"
             bound = f" (lower bound {plan.lower_bound / mean:.3f}, {gap})"
-        pieces.append(f"balance max/mean {_balance(plan):.3f}{bound}")
+        pieces.append(f"balance max/mean {balance(plan):.3f}{bound}")
     if simulation is not None and simulation.step_s > 0:
         unit, scale = time_unit(simulation.step_s)
         pieces.append(f"bubble ≈ {100 * simulation.mean_bubble:.1f} %")
@@ -250,50 +201,6 @@ def _summary(plan: PipelinePlan, simulation: Simulation | None) -> list[str]:
     if plan.method:
         pieces.append(f"search: {plan.method}")
     return pieces
-
-
-def _mean(plan: PipelinePlan) -> float:
-    """Mean load of the ranks."""
-    return sum(stage.seconds for stage in plan.stages) / max(len({stage.rank for stage in plan.stages}), 1)
-
-
-def _bottleneck(plan: PipelinePlan) -> float:
-    if plan.bottleneck:
-        return plan.bottleneck
-    loads: dict[int, float] = defaultdict(float)
-    for stage in plan.stages:
-        loads[stage.rank] += stage.seconds
-    return max(loads.values())
-
-
-def _balance(plan: PipelinePlan) -> float:
-    mean = _mean(plan)
-    return _bottleneck(plan) / mean if mean else 1.0
-
-
-def _memory_by_rank(plan: PipelinePlan) -> dict[int, int]:
-    per_rank: dict[int, int] = defaultdict(int)
-    for stage in plan.stages:
-        per_rank[stage.rank] += stage.peak_bytes
-    return per_rank
-
-
-def _notes(plan: PipelinePlan) -> list[str]:
-    per_rank = _memory_by_rank(plan)
-    too_much = [rank for rank, need in sorted(per_rank.items()) if need > plan.hardware.memory]
-    warnings = []
-    if too_much:
-        who = f"rank {too_much[0]} needs" if len(too_much) == 1 else f"ranks {ranges_text(too_much)} need up to"
-        warnings.append(
-            f"{who} {size_text(max(per_rank[rank] for rank in too_much))}, and a {plan.hardware.name} has "
-            f"{size_text(plan.hardware.memory)}: use more stages, smaller microbatches or memory_limit"
-        )
-    empty = [
-        f"stage {stage.index} has no parameters: no possible partition into so many gives each some"
-        for stage in plan.stages
-        if not stage.parameters
-    ]
-    return [*warnings, *empty, *plan.notes]
 
 
 def _layers(stage: StagePlan, room: int, shared: Collection[str]) -> str:
@@ -346,7 +253,3 @@ def _pieces(pieces: Sequence[str]) -> list[str]:
 def _paragraph(label: str, text: str) -> list[str]:
     indent = " " * 8
     return textwrap.wrap(text, WIDTH, initial_indent=f"{label:<8}", subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
