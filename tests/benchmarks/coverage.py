@@ -32,9 +32,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "capture"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from architectures import ARCHITECTURES, Architecture, hugging_face, padded, split, tokens, without_mask
+from judge import CLOSE
 from staged import (
     Outcome,
     cut,
@@ -57,7 +59,6 @@ from fxpipe.program import Program
 from fxpipe.training import Variants
 
 SEED = 7
-CLOSE = 1e-12  # of a tensor's largest element, in float64
 CLOSE_IN_FLOAT32 = 1e-6  # the same for what others traced, which runs as it is
 GRAINS = ("block", "op")
 

@@ -11,12 +11,12 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from judge import distances
 from torch import fx, nn
 from wide import in_float64, wide_inputs, wide_model, widened
 
@@ -231,42 +231,12 @@ def _buffers(stages: list[_Stage], model: nn.Module) -> dict[str, torch.Tensor]:
     return buffers
 
 
-ROUNDING = 1e-13  # of the largest of its kind: such a tensor is zero but for rounding, as of an attention key's bias
-
-
-def largest(tensors: Iterable[Any]) -> float:
-    """The largest element of all tensors of numbers with a point."""
-    numbers = [t for t in tensors if isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())]
-    return max((float(tensor.abs().max()) for tensor in numbers if tensor.numel()), default=0.0)
-
-
-def distance(one: Any, other: Any, nothing: float = 0.0) -> float:
-    """The largest difference, as a part of the larger tensor's largest element; infinite where nothing compares.
-
-    None where both tensors are no larger than ``nothing``.
-    """
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return 0.0 if type(one) is type(other) and one == other else float("inf")
-    if torch.equal(one, other):
-        return 0.0
-    if one.shape != other.shape or one.dtype != other.dtype or not (one.is_floating_point() or one.is_complex()):
-        return float("inf")
-    scale = largest((one, other))
-    off = 0.0 if scale <= nothing else float((one - other).abs().max()) / scale
-    return off if math.isfinite(off) else float("inf")
-
-
 def differences(expected: Outcome, found: Outcome, *, bits: bool = False) -> dict[str, float]:
     """By name of everything that is not equal: how far it is off; infinite where it is missing."""
     off = {}
     for kind in ("output", "gradients", "buffers"):
-        wanted, given = getattr(expected, kind), getattr(found, kind)
-        nothing = 0.0 if bits else ROUNDING * largest(wanted.values())
-        for name in {**wanted, **given}:
-            both = name in wanted and name in given
-            far = distance(wanted[name], given[name], nothing) if both else float("inf")
-            if far:
-                off[f"{kind} {name}"] = far
+        each = distances(getattr(found, kind), getattr(expected, kind), bits=bits)
+        off.update({f"{kind} {name}": far for name, far in each.items()})
     return off
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, padded, split, tokens, without_mask
+from judge import CLOSE
 from staged import Outcome, cut, differences, every_boundary, one_stage, run_model, run_program
 from torch import nn
 
 from fxpipe.capture.capture import Capture
 from fxpipe.training import Variants
 
-CLOSE = 1e-12  # of the tensor's largest element, in float64; bits where one stage runs what the model runs
 GRAINS = ("block", "op")
 CASES = [(name, grain) for name, a in ARCHITECTURES.items() for grain in GRAINS if grain == "block" or not a.branches]
 MASKED = [name for name, a in ARCHITECTURES.items() if a.batch is tokens]
@@ -59,6 +59,7 @@ def outcome(name: str, training: bool, batch: Any, seed: int, wide: bool) -> Out
 
 
 def assert_equal(expected: Outcome, found: Outcome, what: str, wide: bool) -> None:
+    """In float64 within rounding; else, where one stage runs what the model runs, every bit."""
     off = differences(expected, found, bits=not wide)
     worst = sorted(off.items(), key=lambda item: -item[1])[:3]
     assert all(distance <= (CLOSE if wide else 0) for _, distance in worst), f"{what}: {worst}"

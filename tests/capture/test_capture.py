@@ -8,6 +8,7 @@ import random
 import re
 import warnings
 
+import judge
 import numpy as np
 import pytest
 import torch
@@ -205,7 +206,8 @@ def test_another_mask_takes_its_own_variant_and_an_equal_one_does_not(name):
 def test_guards_are_seen_by_a_step_and_its_numbers_are_the_model_s():
     torch.manual_seed(0)
     model = ARCHITECTURES["Llama"].build()
-    pipe = fxpipe.compile(model, 2, (), tokens(0), microbatches=1, schedule="GPipe").materialize("cpu").eval()
+    options = {"microbatches": 1, "schedule": "GPipe", "grain": "block"}
+    pipe = fxpipe.compile(model, 2, (), tokens(0), **options).materialize("cpu").eval()
     for batch in (tokens(1), padded(1), without_mask(2), padded(2)):
         wanted = model.eval()(**batch)
         assert torch.equal(pipe.step(**batch), wanted.loss.detach())
@@ -304,9 +306,9 @@ class Reads(nn.Module):
 def test_leaves_is_a_way_out(leaves):
     model = Ends(lambda x: x.pow(2).mean())
     model.blocks = nn.ModuleList([Reads(), Reads()])
-    batch = torch.randn(4, 4)
+    model, batch = model.double(), torch.randn(4, 4, dtype=torch.float64)
     pipe = fxpipe.compile(model, 2, (batch,), leaves=leaves, grain="op", microbatches=2).materialize("cpu")
-    assert torch.allclose(pipe.step(batch), model(batch))
+    judge.assert_close(pipe.step(batch), model(batch).detach(), "loss")
 
 
 # --- what crosses boundaries ---
@@ -404,10 +406,9 @@ class Packs(nn.Module):
 @pytest.mark.parametrize(("build", "shape"), [(Gives, (4, 4)), (Dense, (4, 4)), (Packs, (4, 3, 4))])
 def test_what_modules_are_given_is_where_they_run(build, shape, grain):
     torch.manual_seed(0)
-    model, batch = build(), torch.randn(shape)
+    model, batch = build().double(), torch.randn(shape, dtype=torch.float64)
     pipe = fxpipe.compile(model, 2, (batch,), grain=grain, microbatches=1, schedule="GPipe").materialize("cpu")
-    assert torch.equal(pipe.step(batch), model(batch).detach())
+    judge.assert_close(pipe.step(batch), model(batch).detach(), "loss")
     model(batch).backward()
-    found = {fqn: parameter.grad for fqn, parameter in pipe.named_parameters()}
-    for fqn, parameter in model.named_parameters():
-        assert torch.allclose(found[fqn], parameter.grad, rtol=1e-6, atol=0), fqn
+    found, wanted = ({fqn: p.grad for fqn, p in each.named_parameters()} for each in (pipe, model))
+    judge.assert_close(found, wanted, "gradients")

@@ -14,6 +14,7 @@ import warnings
 
 import engine_worker as engines
 import handmade
+import judge
 import launch
 import pytest
 import torch
@@ -112,8 +113,8 @@ def check_exact(pipe, num):
     pipe.gradients.zero()
     loss = pipe.step(pipe.jobs(num))
     expected, wanted = handmade.reference(pipe.case, num)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    pipe.check_gradients(wanted, atol=1e-6)
+    judge.assert_close(loss, expected, "loss")
+    pipe.check_gradients(wanted)
 
 
 @contextlib.contextmanager
@@ -187,12 +188,12 @@ def accumulated_gradients_are_not_scaled_again():
     bare.step(x, target)
     first = module.weight.grad.clone()
     bare.step(x, target)
-    torch.testing.assert_close(module.weight.grad, 0.75 * 2 * first)  # (1/2 + 1) / 2, not 1 + 1
+    judge.assert_close(module.weight.grad, 0.75 * 2 * first)  # (1/2 + 1) / 2, not 1 + 1
 
     pipe = pipe_of(small_case(layers_of(4)), "GPipe")
     pipe.step(pipe.jobs(2), last=False)
     pipe.step(pipe.jobs(2))
-    pipe.check_gradients({f: 2 * g for f, g in handmade.reference(pipe.case, 2)[1].items()}, atol=1e-6)
+    pipe.check_gradients({f: 2 * g for f, g in handmade.reference(pipe.case, 2)[1].items()})
 
 
 def a_smaller_batch_gives_its_own_rows():
@@ -359,7 +360,7 @@ def outputs_may_be_dictionaries():
     jobs = pipe.jobs(1)
     (flat,) = pipe.engine.infer(jobs)
     expected = model.layers[1](model.layers[0](torch.ones(4, 4))["y"])["y"]
-    torch.testing.assert_close(jobs[0].program.rebuild(flat)["y"], expected.detach())
+    judge.assert_close(jobs[0].program.rebuild(flat)["y"], expected.detach())
 
 
 def compiled_modules_are_refused_where_the_backward_is_split():
@@ -563,11 +564,10 @@ def sharded_blocks_reduce_once_per_step():
 def check_exact_sharded(pipe, num):
     pipe.step(pipe.jobs(num))
     _, wanted = handmade.reference(pipe.case, num)
-    for fqn, parameter in engines.named_parameters(pipe.stages):
-        whole = parameter.grad.full_tensor()
-        torch.testing.assert_close(whole, wanted[fqn], rtol=0, atol=1e-6, msg=engines.named(fqn))
+    found = {fqn: parameter.grad.full_tensor() for fqn, parameter in engines.named_parameters(pipe.stages)}
+    judge.assert_close(found, {fqn: wanted[fqn] for fqn in found}, "gradients")
     total = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    torch.testing.assert_close(pipe.gradients.clip(1e9), total, rtol=1e-5, atol=0)
+    judge.assert_close(pipe.gradients.clip(1e9), total, "norm")
 
 
 CASES = {
@@ -596,4 +596,4 @@ CASES = {
 if __name__ == "__main__":
     start_process_group(CPU)
     wanted = sys.argv[1:] or list(CASES)
-    launch.run_cases({name: CASES[name] for name in wanted})
+    launch.run_cases({name: CASES[name] for name in wanted}, dtype=torch.float64)

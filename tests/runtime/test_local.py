@@ -1,8 +1,8 @@
 """All stages in one process."""
 
 import handmade
+import judge
 import pytest
-import torch
 
 from fxpipe.runtime.run.local import LocalEngine
 
@@ -20,8 +20,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(name, num_stages):
             jobs = handmade.jobs_of(case, stages, num_stages, num)
             loss = LocalEngine(stages).train(jobs)
             expected, gradients = handmade.reference(case, num)
-            torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+            judge.assert_close(loss, expected, "loss")
             found = handmade.gradients_of(stages)
-            assert found.keys() >= gradients.keys() - {"head.weight"}
-            for fqn, gradient in gradients.items():
-                torch.testing.assert_close(found[fqn], gradient, rtol=0, atol=1e-14)
+            found.pop("head.weight", None)  # the other name of the tied weight, where another stage holds it
+            judge.assert_close(found, gradients, "gradients")
