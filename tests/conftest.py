@@ -1,7 +1,39 @@
-"""Lets tests and their worker processes share ``launch``, and what lies beside them in their folder."""
+"""What all tests share: the modules beside them, one thread each, their random inputs, and how they are spread."""
 
+import os
 import pathlib
 import sys
 
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # before torch and numpy are imported: several processes share the processor
+
+import hypothesis
+import pytest
+
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE), *(str(folder) for folder in sorted(HERE.iterdir()) if list(folder.glob("test_*.py")))]
+
+# An ordinary run passes or fails for what changed and not by chance. Under `tox -e fuzz` property tests try as many
+# times more examples, and random ones; what they find becomes an `@example`.
+FUZZ = int(os.environ.get("FXPIPE_FUZZ") or 0)
+hypothesis.settings.register_profile("ordinary", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fuzz" if FUZZ else "ordinary")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """As many processes as processors where all tests run; files that were named run in this one, at once."""
+    return None if config.args == config.getini("testpaths") else 0
+
+
+def pytest_collection_modifyitems(items):
+    """Keep on one process what shares a launch of ranks: the tests of a file that use a fixture of their module."""
+    for item in items:
+        found = getattr(item, "_fixtureinfo", None)
+        if found and any(defs[-1].scope == "module" for defs in found.name2fixturedefs.values() if defs):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if FUZZ and hypothesis.is_hypothesis_test(item.obj):
+            asked = item.obj._hypothesis_internal_use_settings
+            more = hypothesis.settings(asked, max_examples=FUZZ * asked.max_examples)
+            item.obj._hypothesis_internal_use_settings = more
