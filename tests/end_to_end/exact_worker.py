@@ -1,9 +1,13 @@
-"""One of four ranks: every model on every schedule computes what the unpartitioned model computes, in float64."""
+"""Four ranks: every model on every schedule computes what the unpartitioned model computes, in float64.
+
+Everything is compiled, and the unpartitioned models trained, once; then the ranks are forked.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,14 +70,27 @@ def reference(name: str, parts: int) -> tuple[list[torch.Tensor], dict[str, torc
     return losses, gradients, dict(model.named_parameters())
 
 
-def check(name: str, schedule: str, number: int, ranks: int = RANKS) -> None:
-    case, stages = models.CASES[name], SCHEDULES[schedule][0] * ranks // RANKS
-    batch = case.batch()
-    grain = "auto" if (schedule, number) in OPENED else "block"
-    options = {"microbatches": number, "schedule": schedule, "ranks": ranks, "loss_fn": case.loss_fn, "grain": grain}
-    with fxpipe.compile(model_of(name), stages, (), batch, **options).materialize() as pipe:
-        optimizer = optimizer_of(pipe.parameters())
+def prepared(name: str, schedule: str, number: int, ranks: int = RANKS) -> Callable[[], None]:
+    """Compile, and train the unpartitioned model; gives what is left to do on the ranks."""
+    try:
+        case, stages = models.CASES[name], SCHEDULES[schedule][0] * ranks // RANKS
+        grain = "auto" if (schedule, number) in OPENED else "block"
+        options = {"microbatches": number, "schedule": schedule, "ranks": ranks, "grain": grain}
+        pipe = fxpipe.compile(model_of(name), stages, (), case.batch(), loss_fn=case.loss_fn, **options)
         wanted = [reference(name, parts) for parts in dict.fromkeys((number, 1))]
+    except Exception as error:
+        return functools.partial(failed, error)
+    return functools.partial(check, name, pipe, wanted)
+
+
+def failed(error: Exception) -> None:
+    raise error
+
+
+def check(name: str, pipe: fxpipe.Pipeline, wanted: list[Any]) -> None:
+    batch = models.CASES[name].batch()
+    with pipe.materialize():
+        optimizer = optimizer_of(pipe.parameters())
         for step in range(STEPS):
             pipe.zero_grad()
             loss = pipe.step(**batch)
@@ -87,27 +104,32 @@ def check(name: str, schedule: str, number: int, ranks: int = RANKS) -> None:
         for _, _, weights in wanted:
             held = {fqn: weights[fqn] for fqn, _ in pipe.named_parameters()}
             torch.testing.assert_close(dict(pipe.named_parameters()), held, rtol=0, atol=1e-10)
-        seen: list[Any] = [None] * ranks
+        seen: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(seen, [fqn for fqn, _ in pipe.named_parameters()])
     assert {fqn for fqns in seen for fqn in fqns} == {fqn for fqn, _ in model_of(name).named_parameters()}
 
 
-def cases(wanted: tuple[str, ...] = tuple(models.CASES)) -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(wanted: tuple[str, ...] = tuple(models.CASES)) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for name in wanted:
         for schedule, (_, numbers) in SCHEDULES.items():
             for number in numbers:
-                yield f"{name}-{schedule}-{number}", functools.partial(check, name, schedule, number)
+                yield f"{name}-{schedule}-{number}", (name, schedule, number)
 
 
-def street_cases(ranks: int) -> dict[str, Callable[[], None]]:
+def street_cases(ranks: int) -> dict[str, tuple[Any, ...]]:
     """A tie, a skip and a late input on fewer ranks."""
-    return {name: functools.partial(check, "street", name, 6, ranks) for name in ("GPipe", "1F1B")}
+    return {name: ("street", name, 6, ranks) for name in ("GPipe", "1F1B")}
+
+
+def on_a_rank(checks: dict[str, Callable[[], None]]) -> None:
+    dist.init_process_group("gloo")
+    launch.run_cases(checks, dtype=torch.float64)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    all_cases = dict(cases(tuple(sys.argv[1:]) or tuple(models.CASES)))
-    ranks = dist.get_world_size()
-    launch.run_cases(all_cases if ranks == RANKS else street_cases(ranks), dtype=torch.float64)
-    dist.destroy_process_group()
+    ranks = int(os.environ["WORLD_SIZE"])
+    chosen = dict(cases(tuple(sys.argv[1:]) or tuple(models.CASES))) if ranks == RANKS else street_cases(ranks)
+    launch.fork_ranks(functools.partial(on_a_rank, {case: prepared(*given) for case, given in chosen.items()}))

@@ -7,10 +7,9 @@ import training_worker
 
 @pytest.fixture(scope="module")
 def said():
-    return launch.launch_cases("end_to_end/training_worker.py", training_worker.RANKS, timeout_s=400)
+    return launch.launch_cases("end_to_end/training_worker.py", training_worker.RANKS)
 
 
-@pytest.mark.timeout(460)
 @pytest.mark.parametrize("case", training_worker.cases())
 def test_on_four_ranks(case, said):
     launch.passed(said, case, training_worker.RANKS)

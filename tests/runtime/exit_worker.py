@@ -15,7 +15,7 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     started = start_process_group(engines.CPU)
     assert started == (sys.argv[1] != "user")
-    pipe = engines.Pipe(handmade.chain(), "1F1B")
+    pipe = engines.Pipe(handmade.chain(), "1F1B", (tuple(range(dist.get_world_size())),))
     pipe.step(pipe.jobs(4))
     if sys.argv[1] == "closed":
         pipe.groups.close()

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def said():
-    return launch.launch_cases("runtime/engine_worker.py", engine_worker.RANKS, timeout_s=280)
+    return launch.launch_cases("runtime/engine_worker.py", engine_worker.RANKS)
 
 
 @pytest.mark.parametrize("case", engine_worker.cases())

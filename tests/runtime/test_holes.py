@@ -14,7 +14,7 @@ from fxpipe.runtime.run.schedule import keep_messages_in_order
 
 @pytest.fixture(scope="module")
 def said():
-    return launch.launch_cases("runtime/holes_worker.py", 4, timeout_s=280)
+    return launch.launch_cases("runtime/holes_worker.py", 4)
 
 
 @pytest.mark.parametrize("case", holes_worker.CASES)
@@ -24,7 +24,7 @@ def test_hole(case, said):
 
 def test_uneven_microbatches_abort_torch_s_engine():
     # fxpipe runs them: the cases "uneven-…" of engine_worker.
-    results = launch.launch("runtime/uneven_worker.py", 2, timeout_s=60)
+    results = launch.launch("runtime/uneven_worker.py", 2)
     assert any(result.returncode for result in results)
 
 
