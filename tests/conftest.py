@@ -4,8 +4,8 @@ import os
 import pathlib
 import sys
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")  # before torch and numpy are imported: several processes share the processor
+# Before torch and numpy are imported: several processes share the processor.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
