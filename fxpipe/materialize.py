@@ -32,6 +32,8 @@ from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.prepare import RunOptions
+from fxpipe.runtime.weights.checkpoints import Checkpoints
+from fxpipe.runtime.weights.model import Model
 
 Init = Callable[[nn.Module], Any] | str | None
 
@@ -71,6 +73,7 @@ class Running:
         stage_of_tensor: Stage of each parameter, by FQN; of a tied one, one of its stages.
         unfilled: FQNs of tensors that were allocated and not given values yet.
         started: Whether the process group is fxpipe's own.
+        checkpoints: Reads and writes the stages.
     """
 
     plan: PipelinePlan
@@ -84,6 +87,7 @@ class Running:
     stage_of_tensor: Mapping[str, int]
     unfilled: set[str]
     started: bool
+    checkpoints: Checkpoints
 
     @property
     def placement(self) -> list[int]:
@@ -101,7 +105,7 @@ class Running:
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise MaterializeError(
                 f"{len(names)} tensors were allocated (init='empty') and never filled: {shown}\n"
-                "  call pipe.load_state_dict with all of them first"
+                "  call pipe.load or pipe.load_state_dict with all of them first"
             )
 
     def check_ready(self) -> None:
@@ -134,7 +138,8 @@ class Running:
         return {key: held[fqn] for key, fqn in tied_names(self.capture).items() if fqn in held}
 
     def close(self) -> None:
-        """End the groups, and the process group if it is fxpipe's own."""
+        """End the groups, and the process group if it is fxpipe's own; a save in the background ends first."""
+        self.checkpoints.close()
         if self.groups is not None:
             self.groups.close()
             if self.started:
@@ -183,13 +188,23 @@ def materialize(
     capture.release()
     for stage, planned in zip(stages, own, strict=True):
         options.apply(stage, planned.recompute, capture.blocks)
-    placed = [stage.rank for stage in plan.stages]
-    gradients = Gradients(stages, plan.ties, placed, groups, keep_wide=options.keep_wide)
+    gradients = Gradients(stages, plan.ties, [s.rank for s in plan.stages], groups, keep_wide=options.keep_wide)
     names = state_names(capture.skeleton.module, capture.skeleton.aliases)
     engine = _engine(plan, stages, groups, where, gradients)
-    stage_of_tensor = _stage_of_tensor(plan, layers)
+    model = Model(capture.skeleton.module, names)
     return Running(
-        plan, capture, tuple(stages), engine, gradients, groups, where, names, stage_of_tensor, unfilled, started
+        plan,
+        capture,
+        tuple(stages),
+        engine,
+        gradients,
+        groups,
+        where,
+        names,
+        _stage_of_tensor(plan, layers),
+        unfilled,
+        started,
+        Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching),
     )
 
 

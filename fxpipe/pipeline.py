@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +22,7 @@ from fxpipe.runtime.build.state import full_state, load_state, own_state
 from fxpipe.runtime.ranks.place import is_first
 from fxpipe.runtime.run.optimizer import make_optimizer, make_scaler
 from fxpipe.runtime.run.prepare import RunOptions
+from fxpipe.runtime.weights.disk.directory import weights_path
 from fxpipe.training import Trainer, Variants
 from fxpipe.verification import Verification, Verifier
 
@@ -93,7 +96,7 @@ class Pipeline:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
-        init: Callable[[nn.Module], Any] | str | None = None,
+        init: Callable[[nn.Module], Any] | str | os.PathLike[str] | None = None,
         *,
         parallelize: Callable[[nn.Module], Any] | None = None,
         compile: str | Mapping[str, Any] | None = None,
@@ -106,7 +109,8 @@ class Pipeline:
             dtype: Floating-point dtype of parameters and buffers; None keeps the model's.
             seed: Of initialisation; None: the one given to ``compile``.
             init: What gives values to tensors without a real one: a function of a module (called on each module after
-                its ``reset_parameters``), ``"reset"``, ``"huggingface"``, ``"empty"``, or None for nothing.
+                its ``reset_parameters``), ``"reset"``, ``"huggingface"``, ``"empty"``, or None for nothing; or the path
+                of weights: ``"empty"``, then ``load`` of that path.
             parallelize: Called with each stage module of this rank before it runs: applies ``fully_shard``,
                 ``parallelize_module`` or the like to it over the mesh's other dimensions, in place.
             compile: What ``torch.compile`` is applied to: ``"blocks"`` (the model's own, equal ones compiled once),
@@ -124,6 +128,7 @@ class Pipeline:
         """
         if self._running is not None:
             raise MaterializeError("this pipeline is materialized already\n  compile again for another device or dtype")
+        path = weights_path(init)
         self._running = materialize(
             self._source,
             self.graph,
@@ -131,9 +136,11 @@ class Pipeline:
             device=device,
             dtype=dtype,
             seed=self.plan.seed if seed is None else seed,
-            init=init,
             options=RunOptions(parallelize, compile, keep_wide),
+            init="empty" if path is not None or isinstance(init, os.PathLike) else init,
         )
+        if path is not None:
+            self.load(path)
         return self
 
     # --- to train and run -----------------------------------------------------------------------------------------
@@ -323,6 +330,104 @@ class Pipeline:
         running = self._materialized()
         load_state(running.names, running.stages, running.groups, state)
         running.unfilled.difference_update(running.names.first.get(fqn, fqn) for fqn in state)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rename: Mapping[str, str] | Callable[[str], str | None] | str | None = None,
+        dtype: str = "model",
+        strict: bool = True,
+        prefix: str | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+    ) -> Any:
+        """Read this rank's tensors from files; every rank calls it.
+
+        Everything is checked on every rank before anything is changed.
+
+        Args:
+            path: A Hugging Face directory of safetensors, an adapter's directory, a ``.safetensors`` file, a checkpoint
+                of ``save``, or a directory of those, of which the newest whole one is taken.
+            rename: How the files' names become the model's: a mapping, a function of a name (None drops it), or
+                ``"huggingface"``: the conversions of transformers, which a model of transformers gets by itself.
+            dtype: ``"model"``: a tensor of another dtype than the model's is an error; ``"cast"``: it is cast.
+            strict: Whether names that the model does not have, and tensors that the files lack, are errors.
+            prefix: Put before every name of the files.
+            optimizer: Gets the state saved with a checkpoint.
+            scheduler: Likewise.
+
+        Returns:
+            The ``extra`` of a checkpoint, whose step counter and seed the pipeline takes too; else None.
+
+        Raises:
+            WeightsError: On every rank; lists all that is wrong. Nothing was changed then.
+        """
+        running = self._materialized()
+        loaded = running.checkpoints.load(
+            path,
+            rename=rename,
+            dtype=dtype,
+            strict=strict,
+            prefix=prefix,
+            optimizer=optimizer,
+            scheduler=scheduler,
+        )
+        self._trainer.resume(loaded.step, loaded.seed)
+        return loaded.extra
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        extra: Any = None,
+        only: str | None = None,
+        async_: bool = False,
+    ) -> Future[None] | None:
+        """Write a checkpoint to a new directory; every rank calls it and writes its part.
+
+        It loads into any number of stages and any schedule. It is whole or not there at all, also after a crash.
+
+        Args:
+            path: A directory that does not exist.
+            optimizer: Whose state is saved, by FQN.
+            scheduler: Whose state is saved.
+            extra: The user's own values: numbers, strings, lists, dictionaries; the first rank's are kept.
+            only: ``"trainable"``: only trainable tensors, in peft's form for a model that peft wrapped.
+            async_: Whether to return once the tensors are copied, and write in the background.
+
+        Returns:
+            With ``async_`` a future, which ends when the checkpoint is whole; else None.
+
+        Raises:
+            WeightsError: On every rank: the target exists, there is no room, or something cannot be saved.
+        """
+        return self._materialized().checkpoints.save(
+            path,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            extra=extra,
+            only=only,
+            async_=async_,
+            step=self._trainer.num_steps,
+            seed=self._trainer.seed,
+        )
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory that ``from_pretrained`` of the plain model reads; every rank calls it.
+
+        Safetensors, an index where there are several files, ``config.json``; tensors named and arranged as
+        transformers does. A model that peft wrapped writes its adapters, as peft does.
+
+        Args:
+            path: A directory that does not exist.
+
+        Raises:
+            WeightsError: On every rank: it is no model of transformers, the target exists, or there is no room.
+        """
+        self._materialized().checkpoints.save_pretrained(path)
 
     # --- to check -------------------------------------------------------------------------------------------------
 

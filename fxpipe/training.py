@@ -244,6 +244,11 @@ class Trainer:
         self.num_steps += 1
         return loss
 
+    def resume(self, step: int | None, seed: int | None) -> None:
+        """Go on from a step, with the random numbers of a seed; None changes nothing."""
+        self.num_steps = self.num_steps if step is None else step
+        self.seed = self.seed if seed is None else seed
+
     def infer(self, running: Running, batch: Microbatch, num_microbatches: int, *, gather: bool) -> Any:
         """Run the model forward; see ``Pipeline.infer``."""
         step = self._agreed(running, lambda: self._for_inference(running, batch, num_microbatches))

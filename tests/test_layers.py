@@ -50,6 +50,11 @@ TABLE = {
     ),
     "runtime.ranks": Room("errors ir _torch", "torch"),
     "runtime.build": Room("errors ir program batch _torch recipes runtime.ranks", "torch numpy"),
+    "runtime.weights.disk": Room("errors ir runtime.build", "torch safetensors"),
+    "runtime.weights": Room(
+        "errors ir _torch runtime.ranks runtime.build runtime.weights.disk",
+        "torch safetensors transformers peft huggingface_hub tqdm",
+    ),
     "runtime.run": Room("errors ir program batch _torch runtime.ranks runtime.build", "torch"),
     # Modules that compose the rooms; each sees the ones above it here.
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
@@ -61,7 +66,9 @@ TABLE = {
     "compiler": Room(
         "choosing errors ir batch recipes planning capture profiling materialize training pipeline", "torch"
     ),
-    "cli": Room("errors ir planning report export capture compiler pipeline", "tqdm torch transformers shtab"),
+    "cli": Room(
+        "errors ir planning report export capture runtime.weights compiler pipeline", "tqdm torch transformers shtab"
+    ),
     "__main__": Room("cli"),
 }
 # A class can only be checked against torch, and built, where torch is: inside these functions.

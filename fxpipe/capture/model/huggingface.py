@@ -7,6 +7,7 @@ filled unless the configuration says otherwise: seen from the forward it is one 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -21,13 +22,17 @@ def declared_ties(model: nn.Module) -> Iterator[tuple[str, str]]:
         yield from ((f"{start}{fqn}", f"{start}{source}") for fqn, source in expand().items())
 
 
-def switch_caches_off(module: nn.Module) -> None:
+def switch_caches_off(module: nn.Module) -> tuple[Any, ...]:
     """Hugging Face models fill key-value caches by default, one Python object that all blocks share.
 
-    In training a cache is dead weight, and one made during capture would carry a microbatch into the next.
+    In training a cache is dead weight, and one made during capture would carry a microbatch into the next. Gives the
+    configurations that had them on.
     """
+    switched: dict[int, Any] = {}
     for part in module.modules():
         config = getattr(part, "config", None)
         for each in (config, *(vars(config).values() if hasattr(config, "__dict__") else ())):
             if getattr(each, "use_cache", False) is True:
                 each.use_cache = False
+                switched[id(each)] = each
+    return tuple(switched.values())

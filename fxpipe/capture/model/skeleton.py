@@ -38,6 +38,7 @@ class Skeleton:
         origins: Where each tensor's value comes from unless ``init=`` gives one: ``"real"``: it has one;
             ``"recorded"``: from its recorded initialisation; ``"none"``: from nowhere.
         values: Values that were asked for.
+        caching: Configurations of the copy whose caches were switched off.
     """
 
     module: nn.Module
@@ -51,6 +52,7 @@ class Skeleton:
     generators: frozenset[int]
     origins: Mapping[str, str] = field(default_factory=dict)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
+    caching: tuple[Any, ...] = ()
 
     def value_of(self, fqn: str) -> torch.Tensor | None:
         """Give a tensor's value where it has one before ``materialize``: it is real, or its initialisation recorded."""
@@ -119,7 +121,7 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     _refuse_overlaps(aliases, originals)
     memo.update({key: tensor for key, (_, tensor) in plain.items()})
     module = _copied(model, memo)
-    switch_caches_off(module)
+    caching = switch_caches_off(module)
     fqn_of = {id(fake): fqn for fqn, fake in fakes.items()}
     fqn_of.update({id(tensor): aliases[fqn] for fqn, tensor in named})
     persistent = set(model.state_dict(keep_vars=True)) if named else set()
@@ -138,7 +140,9 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     module_fqns.update({id(part): fqn for fqn, part in module.named_modules()})
     generators = frozenset(id(item) for _, item in _plain_items(module) if isinstance(item, torch.Generator))
     origins = {fqn: _origin(tensor) for fqn, tensor in originals.items()}
-    return Skeleton(module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators, origins)
+    return Skeleton(
+        module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators, origins, caching=caching
+    )
 
 
 def _origin(tensor: torch.Tensor) -> str:

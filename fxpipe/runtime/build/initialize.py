@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from fxpipe.errors import MaterializeError
 from fxpipe.runtime.build.generators import seed_generators
 from fxpipe.runtime.build.poison import OTHER_POISON, POISON, looks_untouched, poisoned, same_bytes
 from fxpipe.runtime.build.standin import StandIn, tensor_names
+from fxpipe.runtime.build.wrappers import is_tuner, plain_name, starts
 
 InitFunction = Callable[[nn.Module], Any]
 Phase = Literal["reset", "init"]
@@ -67,6 +68,7 @@ class Initializer:
         init: A function of a module, or ``"reset"``; or ``"huggingface"``; ``"empty"``: the same where a unit is not
             filled from the start; None: nothing.
         seed: Seed of all draws.
+        moved: The modules that peft moved, as ``inner_modules`` yields them.
     """
 
     skeleton: nn.Module
@@ -74,6 +76,7 @@ class Initializer:
     blocks: frozenset[str]
     init: InitFunction | str | None
     seed: int
+    moved: Mapping[str, str | None] = field(default_factory=dict)
 
     def units(self, fqns: Sequence[str]) -> tuple[Unit, ...]:
         """Give the units of some tensors, in the model's order; each with all of its tensors."""
@@ -168,7 +171,10 @@ class Initializer:
                 full of in memory that is thrown away. None: they are on meta.
         """
         # Functions that draw for all of a model's tensors must not give every block the same.
-        seed_generators(self.seed, call.phase, call.fqn, *(() if call.is_inside else (unit.fqn,)))
+        # What peft trains beside its original starts as a copy of it: it draws what the original would.
+        name = plain_name(f"{call.fqn}.", self.moved) if self.moved else None
+        drawn_as = call.fqn if name is None else name.removesuffix(".")
+        seed_generators(self.seed, call.phase, drawn_as, *(() if call.is_inside else (unit.fqn,)))
         own: dict[str, torch.Tensor] = {}
         if scratch is not None and not call.is_inside:
             own = {fqn: poisoned(self.stand_in.metas[fqn], scratch) for fqn in self.stand_in.direct(call.fqn)}
@@ -229,6 +235,11 @@ class Initializer:
         yield fqn, module
 
     def _function(self, phase: Phase, fqn: str, module: nn.Module) -> Callable[[], Any] | None:
+        if is_tuner(module):  # whatever init is: an adapter starts as peft starts it
+            calls = starts(module, getattr(self.stand_in.module, "peft_config", {}))
+            return (lambda: [call() for call in calls]) if calls else None
+        if plain_name(f"{fqn}.", self.moved) is None:
+            return None
         if phase == "reset":
             reset = _reset_function(module)
             if reset is None or not parametrize.is_parametrized(module):

@@ -26,11 +26,13 @@ class TensorNames:
     Attributes:
         fqns: All its names, the first one first.
         shape: Its shape.
+        dtype: Its dtype, by torch's name without the prefix.
         persistent: Whether it is in the model's ``state_dict``.
     """
 
     fqns: tuple[str, ...]
     shape: tuple[int, ...]
+    dtype: str
     persistent: bool
 
 
@@ -68,18 +70,18 @@ def state_names(skeleton: nn.Module, aliases: Mapping[str, str]) -> StateNames:
     """
     fqns: dict[str, list[str]] = {}
     saved: list[str] = []
-    shapes: dict[str, tuple[int, ...]] = {}
+    metas: dict[str, tuple[tuple[int, ...], str]] = {}
     for prefix, module in skeleton.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             fqn = start + name
             first = aliases.get(fqn, fqn)
             fqns.setdefault(first, []).append(fqn)
-            shapes.setdefault(first, tuple(tensor.shape))
+            metas.setdefault(first, (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
             if name not in module._non_persistent_buffers_set:
                 saved.append(fqn)
     kept = {aliases.get(fqn, fqn) for fqn in saved}
-    tensors = {first: TensorNames(tuple(names), shapes[first], first in kept) for first, names in fqns.items()}
+    tensors = {first: TensorNames(tuple(names), *metas[first], first in kept) for first, names in fqns.items()}
     return StateNames(tensors, {fqn: first for first, names in fqns.items() for fqn in names}, tuple(saved))
 
 
@@ -88,7 +90,7 @@ def own_state(names: StateNames, stages: Sequence[StageModule]) -> dict[str, tor
 
     What was added to a stage after it was made (an adapter's weights) goes by its own name.
     """
-    return names.named({fqn: tensor.detach() for fqn, tensor in _held(names, stages).items()})
+    return names.named({fqn: tensor.detach() for fqn, tensor in held_tensors(names, stages).items()})
 
 
 def full_state(names: StateNames, stages: Sequence[StageModule], groups: Groups | None) -> dict[str, torch.Tensor]:
@@ -123,7 +125,7 @@ def gather_tensors(
     """
     held = {
         fqn: tensor
-        for fqn, tensor in _held(names, stages).items()
+        for fqn, tensor in held_tensors(names, stages).items()
         if not saved_only or fqn not in names.tensors or names.tensors[fqn].persistent
     }
     gathered: dict[str, torch.Tensor] = {}
@@ -169,7 +171,7 @@ def match_state(
         WeightsError: Lists all faults: names the model does not have, tensors of this rank left out, wrong shapes,
             values that are no tensors, and tied names with different values.
     """
-    held = _held(names, stages)
+    held = held_tensors(names, stages)
     faults = []
     found: dict[str, tuple[str, torch.Tensor]] = {}
     for fqn, value in state.items():
@@ -205,7 +207,7 @@ def write_state(matched: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             target.copy_(value)
 
 
-def _held(names: StateNames, stages: Sequence[StageModule]) -> dict[str, torch.Tensor]:
+def held_tensors(names: StateNames, stages: Sequence[StageModule]) -> dict[str, torch.Tensor]:
     """Give this rank's tensors by first name; what the model does not have by its own name, if it is saved at all."""
     held: dict[str, torch.Tensor] = {}
     for stage in stages:

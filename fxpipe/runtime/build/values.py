@@ -16,6 +16,10 @@ from fxpipe.recipes.deferred import is_recorded, replay
 from fxpipe.runtime.build.generators import kept_generators
 from fxpipe.runtime.build.initialize import InitFunction, Initializer, Unit, has_reset, is_huggingface
 from fxpipe.runtime.build.standin import make_stand_in
+from fxpipe.runtime.build.wrappers import added_by_tuners, inner_modules
+
+INIT_WORDS = ("reset", "huggingface", "empty")
+"""What ``init`` may be by name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,8 +91,8 @@ def initial_values(
     recipes = {fqn: constructed.get(fqn, originals[fqn]) for fqn in missing}
     recipes = {fqn: tensor for fqn, tensor in recipes.items() if is_recorded(tensor)}
     if init == "empty":
-        buffers = {fqn for unit in _buffer_units(skeleton, missing) for fqn in unit.tensors}
-        recipes = {fqn: tensor for fqn, tensor in recipes.items() if fqn in buffers}
+        unfiled = {fqn for unit in _unfiled_units(skeleton, missing) for fqn in unit.tensors}
+        recipes = {fqn: tensor for fqn, tensor in recipes.items() if fqn in unfiled}
     elif init is not None:
         recipes = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -106,8 +110,8 @@ def initial_values(
             _refuse(skeleton, missing, init)
         if missing:
             stand_in = make_stand_in(skeleton, originals, aliases)
-            initializer = Initializer(skeleton, stand_in, frozenset(blocks), init, seed)
-            units = _buffer_units(skeleton, missing) if init == "empty" else initializer.units(missing)
+            initializer = Initializer(skeleton, stand_in, frozenset(blocks), init, seed, dict(inner_modules(skeleton)))
+            units = _unfiled_units(skeleton, missing) if init == "empty" else initializer.units(missing)
             wanted = set(missing)
             for unit in units:
                 start = _start(unit.tensors, originals, constructed if init != "empty" else {})
@@ -151,21 +155,23 @@ def _check_alike(fqn: str, value: torch.Tensor, expected: torch.Tensor) -> None:
         )
 
 
-def _buffer_units(skeleton: nn.Module, fqns: Sequence[str]) -> list[Unit]:
-    """Give the owners of the buffers among these that no file holds."""
+def _unfiled_units(skeleton: nn.Module, fqns: Sequence[str]) -> list[Unit]:
+    """Give the owners of the tensors among these that no file holds: non-persistent buffers, and adapters of peft."""
+    is_added = added_by_tuners(skeleton)
     persistent = skeleton.state_dict(keep_vars=True)
     buffers = {fqn for fqn, _ in skeleton.named_buffers()} - set(persistent)
     owners: dict[str, list[str]] = {}
     for fqn in fqns:
-        if fqn in buffers:
+        if fqn in buffers or is_added(fqn):
             owners.setdefault(fqn.rpartition(".")[0], []).append(fqn)
     return [Unit(owner, tuple(sorted(names))) for owner, names in owners.items()]
 
 
 def _check_init(skeleton: nn.Module, init: object) -> None:
-    if not (init is None or callable(init) or init in ("reset", "huggingface", "empty")):
+    if not (init is None or callable(init) or init in INIT_WORDS):
         raise MaterializeError(
-            f"init={init!r} is not known\n  give None, a function of a module, 'reset', 'huggingface' or 'empty'"
+            f"init={init!r} is not known\n"
+            "  give None, a function of a module, 'reset', 'huggingface', 'empty', or the path of weights"
         )
     if init == "huggingface" and not _has_huggingface(skeleton):
         raise MaterializeError(

@@ -1,0 +1,143 @@
+"""A pipeline's weights on disk: what ``pipe.load``, ``pipe.save`` and ``pipe.save_pretrained`` delegate to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from torch.optim import Optimizer
+
+from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.weights.loading import Loaded, load
+from fxpipe.runtime.weights.matching import Rename, shown
+from fxpipe.runtime.weights.model import Model
+from fxpipe.runtime.weights.pretrained import save_pretrained
+from fxpipe.runtime.weights.saving import Saver, Snapshot, take_snapshot
+from fxpipe.runtime.weights.trainable import save_trainable
+
+
+class Checkpoints:
+    """Reads and writes one rank's stages, together with the other ranks; live, until ``close``.
+
+    Args:
+        model: The whole model's names.
+        stages: This rank's stages.
+        groups: The pipeline's groups; None where one process holds it all.
+        unfilled: First FQNs of tensors without a value; those that are loaded are taken out.
+        caching: Configurations whose ``use_cache`` was switched off for capture.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        stages: Sequence[StageModule],
+        groups: Groups | None,
+        unfilled: set[str],
+        caching: Sequence[Any] = (),
+    ) -> None:
+        self._model = model
+        self._stages = stages
+        self._groups = groups
+        self._unfilled = unfilled
+        self._caching = caching
+        self._saver = Saver(model, groups)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rename: Rename = None,
+        dtype: str = "model",
+        strict: bool = True,
+        prefix: str | None = None,
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+    ) -> Loaded:
+        """Fill this rank's tensors; as ``fxpipe.runtime.weights.loading.load``."""
+        self._saver.wait()
+        loaded = load(
+            path,
+            self._model,
+            self._stages,
+            self._groups,
+            rename=rename,
+            dtype=dtype,
+            strict=strict,
+            prefix=prefix,
+            optimizer=optimizer,
+            scheduler=scheduler,
+        )
+        self._unfilled.difference_update(loaded.filled)
+        return loaded
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+        extra: Any = None,
+        only: str | None = None,
+        async_: bool = False,
+        step: int = 0,
+        seed: int = 0,
+    ) -> Future[None] | None:
+        """Write a checkpoint, or with ``only="trainable"`` the trainable tensors.
+
+        Raises:
+            WeightsError: On every rank. Nothing is left then.
+        """
+        found: Snapshot | FxpipeError
+        try:
+            self._check(only, optimizer, scheduler, extra, async_)
+            found = take_snapshot(
+                self._model,
+                self._stages,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                extra=extra,
+                step=step,
+                seed=seed,
+            )
+        except FxpipeError as error:
+            found = error
+        if only is None:
+            return self._saver.save(path, found, in_background=async_)
+        self._saver.wait()
+        self._saver.everyone().agree(found if isinstance(found, FxpipeError) else None, "what to save")
+        save_trainable(path, self._model, self._stages, self._groups, self._saver.everyone())
+        return None
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face directory; as ``fxpipe.runtime.weights.pretrained.save_pretrained``."""
+        self._saver.wait()
+        everyone = self._saver.everyone()
+        error: FxpipeError | None = None
+        try:
+            self._check_filled()
+        except FxpipeError as found:
+            error = found
+        everyone.agree(error, "what to save")
+        save_pretrained(path, self._model, self._stages, self._groups, everyone, self._caching)
+
+    def close(self) -> None:
+        """Wait for a save in the background, and end what belongs to it."""
+        self._saver.close()
+
+    def _check(self, only: str | None, optimizer: object, scheduler: object, extra: object, async_: bool) -> None:
+        self._check_filled()
+        if only not in (None, "trainable"):
+            raise WeightsError(f'only={only!r} is not known\n  give "trainable", or leave it out')
+        if only is not None and (any(each is not None for each in (optimizer, scheduler, extra)) or async_):
+            raise WeightsError('only="trainable" writes tensors alone\n  leave out the others, or only=')
+
+    def _check_filled(self) -> None:
+        if self._unfilled:
+            raise WeightsError(
+                f"{len(self._unfilled)} tensors have no value to save: {shown(sorted(self._unfilled))}\n"
+                "  load them first"
+            )

@@ -1,0 +1,215 @@
+"""``pipe.save``: a checkpoint that all ranks write together, whole or not at all, now or in the background."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.build.state import held_tensors
+from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.weights.disk.files import stored
+from fxpipe.runtime.weights.disk.manifest import Manifest, write_manifest
+from fxpipe.runtime.weights.disk.plain import encode
+from fxpipe.runtime.weights.model import Model
+from fxpipe.runtime.weights.optimizer_state import (
+    OwnState,
+    join_states,
+    own_optimizer_state,
+    own_scheduler_state,
+)
+from fxpipe.runtime.weights.ranks import Everyone
+from fxpipe.runtime.weights.target import Target
+from fxpipe.runtime.weights.writing import WritePlan, plan_writing
+
+_STATE = "optimizer/"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What a checkpoint holds of this rank.
+
+    Attributes:
+        tensors: Weights by first FQN, and the optimiser's by ``optimizer_key``.
+        optimizer: The rest of the optimiser's state.
+        scheduler: The scheduler's, encoded.
+        step: Steps made.
+        seed: Seed of the random numbers.
+        extra: The user's values, encoded.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    optimizer: OwnState | None
+    scheduler: Any
+    step: int
+    seed: int
+    extra: Any
+
+    def copied(self) -> Snapshot:
+        """Give a copy on the CPU, which training does not change any more."""
+        return replace(self, tensors={name: _copied(tensor) for name, tensor in self.tensors.items()})
+
+
+def take_snapshot(
+    model: Model,
+    stages: Sequence[StageModule],
+    *,
+    optimizer: Optimizer | None,
+    scheduler: Any,
+    extra: Any,
+    step: int,
+    seed: int,
+) -> Snapshot:
+    """Collect what a checkpoint holds of this rank; nothing is copied.
+
+    Raises:
+        WeightsError: Something is neither a tensor nor a JSON value; names it.
+    """
+    held = held_tensors(model.names, stages)
+    kept = {
+        first: tensor.detach()
+        for first, tensor in held.items()
+        if first not in model.names.tensors or model.names.tensors[first].persistent
+    }
+    named = {fqn: tensor for fqn, tensor in held.items() if isinstance(tensor, nn.Parameter)}
+    own = own_optimizer_state(optimizer, named) if optimizer is not None else None
+    state = own_scheduler_state(scheduler) if scheduler is not None else None
+    tensors = {**kept, **(own.tensors if own is not None else {})}
+    for name, tensor in tensors.items():
+        stored(name, tensor)
+    return Snapshot(tensors, own, state, step, seed, encode(extra, "extra", strict=True))
+
+
+class Saver:
+    """Writes checkpoints of one pipeline; live, until ``close``.
+
+    Args:
+        model: The whole model's names.
+        groups: The pipeline's groups; None where one process holds it all.
+    """
+
+    def __init__(self, model: Model, groups: Groups | None) -> None:
+        self._model = model
+        self._groups = groups
+        self._everyone: Everyone | None = None
+        self._apart: Everyone | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+
+    def everyone(self) -> Everyone:
+        """Give all ranks that write, those of other replicas too."""
+        if self._everyone is None:
+            self._everyone = Everyone(self._groups)
+        return self._everyone
+
+    def save(
+        self, path: str | os.PathLike[str], snapshot: Snapshot | FxpipeError, *, in_background: bool = False
+    ) -> Future[None] | None:
+        """Write a checkpoint; every rank calls it.
+
+        Args:
+            path: A directory that does not exist.
+            snapshot: What to write; or what went wrong when it was taken.
+            in_background: Whether to return once the tensors are copied.
+
+        Returns:
+            In the background, a future that ends with the checkpoint whole or with the error.
+
+        Raises:
+            WeightsError: On every rank. Nothing is left of the checkpoint then.
+        """
+        self.wait()
+        everyone = self.everyone()
+        error = snapshot if isinstance(snapshot, FxpipeError) else None
+        everyone.agree(error, "what to save")
+        assert isinstance(snapshot, Snapshot)
+        if in_background:
+            snapshot = snapshot.copied()
+            if self._apart is None:
+                self._apart = Everyone(self._groups, apart=True)
+            everyone = self._apart
+        plan, manifest, error = self._plan(snapshot, everyone)
+        target = Target(path, everyone)
+        target.make(plan.nbytes if plan is not None else 0, error)
+        assert plan is not None
+        assert manifest is not None
+        if not in_background:
+            _write(target, plan, manifest)
+            return None
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="fxpipe-save")
+        self._running = self._thread.submit(_write, target, plan, manifest)
+        return self._running
+
+    def _plan(
+        self, snapshot: Snapshot, everyone: Everyone
+    ) -> tuple[WritePlan | None, Manifest | None, FxpipeError | None]:
+        own = snapshot.optimizer
+        parts = everyone.gather(None if own is None else (own.kind, own.scalars, own.groups))
+        try:
+            record = join_states(parts)
+            plan = plan_writing(snapshot.tensors, everyone)
+        except WeightsError as error:
+            return None, None, error
+        manifest = Manifest(
+            model=self._model.name,
+            step=snapshot.step,
+            seed=snapshot.seed,
+            files={},
+            tensors={name: entry for name, entry in plan.entries.items() if not name.startswith(_STATE)},
+            state={name: entry for name, entry in plan.entries.items() if name.startswith(_STATE)},
+            optimizer=record,
+            scheduler=snapshot.scheduler,
+            extra=snapshot.extra,
+        )
+        return plan, manifest, None
+
+    def wait(self) -> None:
+        """Wait for a save in the background.
+
+        Raises:
+            WeightsError: It failed, and nobody has asked for its result.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the thread and the groups."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+            for each in (self._everyone, self._apart):
+                if each is not None:
+                    each.close()
+            self._everyone = self._apart = None
+
+
+def _write(target: Target, plan: WritePlan, manifest: Manifest) -> None:
+    """Write this rank's file; the first rank writes the manifest when all files are there."""
+    files: dict[str, int] = {}
+    error: FxpipeError | None = None
+    try:
+        files = plan.write(target.part)
+    except FxpipeError as found:
+        error = found
+    target.agree(error)
+    whole = {name: size for part in target.everyone.gather(files) for name, size in part.items()}
+    target.finish(lambda directory: write_manifest(directory, replace(manifest, files=whole)))
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    if hasattr(tensor, "device_mesh"):  # a shard: its part is copied, and moved to the CPU when it is written
+        return tensor.clone()
+    return tensor.to("cpu", copy=True)

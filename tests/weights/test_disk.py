@@ -1,0 +1,271 @@
+"""Files, directories and manifests without a model; ``fxpipe inspect`` and ``fxpipe convert``."""
+
+import json
+import math
+import pathlib
+import shutil
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fxpipe
+import fxpipe.runtime.weights.reading as reading
+from fxpipe.cli.main import main
+from fxpipe.errors import WeightsError
+from fxpipe.runtime.weights.consolidation import convert
+from fxpipe.runtime.weights.disk.directory import list_path
+from fxpipe.runtime.weights.disk.files import read_header, stored, write_file
+from fxpipe.runtime.weights.disk.plain import decode, encode
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8]
+DTYPES += [torch.complex64, torch.float8_e4m3fn]
+
+
+def test_what_is_written_safetensors_reads(tmp_path):
+    tensors = {f"t{i}": torch.arange(6).reshape(2, 3).to(dtype) for i, dtype in enumerate(DTYPES)}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "turned": torch.arange(6.0).reshape(2, 3).T}
+    file = tmp_path / "all.safetensors"
+    size = write_file(file, [stored(name, tensor) for name, tensor in tensors.items()], tensors.values())
+    assert file.stat().st_size == size
+    back = load_file(file)
+    assert {entry.name for entry in read_header(file)} == set(tensors)
+    for name, tensor in tensors.items():
+        assert (back[name].shape, back[name].dtype) == (tensor.shape, tensor.dtype)
+        bits = [each.reshape(-1).view(torch.uint8) for each in (back[name], tensor)]
+        assert torch.equal(*bits), name
+
+
+def test_a_tensor_that_no_file_can_hold_is_named():
+    with pytest.raises(WeightsError, match="wave is of dtype complex128"):
+        stored("wave", torch.zeros(1, dtype=torch.complex128))
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers(), inner)
+        | st.dictionaries(st.sampled_from(["__tuple__", "__pairs__", "a"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(values)
+@settings(max_examples=200, deadline=None)
+def test_values_come_back_from_json_as_they_were(value):
+    back = decode(json.loads(json.dumps(encode(value, "value"))))
+    assert back == value
+    assert type(back) is type(value)
+
+
+def test_infinities_survive_and_objects_are_refused_by_place():
+    assert math.isinf(decode(json.loads(json.dumps(encode({"best": math.inf}, "scheduler"))))["best"])
+    with pytest.raises(WeightsError, match=r"extra\['a'\]\[1\] is a builtins\.set"):
+        encode({"a": [1, {2}]}, "extra", strict=True)
+    with pytest.raises(WeightsError, match=r"extra is a builtins\.tuple"):
+        encode((1, 2), "extra", strict=True)
+
+
+def street(stages=2, device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = models.Street()
+    batch = models.street_batch()
+    batch["gain"] = batch["gain"].float()
+    return fxpipe.compile(model, stages, (), batch, loss_fn=models.token_loss, microbatches=12, schedule="GPipe")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "at-1"
+    with street().materialize() as pipe:
+        optimizer = torch.optim.AdamW(pipe.parameters())
+        pipe.save(path, optimizer=optimizer, extra={"note": "first"})
+    return path
+
+
+def test_a_checkpoint_becomes_safetensors_and_a_checkpoint_again(checkpoint, tmp_path, monkeypatch):
+    asked = []
+    real = reading.read_box
+    monkeypatch.setattr(reading, "read_box", lambda *args: asked.append(args[1].name) or real(*args))
+    single, _ = convert(checkpoint.parent, tmp_path / "one.safetensors")
+    wanted = models.Street()
+    wanted.load_state_dict(street().materialize(init=checkpoint).state_dict())
+    named = dict(wanted.named_parameters())
+    assert set(load_file(single)) == set(named)
+    directory, _ = convert(checkpoint, tmp_path / "sharded", shard_bytes=1500)
+    files = sorted(file.name for file in directory.iterdir())
+    assert len(files) > 2
+    assert "model.safetensors.index.json" in files
+    back, _ = convert(directory, tmp_path / "again", shard_bytes=2500)
+    assert (back / "fxpipe.json").is_file()
+    for path in (single, directory, back):
+        with street(3).materialize(init=path) as pipe:
+            for fqn, tensor in pipe.named_parameters():
+                assert torch.equal(tensor, named[fqn]), fqn
+    with pytest.raises(WeightsError, match="exists"):
+        convert(checkpoint, single)
+
+
+def test_the_command_line_lists_and_converts(checkpoint, tmp_path, capsys):
+    assert main(["inspect", str(checkpoint.parent)]) == 0
+    text = capsys.readouterr().out
+    assert "at-1 · checkpoint · 51 tensors" in text or "checkpoint" in text
+    assert "model Street · step 0 · seed 0 · optimizer AdamW (0 tensors)" in text
+    assert "blocks.7.second.bias" in text
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["extra"] == {"note": "first"}
+    assert data["tensors"]["embed.weight"]["shape"] == [models.WORDS, 8]
+    assert main(["convert", str(checkpoint), str(tmp_path / "out.safetensors")]) == 0
+    assert "one safetensors file" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert "there is no" in capsys.readouterr().err
+
+
+def test_a_checkpoint_cut_anywhere_is_refused_by_name(checkpoint, tmp_path):
+    for file in sorted(checkpoint.iterdir()):
+        for length in {0, 1, file.stat().st_size // 2, file.stat().st_size - 2}:
+            broken = tmp_path / "broken"
+            shutil.copytree(checkpoint, broken)
+            (broken / file.name).write_bytes(file.read_bytes()[:length])
+            with pytest.raises(WeightsError, match=r"broken is no (whole )?checkpoint"):
+                list_path(broken)
+            shutil.rmtree(broken)
+
+
+def test_a_manifest_leads_nowhere_else(checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    text = (broken / "fxpipe.json").read_text()
+    (broken / "fxpipe.json").write_text(text.replace("rank-00000", "../at-1/rank-00000"))
+    with pytest.raises(WeightsError, match="which is not of it"):
+        list_path(broken)
+
+
+def test_prefixes_are_suggested_and_never_applied_silently(tmp_path):
+    model = models.Street()
+    inner, outer = tmp_path / "inner.safetensors", tmp_path / "outer.safetensors"
+    named = {fqn: tensor.detach() for fqn, tensor in model.named_parameters()}
+    save_file({fqn.removeprefix("blocks."): tensor for fqn, tensor in named.items()}, inner)
+    save_file({f"module.{fqn}": tensor for fqn, tensor in named.items()}, outer)
+    with street(device="meta").materialize(init="empty") as pipe:
+        with pytest.raises(WeightsError, match=r'pass rename=lambda name: name.removeprefix\("module."\)'):
+            pipe.load(outer)
+        with pytest.raises(WeightsError, match=r'pass prefix="blocks\."'):
+            pipe.load(inner)
+        with pytest.raises(fxpipe.MaterializeError, match="never filled"):
+            pipe.step(**{**models.street_batch(), "gain": torch.ones(models.BATCH)})
+        pipe.load(outer, rename=lambda name: name.removeprefix("module."))
+        assert torch.equal(dict(pipe.named_parameters())["embed.weight"], named["embed.weight"])
+
+
+def test_a_tied_tensor_may_come_twice_if_it_is_equal(tmp_path):
+    named = {fqn: tensor.detach().clone() for fqn, tensor in models.Street().state_dict().items()}
+    assert {"embed.weight", "head.weight"} <= set(named)
+    save_file(named, tmp_path / "both.safetensors")
+    named["head.weight"][0, 0] += 1
+    save_file(named, tmp_path / "differ.safetensors")
+    with street().materialize() as pipe:
+        pipe.load(tmp_path / "both.safetensors")
+        before = {fqn: tensor.clone() for fqn, tensor in pipe.state_dict().items()}
+        with pytest.raises(WeightsError, match=r"embed.weight and head.weight of .* differ"):
+            pipe.load(tmp_path / "differ.safetensors")
+        torch.testing.assert_close(pipe.state_dict(), before, rtol=0, atol=0)
+
+
+def test_another_dtype_is_cast_only_when_asked(tmp_path):
+    named = {fqn: tensor.detach().bfloat16() for fqn, tensor in models.Street().named_parameters()}
+    save_file(named, tmp_path / "narrow.safetensors")
+    with street().materialize() as pipe:
+        with pytest.raises(WeightsError, match='pass dtype="cast"'):
+            pipe.load(tmp_path / "narrow.safetensors")
+        pipe.load(tmp_path / "narrow.safetensors", dtype="cast")
+        assert torch.equal(dict(pipe.named_parameters())["embed.weight"], named["embed.weight"].float())
+
+
+def test_strict_false_takes_what_fits(tmp_path):
+    save_file({"embed.weight": torch.ones(models.WORDS, 8), "other": torch.ones(1)}, tmp_path / "part.safetensors")
+    with street().materialize() as pipe:
+        before = dict(pipe.named_parameters())["blocks.0.first.weight"].clone()
+        pipe.load(tmp_path / "part.safetensors", strict=False)
+        after = dict(pipe.named_parameters())
+        assert after["embed.weight"].eq(1).all()
+        assert torch.equal(after["blocks.0.first.weight"], before)
+
+
+def test_an_optimiser_of_another_kind_or_other_parameters_is_refused(checkpoint):
+    with street().materialize() as pipe:
+        parameters = list(pipe.parameters())
+        with pytest.raises(WeightsError, match="has the state of AdamW, not of SGD"):
+            pipe.load(checkpoint, optimizer=torch.optim.SGD(parameters))
+        foreign = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+        with pytest.raises(WeightsError, match="not of this pipeline"):
+            pipe.load(checkpoint, optimizer=foreign)
+        scheduler = torch.optim.lr_scheduler.LinearLR(torch.optim.AdamW(parameters))
+        with pytest.raises(WeightsError, match="no scheduler's state"):
+            pipe.load(checkpoint, scheduler=scheduler)
+        assert pipe.load(checkpoint, optimizer=torch.optim.AdamW(parameters)) == {"note": "first"}
+
+
+def test_wide_optimiser_state_of_narrow_weights_keeps_its_bits(tmp_path):
+    """torch's ``load_state_dict`` would round it to the weight's dtype."""
+    pipe = street().materialize(dtype=torch.bfloat16)
+    with pipe:
+        optimizer = torch.optim.AdamW(pipe.parameters())
+        for _, parameter in pipe.named_parameters():
+            optimizer.state[parameter] = {
+                "step": torch.tensor(3.0),
+                "exp_avg": torch.randn_like(parameter, dtype=torch.float32),
+                "exp_avg_sq": torch.rand_like(parameter, dtype=torch.float32),
+            }
+        pipe.save(tmp_path / "wide", optimizer=optimizer)
+        fqns = {id(parameter): fqn for fqn, parameter in pipe.named_parameters()}
+        saved = {fqns[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()}
+        again = torch.optim.AdamW(pipe.parameters())
+        pipe.load(tmp_path / "wide", optimizer=again)
+        found = {fqns[id(parameter)]: dict(state) for parameter, state in again.state.items()}
+        torch.testing.assert_close(found, saved, rtol=0, atol=0)
+
+
+def test_only_trainable_tensors_are_written_and_read(tmp_path):
+    model = models.Street()
+    for fqn, parameter in model.named_parameters():
+        parameter.requires_grad_(fqn.startswith("blocks.3"))
+    batch = models.street_batch()
+    batch["gain"] = batch["gain"].float()
+    pipe = fxpipe.compile(model, 2, (), batch, loss_fn=models.token_loss, microbatches=12, schedule="GPipe")
+    with pipe.materialize():
+        pipe.save(tmp_path / "part", only="trainable")
+        held = load_file(tmp_path / "part" / "trainable.safetensors")
+        assert held
+        assert all(name.startswith("blocks.3") for name in held)
+        with torch.no_grad():
+            for parameter in pipe.parameters():
+                parameter.add_(1)
+        pipe.load(tmp_path / "part")
+        named = dict(pipe.named_parameters())
+        assert all(torch.equal(named[name], tensor) for name, tensor in held.items())
+        with pytest.raises(WeightsError, match="writes tensors alone"):
+            pipe.save(tmp_path / "no", only="trainable", extra=1)
+        with pytest.raises(WeightsError, match="needs a model of transformers"):
+            pipe.save_pretrained(tmp_path / "no")
+        with pytest.raises(WeightsError, match="only='all' is not known"):
+            pipe.save(tmp_path / "no", only="all")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part"]
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(checkpoint):
+    for file in pathlib.Path(checkpoint).iterdir():
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        else:
+            with safe_open(file, framework="pt") as opened:
+                assert opened.keys()
