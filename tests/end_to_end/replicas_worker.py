@@ -246,6 +246,48 @@ def a_wrong_batch_on_one_replica_is_everybodys_error() -> None:
         pipe.step(**{name: value[:, :length] if value.dim() > 1 else value for name, value in batch.items()})
 
 
+def all_skip_the_step_that_one_finds_infinite() -> None:
+    """A rank with nothing to train has an optimiser too; an overflow on one rank is everybody's."""
+    model = copy.deepcopy(model_of("gpt2")).float()
+    for fqn, parameter in model.named_parameters():
+        parameter.requires_grad_(fqn.startswith("transformer.h.0."))
+    batch = own_half(batch_of("gpt2"))
+    for sharded in (False, True):
+        with compiled("gpt2", model=model).materialize(parallelize=shard if sharded else None) as pipe:
+            optimizer = pipe.optimizer(torch.optim.AdamW, lr=0.1)
+            (holder,) = [stage.rank for stage in pipe.plan.stages if "transformer.h.0" in stage.layers]
+            position = mesh().get_local_rank("pp")
+            assert (optimizer.param_groups[0]["params"][0].numel() == 0) == (position != holder)
+            scaler = pipe.grad_scaler(init_scale=4.0, growth_interval=1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            for is_infinite in (False, True):
+                before = [parameter.detach().clone() for parameter in pipe.parameters() if parameter.requires_grad]
+                optimizer.zero_grad()
+                pipe.step(**batch, scaler=scaler)
+                if is_infinite and position == holder and mesh().get_local_rank("dp") == 1:
+                    grad = next(parameter.grad for parameter in pipe.parameters() if parameter.grad is not None)
+                    getattr(grad, "_local_tensor", grad).fill_(float("inf"))
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                after = [parameter.detach() for parameter in pipe.parameters() if parameter.requires_grad]
+                same = [torch.equal(whole(one), whole(other)) for one, other in zip(before, after, strict=True)]
+                assert all(same) if is_infinite else not any(same)
+                assert scaler.get_scale() == (4.0 if is_infinite else 8.0)
+
+
+def recomputed_blocks_give_the_same_numbers() -> None:
+    _, first, _, _ = reference("llama")
+    batch = own_half(batch_of("llama"))
+    options = {"training": fxpipe.Training(recompute="block")}
+    for sharded in (False, True):
+        with compiled("llama", "1F1B", **options).materialize(parallelize=shard if sharded else None) as pipe:
+            assert all(stage.recompute for stage in pipe.plan.stages)
+            pipe.step(**batch)
+            for fqn, parameter in pipe.named_parameters():
+                close(whole(parameter.grad), first[fqn], fqn, 1e-11)
+
+
 def other_dimensions_are_refused_or_divided() -> None:
     """A third dimension of size 1 changes nothing; another one needs ``parallelize``; a slice of a mesh is one."""
     losses, first, _, _ = reference("street")
@@ -292,6 +334,8 @@ def cases() -> dict[str, Callable[[], None]]:
         a_parameter_that_no_replica_reaches_gets_no_gradient,
         everything_else_goes_over_both_dimensions,
         a_wrong_batch_on_one_replica_is_everybodys_error,
+        all_skip_the_step_that_one_finds_infinite,
+        recomputed_blocks_give_the_same_numbers,
         other_dimensions_are_refused_or_divided,
     ):
         found[case.__name__] = case

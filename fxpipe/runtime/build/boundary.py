@@ -127,7 +127,7 @@ def receive_buffers(layout: Layout, device: torch.device) -> tuple[list[torch.Te
 
 def conform(tensor: torch.Tensor, declared: BoundaryTensor) -> torch.Tensor:
     """Give the tensor in its declared strides: itself where it has them, else a copy; differentiable."""
-    if tensor.is_conj() or tensor.is_neg():
+    if torch.compiler.is_compiling() or tensor.is_conj() or tensor.is_neg():  # what is compiled cannot ask
         tensor = tensor.resolve_conj().resolve_neg()
     if not declared.strides:
         return tensor.contiguous()

@@ -42,33 +42,33 @@ def recompute(
         return function(*args, **kwargs)
     if torch.compiler.is_compiling():
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
-    moving = _Moving(modules)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), moving
+        return nullcontext(), _OtherBuffers(modules)
 
-    result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts, **kwargs)
-    moving.observed()
-    return result
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts, **kwargs)
 
 
-class _Moving:
-    """The buffers that a call changed, kept as they are while it runs again."""
+class _OtherBuffers:
+    """Lets modules run again on copies of their buffers: what moves in a forward (running statistics) moves once.
+
+    Which buffers move cannot be told: the kernels of batch norm leave no trace in a tensor's version.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        buffers = (buffer for module in modules for buffer in module.buffers())
-        self._buffers = [(buffer, buffer._version) for buffer in buffers]
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def observed(self) -> None:
-        """Say that the first call is over."""
-        self._buffers = [(buffer, version) for buffer, version in self._buffers if buffer._version != version]
+        self._modules = modules
+        self._kept: list[tuple[nn.Module, str, torch.Tensor]] = []
 
     def __enter__(self) -> None:
-        self._kept = [(buffer, buffer.detach().clone()) for buffer, _ in self._buffers]
+        copies: dict[int, torch.Tensor] = {}
+        for module in self._modules:
+            for part in module.modules():
+                for name, buffer in part._buffers.items():
+                    if buffer is not None:
+                        self._kept.append((part, name, buffer))
+                        part._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
 
     def __exit__(self, *error: Any) -> None:
-        with torch.no_grad():
-            for buffer, value in self._kept:
-                buffer.copy_(value)
-        self._kept = []
+        kept, self._kept = self._kept, []
+        for part, name, buffer in reversed(kept):
+            part._buffers[name] = buffer
