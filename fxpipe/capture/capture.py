@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import fx, nn
 from fxpipe.batch.inputs import Inputs, name_inputs, parameter_names
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.cut.stage_graphs import make_program
 from fxpipe.capture.graph.layers import layer_of, make_layer_graph
 from fxpipe.capture.graph.loss import Term, describe_terms, find_terms, loss_terms
 from fxpipe.capture.graph.reading import reader_of
-from fxpipe.capture.graph.structure import Structure, computation_of, make_structure
+from fxpipe.capture.graph.structure import Structure, computation_of, expressions_of, make_structure
 from fxpipe.capture.graph.trace import trace_layers
 from fxpipe.capture.model.blocks import Leaves, block_fqns, choose_leaves
 from fxpipe.capture.model.preserve import Change
@@ -255,6 +256,7 @@ class Capture:
         grad_enabled: bool,
         counter: LayerCounter | None,
         left: Sequence[Change] = (),
+        known: Collection[int] = (),
     ) -> Observation:
         try:
             with shown_progress(f"capturing {self.name}", len(leaves.blocks)) as progress:
@@ -266,6 +268,7 @@ class Capture:
                     grad_enabled=grad_enabled,
                     counter=counter,
                     left=left,
+                    known=known,
                     progress=progress,
                 )
         except (Blocked, CaptureError):
@@ -279,18 +282,22 @@ class Capture:
     def _check_left(self, observation: Observation, inputs: Inputs, with_loss: bool, grad_enabled: bool) -> None:
         """Let the forward run again on what it left behind: what it keeps must not change what it does.
 
+        It may keep what it computes of parameters and constants, and read it the next time: then it is computed anew.
+
         Raises:
             Blocked: It carries something from one batch to the next.
         """
         if not observation.left:
             return
         change = observation.left[0]
+        kept = [change.now for change in observation.left if not change.registry]
+        known = expressions_of(observation, tensors_in(kept))
         reads = Blocked(f"the forward sets the attribute {change.path} and reads it in the next batch", change.fqn)
         try:
-            again = self._observe(observation.leaves, inputs, with_loss, grad_enabled, None, observation.left)
+            again = self._observe(observation.leaves, inputs, with_loss, grad_enabled, None, observation.left, known)
         except (Blocked, CaptureError):
             raise reads from None
-        if computation_of(observation, with_loss) != computation_of(again, with_loss):
+        if computation_of(observation, with_loss) != computation_of(again, with_loss, known):
             raise reads
 
     def _change(self, leaves: Leaves, blocked: Blocked, inputs: Inputs) -> None:

@@ -64,7 +64,8 @@ def make_layer_graph(
     """Turn a recorded graph into layers, the tensors between them, and their ties.
 
     Every parameter and buffer belongs to one layer, or is tied; those of modules that are never called belong to
-    layers of their own, at the end, in the stage of the last layer that is called.
+    layers of their own, at the end, in the stage of their neighbours in the module tree: where another path through
+    the model calls them, it will most likely find there what they read.
 
     Args:
         skeleton: The copy of the model.
@@ -90,8 +91,7 @@ def make_layer_graph(
     derived = {layers.index_of[node] for node in structure.derived if node in layers.index_of}
     edges, free_edges = _edges(structure, layers, derived)
     groups = [tuple(dict.fromkeys(layers.index_of[node] for node in group)) for group in structure.groups]
-    last = len(layers.keys) - 1
-    groups += [(last, *range(last + 1, len(specs)))] if unused and last >= 0 else []
+    groups += _beside(skeleton, layers, derived, list(unused))
     return LayerGraph(
         name=type(skeleton.module).__name__,
         specs=tuple(specs),
@@ -172,6 +172,45 @@ def _unused(
             owner = next((prefix for prefix in prefixes if prefix in closed), ".".join(parents) or fqn)
             unused.setdefault(fqn if owner in taken else owner, {})[fqn] = None
     return unused
+
+
+def _beside(
+    skeleton: Skeleton, layers: Layers, derived: Collection[int], unused: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """Give the groups that hold each unused layer, after all others, in the stage of its neighbour.
+
+    That is what its module's nearest sibling before it does last, else what the nearest one behind it does first, else
+    likewise for the module around them.
+    """
+    reach: dict[str, tuple[int, int]] = {}  # by FQN: first and last layer inside
+    for index, (fqn, _) in enumerate(layers.keys):
+        if index not in derived:
+            parts = fqn.split(".")
+            for length in range(len(parts) + 1):
+                prefix = ".".join(parts[:length])
+                reach[prefix] = (reach.get(prefix, (index, index))[0], index)
+    groups: dict[int, list[int]] = {}
+    for place, fqn in enumerate(unused, len(layers.keys)):
+        groups.setdefault(_neighbour(skeleton, fqn, reach), []).append(place)
+    return [(neighbour, *places) for neighbour, places in groups.items() if neighbour >= 0]
+
+
+def _neighbour(skeleton: Skeleton, fqn: str, reach: Mapping[str, tuple[int, int]]) -> int:
+    parts = fqn.split(".")
+    for depth in reversed(range(len(parts))):
+        around = ".".join(parts[:depth])
+        names = [name for name, _ in skeleton.module.get_submodule(around).named_children()]
+        place = names.index(parts[depth]) if parts[depth] in names else 0
+        paths = [f"{around}.{name}" if around else name for name in names]
+        before = next((reach[path][1] for path in reversed(paths[:place]) if path in reach), None)
+        found = (
+            before if before is not None else next((reach[path][0] for path in paths[place:] if path in reach), None)
+        )
+        if found is not None:
+            return found
+        if around in reach:
+            return reach[around][0]
+    return -1
 
 
 def _ties(skeleton: Skeleton, uses: Sequence[Mapping[str, None]]) -> tuple[Tie, ...]:

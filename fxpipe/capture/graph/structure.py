@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,15 +76,46 @@ def make_structure(observation: Observation, *, training: bool, summands: Sequen
     )
 
 
-def computation_of(observation: Observation, training: bool) -> tuple[Any, ...]:
-    """Give what a forward computes in a form that is equal for two forwards that compute the same."""
+def computation_of(observation: Observation, training: bool, known: Mapping[int, str] | None = None) -> tuple[Any, ...]:
+    """Give what a forward computes in a form that is equal for two forwards that compute the same.
+
+    Args:
+        observation: What the forward did.
+        training: Whether its loss counts, where there is one.
+        known: By ``id`` of a constant: what another forward computed it as; see ``expressions_of``.
+    """
     structure = make_structure(observation, training=training)
-    place = {node: index for index, node in enumerate(structure.nodes)}
-    constants = observation.recorder.constants
+    expressions = _expressions(structure.nodes, observation.recorder.constants, known or {})
+    effects = tuple(expressions[node] for node in structure.nodes if info(node).writes or is_setting(node))
+    guards = tuple((guard.where, guard.answer) for guard in observation.guards)
+    return (tuple(expressions[node] for node in structure.results), effects, guards)
+
+
+def expressions_of(observation: Observation, tensors: Iterable[torch.Tensor]) -> dict[int, str]:
+    """Give, by ``id``, how a forward computed tensors from the model's own tensors and constants alone.
+
+    What depends on an input or on chance, or belongs to no call, is left out.
+    """
+    recorder, found = observation.recorder, {}
+    for tensor in tensors:
+        if recorder.made_here(tensor):
+            node = recorder.node_of(tensor, observation.frames.all[0])
+            needed = reached([node])
+            if not any(each.op == "placeholder" or info(each).random or info(each).frame for each in needed):
+                ordered = [each for each in recorder.graph.nodes if each in needed]
+                found[id(tensor)] = _expressions(ordered, recorder.constants, {})[node]
+    return found
+
+
+def _expressions(
+    nodes: Iterable[fx.Node], constants: Mapping[str, Any], known: Mapping[int, str]
+) -> dict[fx.Node, str]:
+    """Give a digest of each node: of what is called with what, and of the writes it sees."""
+    found: dict[fx.Node, str] = {}
 
     def spell(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
-            return ("node", place[argument])
+            return found[argument]
         if isinstance(argument, tuple | list):
             return (type(argument).__name__, *map(spell, argument))
         if isinstance(argument, dict):
@@ -92,14 +124,17 @@ def computation_of(observation: Observation, training: bool) -> tuple[Any, ...]:
             return ("slice", spell(argument.start), spell(argument.stop), spell(argument.step))
         return repr(argument)
 
-    lines = []
-    for node in structure.nodes:
+    for node in nodes:
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", "")
-        if target in constants:
-            target = repr(constants[target])
-        lines.append((node.op, target, spell(node.args), spell(node.kwargs), info(node).context))
-    guards = tuple((guard.where, guard.answer) for guard in observation.guards)
-    return (*lines, guards, tuple(place[node] for node in structure.results))
+        constant = constants.get(target)
+        if constant is not None and id(constant) in known:
+            found[node] = known[id(constant)]
+            continue
+        target = repr(constant) if constant is not None else target
+        after = tuple(found[each] for each in info(node).after)
+        line = (node.op, target, spell(node.args), spell(node.kwargs), info(node).context, after)
+        found[node] = hashlib.blake2b(repr(line).encode(), digest_size=16).hexdigest()
+    return found
 
 
 def _first(tensors: tuple[Any, ...]) -> Any:

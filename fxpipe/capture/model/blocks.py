@@ -103,11 +103,16 @@ def choose_leaves(
     blocks = block_fqns(model)
     kept = _matching(model, patterns)
     inside = tuple(f"{fqn}." for fqn in opened)
+    within = {
+        id(part)  # a module that is shared has other names too, and is opened with each block around it
+        for fqn, part in model.named_modules(remove_duplicate=False)
+        if fqn in opened or fqn.startswith(inside)
+    }
     closed = set(kept)
     for fqn, part in model.named_modules():
         if not fqn:
             continue
-        fine = grain == "op" or fqn in opened or fqn.startswith(inside)
+        fine = grain == "op" or id(part) in within
         if (not fine and fqn in blocks) or (fine and _is_op(part)):
             closed.add(fqn)
     return Leaves(frozenset(blocks), frozenset(closed), frozenset(kept))

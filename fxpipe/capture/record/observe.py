@@ -16,7 +16,7 @@ They share one ``Forward``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +81,7 @@ def observe(
     grad_enabled: bool = True,
     counter: LayerCounter | None = None,
     left: Sequence[Change] = (),
+    known: Collection[int] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Observation:
     """Run the forward (and the loss function) once and record it.
@@ -93,6 +94,7 @@ def observe(
         grad_enabled: Gradient mode around the forward.
         counter: Counts what each recorded call does; None leaves the calls uncounted.
         left: What an earlier forward left behind, to begin with.
+        known: ``id`` of tensors among that which stand for what the earlier forward computed.
         progress: Called with the FQN of each block whose call ends.
 
     Returns:
@@ -104,7 +106,7 @@ def observe(
     """
     with ExitStack() as stack:
         attributes = _enter(stack, skeleton, left, grad_enabled)
-        recorder = Recorder(skeleton, stack.enter_context(mirrored_ambient()))
+        recorder = Recorder(skeleton, stack.enter_context(mirrored_ambient()), known)
         forward = Forward.begin(skeleton, leaves, recorder, counter, attributes, progress)
         fakes = {name: _input(tensor) for name, tensor in inputs.tensors.items()}
         for name, tensor in fakes.items():

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal, NoReturn
 
@@ -64,7 +64,7 @@ class Recorder:
     Each node has a ``NodeInfo``.
     """
 
-    def __init__(self, skeleton: Skeleton, ambient: Ambient) -> None:
+    def __init__(self, skeleton: Skeleton, ambient: Ambient, known: Collection[int] = ()) -> None:
         self.skeleton = skeleton
         self.ambient = ambient
         self.graph = fx.Graph(owning_module=skeleton.module)  # type: ignore[arg-type]
@@ -73,6 +73,7 @@ class Recorder:
         self.storages: dict[int, Storage] = {}
         self.region: int | None = None
         self._left: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # what calls recorded whole left behind
+        self._known = known  # ids of tensors of an earlier forward's, which stand for themselves
         self._node_of: dict[int, fx.Node] = {}
         self._kept: list[Any] = []  # an id names a tensor only while the tensor lives
         self._attributes: dict[str, fx.Node] = {}
@@ -142,6 +143,8 @@ class Recorder:
         fqn = self.skeleton.fqn_of.get(id(tensor))
         if fqn is not None:
             return self._attribute(fqn, tensor)
+        if id(tensor) in self._known:
+            return self.constant(tensor)
         maker = self.left_by(tensor)
         if maker is not None:
             what = f"a tensor {describe(tensor)} is read that module {maker} left behind"

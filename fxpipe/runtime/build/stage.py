@@ -17,25 +17,12 @@ from fxpipe.errors import MaterializeError, PlanError
 from fxpipe.ir.tree import map_tree
 from fxpipe.program import Program
 from fxpipe.runtime.build.boundary import join
+from fxpipe.runtime.build.holdings import StageParts as StageParts
+from fxpipe.runtime.build.holdings import held_whole, prefixes
 from fxpipe.runtime.build.lower import Lowered, lower
 from fxpipe.runtime.build.randomness import DrawRules, Randomness
 from fxpipe.runtime.build.recompute import recompute_module
 from fxpipe.runtime.build.unheld import Unheld, check_values
-
-
-@dataclass(frozen=True, slots=True)
-class StageParts:
-    """What of the model a stage holds.
-
-    Attributes:
-        stage_index: Position of the stage in the pipeline.
-        modules: FQNs of the modules it calls.
-        attributes: FQNs of the parameters and buffers it reads directly.
-    """
-
-    stage_index: int
-    modules: tuple[str, ...]
-    attributes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +52,7 @@ class StageModule(nn.Module):
         self._randomness = Randomness(device)
         self._watched: set[int] = set()  # ids of modules with hooks of ours
         self._programs: dict[Hashable, _Installed] = {}
+        self._modules_called: frozenset[str] = frozenset()
         self._checked: set[Hashable] = set()  # programs that have run once
         self._moved: dict[int, tuple[Any, Any]] = {}
         self._compiler: Callable[[Lowered], Lowered] | None = None
@@ -116,7 +104,7 @@ class StageModule(nn.Module):
         opened = []
         for fqn in fqns:
             module = self._find(fqn)
-            if isinstance(module, nn.Module) and not isinstance(module, PartModule):
+            if isinstance(module, nn.Module) and not self._modules_called.isdisjoint(prefixes(fqn)):
                 recompute_module(module, lambda: self._draws)
             else:
                 opened.append(fqn)
@@ -185,8 +173,9 @@ class StageModule(nn.Module):
 
     def _holds(self, fqn: str) -> bool:
         """Tell whether the stage has a module or tensor; one that carries nothing it may take now."""
-        if isinstance(self._find(fqn), nn.Module | torch.Tensor):
-            return True
+        found = self._find(fqn)
+        if isinstance(found, nn.Module | torch.Tensor):
+            return not isinstance(found, PartModule)
         module = self._spare(fqn)
         if module is not None:
             owner, name = _owner(self, fqn)
@@ -326,10 +315,17 @@ def _build_stage(
         return _clone(module, fqn, memo)
 
     stage = StageModule(part.stage_index, device, spare)
+    stage._modules_called = frozenset(part.modules)
     missing = []
+    stage.training = skeleton.training
+    whole = held_whole(skeleton, part)
     # In the model's order, so that parameters come in it too; what lies inside another module held is there already.
     for fqn in _ordered(skeleton, part):
-        owner, name = _owner(stage, fqn)
+        for around in whole & set(prefixes(fqn)):  # the outermost alone; no other is one's prefix
+            owner, name = _owner(stage, around, skeleton)
+            if name not in owner._modules:
+                owner.add_module(name, _clone(skeleton.get_submodule(around), around, memo))
+        owner, name = _owner(stage, fqn, skeleton)
         if fqn in part.modules:
             if name not in owner._modules:
                 owner.add_module(name, _clone(skeleton.get_submodule(fqn), fqn, memo))
@@ -364,13 +360,19 @@ def _clone(module: nn.Module, fqn: str, memo: dict[int, Any]) -> nn.Module:
         ) from error
 
 
-def _owner(stage: StageModule, fqn: str) -> tuple[nn.Module, str]:
-    """Give the module a name is registered in; a ``PartModule`` stands where the stage does not hold the model's."""
+def _owner(stage: StageModule, fqn: str, skeleton: nn.Module | None = None) -> tuple[nn.Module, str]:
+    """Give the module a name is registered in; a ``PartModule`` stands where the stage does not hold the model's.
+
+    It has the training flag of the model's.
+    """
     *path, name = fqn.split(".")
     owner: nn.Module = stage
+    original = skeleton
     for part in path:
+        original = original.get_submodule(part) if original is not None else None
         if part not in owner._modules:
             owner.add_module(part, PartModule())
+            owner._modules[part].training = original.training if original is not None else owner.training  # type: ignore[union-attr]
         owner = owner.get_submodule(part)
     return owner, name
 

@@ -1,0 +1,54 @@
+"""What of the model a stage holds: modules it calls, tensors it reads, and the modules that are there whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class StageParts:
+    """What of the model a stage holds.
+
+    Attributes:
+        stage_index: Position of the stage in the pipeline.
+        modules: FQNs of the modules it calls.
+        attributes: FQNs of the parameters and buffers it reads directly.
+    """
+
+    stage_index: int
+    modules: tuple[str, ...]
+    attributes: tuple[str, ...]
+
+
+def held_whole(skeleton: nn.Module, part: StageParts) -> set[str]:
+    """Give the outermost modules of which the stage holds every tensor: another path through the model may call them.
+
+    They stand in the stage as the model has them, though this one path goes through their parts.
+    """
+    called, attributes = set(part.modules), set(part.attributes)
+    whole: set[str] = set()
+    for fqn, module in skeleton.named_modules():
+        if not fqn or not whole.isdisjoint(prefixes(fqn)):
+            continue
+        names = [f"{fqn}.{name}" for name in _tensor_names(module)]
+        held = (name in attributes or not called.isdisjoint(prefixes(name)) for name in names)
+        if names and all(held):
+            whole.add(fqn)
+    return whole
+
+
+def prefixes(fqn: str) -> Iterator[str]:
+    """Yield the FQNs of the modules around, outermost first, and the FQN itself."""
+    parts = fqn.split(".")
+    yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+
+
+def _tensor_names(module: nn.Module) -> Iterator[str]:
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                yield start + name

@@ -1,0 +1,204 @@
+"""Several paths through a model run on one plan: every parameter has its stage from the start, and one name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxpipe
+
+
+def error(output, target):
+    return F.mse_loss(output, target)
+
+
+class Stems(nn.Module):
+    """An argument chooses the stem."""
+
+    def __init__(self, first):
+        super().__init__()
+        for name in ("image", "text") if first == "image" else ("text", "image"):
+            self.add_module(name, nn.Linear(6, 6))
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x, kind="image"):
+        x = self.get_submodule(kind)(x)
+        for block in self.blocks:
+            x = block(x).tanh()
+        return x
+
+
+class Heads(nn.Module):
+    """An argument chooses the head, which lies within a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.heads = nn.ModuleDict({"image": nn.Linear(6, 6), "text": nn.Linear(6, 6)})
+
+    def forward(self, x, kind="image"):
+        for block in self.blocks:
+            x = block(x).tanh()
+        return self.heads[kind](x)
+
+
+class Alternatives(nn.Module):
+    """An argument chooses a module in the midst of every block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"image": nn.Linear(6, 6), "text": nn.Linear(6, 6), "out": nn.Linear(6, 6)}) for _ in range(4)
+        )
+
+    def forward(self, x, kind="image"):
+        for block in self.blocks:
+            x = block["out"](block[kind](x).tanh())
+        return x
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize("build", [lambda: Stems("image"), lambda: Stems("text"), Heads, Alternatives])
+def test_both_paths_run_on_one_plan(build, grain):
+    torch.manual_seed(0)
+    model, x = build().double(), torch.randn(4, 6, dtype=torch.float64)
+    pipe = fxpipe.compile(model, 2, (x,), {"target": x}, loss_fn=error, microbatches=2, grain=grain)
+    pipe.materialize(device="cpu")
+    names = [fqn for fqn, _ in pipe.named_parameters()]
+    assert sorted(names) == sorted(fqn for fqn, _ in model.named_parameters())
+    fingerprint = pipe.plan.fingerprint
+    for kind in ("image", "text"):
+        loss = pipe.step(x, kind=kind, target=x)
+        torch.testing.assert_close(loss, error(model(x, kind), x).detach(), rtol=1e-12, atol=0)
+    assert (pipe.plan.fingerprint, [fqn for fqn, _ in pipe.named_parameters()]) == (fingerprint, names)
+    pipe.close()
+
+
+class Switching(nn.Module):
+    """Evaluation takes parameters that training does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.train_scale, self.eval_scale = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.inner((self.train_scale if self.training else self.eval_scale)(x)).tanh()
+
+
+class Caching(nn.Module):
+    """Evaluation keeps what it computed of the parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.bias, self.kept = nn.Linear(6, 6), nn.Linear(6, 6), nn.Parameter(torch.ones(6)), {}
+
+    def train(self, mode=True):
+        self.kept = {}
+        return super().train(mode)
+
+    def bias_now(self):
+        if self.training:
+            return self.bias[torch.arange(6)]
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias[torch.arange(6)]
+        return self.kept["bias"]
+
+    def forward(self, x):
+        return self.two(self.one(x) + self.bias_now()).tanh()
+
+
+class Keeping(Caching):
+    """Another place to keep it."""
+
+    def bias_now(self):
+        if self.training:
+            return self.bias * 2
+        if not hasattr(self, "doubled"):
+            self.doubled = self.bias * 2
+        return self.doubled
+
+
+class Fused(nn.Module):
+    """Evaluation calls a module whole of which training calls the parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+    def forward(self, x):
+        return self.pair[1](self.pair[0](x).clone()).tanh() if self.training else self.pair(x).tanh()
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize("kind", [Switching, Caching, Keeping, Fused])
+def test_training_and_evaluation_run_on_one_plan(kind, grain):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(kind() for _ in range(3))).double(), torch.randn(4, 6, dtype=torch.float64)
+    # What is kept carries its graph: the model itself can go backward through it once.
+    options = {"loss_fn": error, "microbatches": 1, "schedule": "GPipe", "grain": grain}
+    pipe = fxpipe.compile(model, 4, (x,), {"target": x}, **options).materialize(device="cpu")
+    for training in (True, False, True):
+        pipe.train(training)
+        loss = pipe.step(x, target=x)
+        expected = error(model.train(training)(x), x).detach()
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    pipe.close()
+
+
+def test_what_a_forward_keeps_of_its_input_is_still_refused():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.last = nn.Linear(6, 6), None
+
+        def forward(self, x):
+            before, self.last = self.last, x.detach()
+            return self.linear(x if before is None else x + before)
+
+    x = torch.randn(4, 6)
+    model = nn.Sequential(Remembering(), nn.Linear(6, 6))
+    pipe = fxpipe.compile(model, 2, (x,), {"target": x}, loss_fn=error, microbatches=2, grain="op")
+    assert any("Remembering is never opened" in note for note in pipe.plan.notes)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return torch.cat((x[:1], self.proj(x[1:]) + x[1:]))
+
+
+class Around(nn.Module):
+    def __init__(self, shared, inside):
+        super().__init__()
+        self.shared = nn.Sequential(shared, nn.Tanh()) if inside else shared
+        self.norm, self.one, self.two = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x):
+        x = self.shared(x)
+        return x + self.two(self.one(self.norm(x)))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_module_shared_by_blocks_has_one_name(stages, inside):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Shared(), Shared()
+            shared = (self.first, self.first, self.second, self.second)
+            self.blocks = nn.ModuleList(Around(each, inside) for each in shared)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Model().double(), torch.randn(32, 64, dtype=torch.float64)
+    options = {"loss_fn": error, "microbatches": 1, "schedule": "GPipe", "grain": "op"}
+    pipe = fxpipe.compile(model, stages, (x,), {"target": x}, **options).materialize(device="cpu")
+    torch.testing.assert_close(pipe.step(x, target=x), error(model(x), x).detach(), rtol=1e-12, atol=0)
+    pipe.close()
