@@ -140,3 +140,39 @@ def test_recurrent_layers_keep_what_they_keep():
     pipe = fxpipe.compile(nn.Sequential(model), 1, (x,), microbatches=1, hardware="cpu")
     real = kept_bytes(model, lambda module: module(x.clone().requires_grad_())[0])
     assert pipe.plan.stages[0].activation_bytes == pytest.approx(real, rel=0.05)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.out(nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1))
+
+
+class Attentions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_attention_is_one_kernel_at_either_grain():
+    """At op grain the call was compared with what already stood in its place, and counted with all its scores."""
+    with torch.device("meta"):
+        model, example = Attentions(), torch.zeros(2, 4, 64, 16)
+    moved = []
+    for grain in ("block", "op"):
+        capture = Capture(model)
+        counter = LayerCounter(capture.skeleton, fused_attention=True)
+        captured = capture.capture(capture.inputs((example,), {}, None), grain=grain, counter=counter)
+        graph = capture.layer_graph(captured)
+        assert not any("softmax" in op.name for counts in graph.counts for op in counts.ops)
+        moved.append(sum(counts.bytes("forward") for counts in graph.counts))
+    assert moved[0] == moved[1]

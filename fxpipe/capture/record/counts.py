@@ -81,8 +81,9 @@ class Counts:
             return
         for call in self._uncounted.values():
             given = call.func, call.args, call.kwargs, call.trace, call.attention
+            is_attention = call.func is F.scaled_dot_product_attention  # asked before another stands in its place
             with call.ambient.entered(), fused_attention_calls(self.counter) as replacement:
-                called = replacement if call.func is F.scaled_dot_product_attention and replacement else call.func
+                called = replacement if is_attention and replacement else call.func
                 try:
                     counts = self.counter.counts(called, *given[1:])
                 except UNKNOWN_VALUES:
