@@ -1,5 +1,6 @@
 """The command line, as a person types it."""
 
+import csv
 import json
 import pathlib
 import subprocess
@@ -210,3 +211,50 @@ def test_help_ends_with_examples(capsys, command):
         main([command, "--help"])
     assert caught.value.code == 0
     assert f"  fxpipe {command}" in capsys.readouterr().out
+
+
+SMALL = ["gpt2", "--sequence", "64"]
+
+
+def test_a_budget_of_devices_gives_the_fastest_configuration_and_the_five_after_it(capsys):
+    command = [*SMALL, "--devices", "8", "--nodes-of", "4", "--global-batch", "32", "--schedule", "1F1B"]
+    assert main(["plan", *command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["pp", "×", "dp", "stages", "schedule", "microb.", "recompute", "step", "tokens/s", "MFU", "memory"]  # fmt: skip  # noqa: E501
+    steps = [float(line.split(" ms ")[0].split()[-1]) for line in lines[1:7]]
+    assert steps == sorted(steps)
+    for line in lines[1:7]:
+        pipeline, _, data = line.split()[:3]
+        assert int(pipeline) * int(data) == 8
+    assert "would change which comes first" in lines[7] or ":" in lines[7]
+
+
+def test_a_sweep_is_a_table_csv_and_json_of_the_same_rows(capsys, tmp_path):
+    command = ["sweep", *SMALL, "--devices", "4", "--global-batch", "16", "--schedule", "GPipe"]
+    assert main([*command, "--csv", str(tmp_path / "a.csv"), "--json", str(tmp_path / "a.json")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = json.loads((tmp_path / "a.json").read_text())
+    with (tmp_path / "a.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert len(rows) == len(read) >= len(printed) - 1
+    assert [row["step_s"] for row in rows] == sorted(row["step_s"] for row in rows)
+    assert [float(row["step_s"]) for row in read] == [row["step_s"] for row in rows]
+    assert {row["recompute"] > 0 for row in rows} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--devices", "8", "--stages", "4"], "--devices and --stages are both given"),
+        ([], "neither --stages nor --devices is given"),
+        (["--devices", "0"], "--devices is 0"),
+        (["--devices", "8", "--global-batch", "7", "--schedule", "1F1B"], "no configuration divides 8 devices"),
+        (["--devices", "2", "--global-batch", "2", "--memory-limit", "1MB"], "keeps 1.0 MiB per device: the nearest"),
+        (["--devices", "2", "--hardware", "abacus"], "unknown hardware 'abacus'"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_cannot_be_spent_is_one_line(capsys, arguments, message):
+    assert main(["plan", *SMALL, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

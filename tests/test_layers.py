@@ -67,7 +67,8 @@ TABLE = {
         "choosing errors ir batch recipes planning capture profiling materialize training pipeline", "torch"
     ),
     "cli": Room(
-        "errors ir planning report export capture runtime.weights compiler pipeline", "tqdm torch transformers shtab"
+        "errors ir batch planning report export capture runtime.weights choosing compiler pipeline",
+        "tabulate tqdm torch transformers shtab",
     ),
     "__main__": Room("cli"),
 }

@@ -8,10 +8,10 @@ import re
 import sys
 from collections.abc import Sequence
 
-from fxpipe.cli import compare, completion, convert, export, inspect, plan, show, verify
+from fxpipe.cli import budget, compare, completion, convert, export, inspect, plan, show, verify
 from fxpipe.errors import FxpipeError, MismatchError
 
-COMMANDS = (plan, show, compare, verify, export, inspect, convert, completion)
+COMMANDS = (plan, budget, show, compare, verify, export, inspect, convert, completion)
 EXAMPLE = """examples:
   fxpipe plan llama-8b --stages 8
   fxpipe plan train.py:build --stages 4 --html plan.html"""

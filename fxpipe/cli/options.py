@@ -57,9 +57,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", help="of the weights, for a config or a shape (default: bfloat16)")
 
 
-def add_planning(parser: argparse.ArgumentParser) -> None:
+def add_planning(parser: argparse.ArgumentParser, *, stages_required: bool = True) -> None:
     """Add what a plan depends on besides the model."""
-    parser.add_argument("--stages", type=count, required=True, help="number of stages, or auto")
+    parser.add_argument("--stages", type=count, required=stages_required, help="number of stages, or auto")
     parser.add_argument("--ranks", type=int, help="number of ranks; default: as many as stages, or half as many")
     parser.add_argument("--schedule", default="1F1B", help=f"one of {', '.join(SCHEDULES)}, or auto (default: 1F1B)")
     parser.add_argument(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fxpipe.cli.budget import add_budget, print_best
 from fxpipe.cli.options import add_command, add_model, add_planning, compiled, write
+from fxpipe.errors import PlanError
 
 
 def add(commands: Any) -> None:
@@ -17,12 +19,15 @@ def add(commands: Any) -> None:
         help="show how a model would be cut into stages, without memory or processes",
         examples="""
         fxpipe plan llama-8b --stages 8
+        fxpipe plan llama-70b --devices 64 --nodes-of 8 --global-batch 1024
         fxpipe plan train.py:build --stages 4 --schedule ZBVZeroBubble --html plan.html
         fxpipe plan config.json --stages 16 --memory-limit 70GB --json plan.json
         """,
     )
     add_model(parser)
-    add_planning(parser)
+    add_planning(parser, stages_required=False)
+    add_budget(parser)
+    parser.set_defaults(schedule=None)
     parser.add_argument("--baselines", action="store_true", help="also cut as DeepSpeed, torchtitan and torchgpipe do")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the plan; without FILE, print it")
     parser.add_argument("--html", metavar="FILE", help="write the report as a page")
@@ -30,6 +35,15 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.devices is not None:
+        if options.stages is not None:
+            raise PlanError("--devices and --stages are both given\n  give one: of devices the stages are chosen")
+        options.schedule = options.schedule or "auto"
+        print_best(options)
+        return
+    options.schedule = options.schedule or "1F1B"
+    if options.stages is None:
+        raise PlanError("neither --stages nor --devices is given\n  give --stages 8, --stages auto or --devices 64")
     pipe = compiled(options)
     if options.json == "-":
         print(pipe.report("json"))
