@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from fxpipe.batch.dims import BatchDims, Microbatch
 from fxpipe.batch.example import split_example
-from fxpipe.batch.split import Microbatch, batch_size_of
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture
 from fxpipe.errors import PartitionError, ScheduleError
@@ -104,6 +104,7 @@ class Chooser:
         self,
         capture: Capture,
         example: Microbatch | None,
+        dims: BatchDims,
         cost: str | Mapping[str, float] | Profile,
         hardware: Hardware,
         training: Training,
@@ -119,16 +120,18 @@ class Chooser:
         self._counter = LayerCounter(capture.skeleton, fused_attention=hardware.device != "cpu")
         self._cost_name = self._cost if isinstance(self._cost, str) else "given"
         self._known: dict[int, tuple[LayerGraph, Estimate]] = {}
-        self.batch = batch_size_of(*example)
+        self._dims = dims
+        self.batch = dims.layout(example, split=False).size
 
     def offer(self, num_microbatches: int) -> tuple[LayerGraph, Estimate]:
         """Give graph and seconds of one of so many microbatches."""
         if num_microbatches not in self._known:
-            _, size, first = split_example(
-                self._example, stages=1, ranks=1, schedule="GPipe", microbatches=num_microbatches
+            cut = split_example(
+                self._example, stages=1, ranks=1, schedule="GPipe", microbatches=num_microbatches, dims=self._dims
             )
-            captured = self._capture.capture(self._capture.inputs(*first), grain="block", counter=self._counter)
-            graph = self._capture.layer_graph(captured, batch_size=size)
+            inputs = self._capture.inputs(*cut.first, cut.layout)
+            captured = self._capture.capture(inputs, grain="block", counter=self._counter, weigh=False)
+            graph = self._capture.layer_graph(captured, batch_size=cut.layout.size)
             training = replace(self._training, recompute=_fixed(self._training))
             self._known[num_microbatches] = graph, estimate_costs(graph, self._cost, self._hardware, training)
         return self._known[num_microbatches]
@@ -179,12 +182,17 @@ class Chooser:
 
     def _count(self, stages: int, ranks: int, schedule: str, asked: int) -> list[int]:
         try:
-            number, _, _ = split_example(
-                self._example, stages=stages, ranks=ranks, schedule=schedule, microbatches=asked or None
+            cut = split_example(
+                self._example,
+                stages=stages,
+                ranks=ranks,
+                schedule=schedule,
+                microbatches=asked or None,
+                dims=self._dims,
             )
         except ScheduleError:
             return []
-        return [number]
+        return [cut.number]
 
 
 def _fixed(training: Training) -> str | tuple[str, ...] | None:

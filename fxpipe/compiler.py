@@ -6,12 +6,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from fxpipe.batch.example import example_batch, split_example
-from fxpipe.batch.split import Microbatch
+from fxpipe.batch.dims import BatchDims
+from fxpipe.batch.example import Example, as_loss_fn, example_batch, split_example
+from fxpipe.batch.weights import check_loss_weight
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.model.sequence import build_sequence
@@ -50,7 +51,8 @@ def compile(
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     loss_fn: Callable[..., Any] | None = None,
-    loss_weight: Callable[..., float] | None = None,
+    loss_weight: Callable[..., float] | Literal["microbatch"] | None = None,
+    batch_dims: Mapping[str, int | None] | None = None,
     microbatches: int | str | None = None,
     schedule: str = "1F1B",
     ranks: int | None = None,
@@ -76,9 +78,12 @@ def compile(
         stages: Number of stages; ``"auto"``: the fastest for the given ``ranks``, else the fewest that fit.
         example_args: Positional arguments of one global batch, as ``step`` will get it; fake or meta tensors do.
         example_kwargs: Its keyword arguments; ``target`` among them where there is a ``loss_fn``.
-        loss_fn: ``loss_fn(output, target)``; None where the model returns its loss (``.loss``, ``["loss"]`` or a
-            scalar).
-        loss_weight: Weight of a microbatch in the batch's loss, from its inputs; None: found in the model.
+        loss_fn: ``loss_fn(output, target)``, or ``loss_fn(output)``; None where the model returns its loss
+            (``.loss``, ``["loss"]``, a scalar, or a tuple that begins with one).
+        loss_weight: Weight of a microbatch in the batch's loss, from its inputs; ``"microbatch"``: the batch's loss is
+            the plain mean of its microbatches'; None: found in the loss, and proved on small values.
+        batch_dims: Dimension of samples by argument name or dotted path, None for what every microbatch gets whole;
+            left out: dimension 0 of what is as large there as the first tensor.
         microbatches: A divisor of the batch size; None: the largest up to four per stage; ``"auto"``: chosen.
         schedule: ``"GPipe"``, ``"1F1B"``, ``"Interleaved1F1B"``, ``"LoopedBFS"``, ``"InterleavedZeroBubble"``,
             ``"ZBVZeroBubble"`` or ``"DualPipeV"``; ``"auto"``: chosen. What is chosen has the fastest simulated step of
@@ -125,11 +130,14 @@ def compile(
     _check(stages, grain, memory_limit, microbatches)
     limit = _limit(memory_limit, hardware)
     module = model if isinstance(model, nn.Module) else build_sequence(model)
-    capture = Capture(module, loss_fn=loss_fn, leaves=leaves)
-    example = example_batch(module, example_args, example_kwargs, loss_fn)
+    check_loss_weight(loss_weight)
+    loss_fn, needs_target = as_loss_fn(loss_fn)
+    capture = Capture(module, loss_fn=loss_fn, leaves=leaves, loss_weight=loss_weight)
+    dims = BatchDims.of(capture.parameter_names, batch_dims)
+    whole = example_batch(module, example_args, example_kwargs, needs_target=needs_target)
     said: tuple[str, ...] = ()
     if "auto" in (stages, schedule, microbatches):
-        chooser = Chooser(capture, example, cost, hardware, training)
+        chooser = Chooser(capture, whole, dims, cost, hardware, training)
         asked = Asked.of(stages=stages, ranks=ranks, schedule=schedule, microbatches=microbatches, limit=limit)
         chosen, line = chooser.choose(asked)
         stages, ranks, schedule = chosen.stages, chosen.ranks, chosen.schedule
@@ -138,7 +146,13 @@ def compile(
     assert not isinstance(microbatches, str)
     ranks = default_ranks(schedule_named(schedule).name, stages) if ranks is None else ranks
     placement(schedule, stages, ranks)
-    number, size, first = _microbatch(example, stages, ranks, schedule, microbatches)
+    example = None
+    if whole is not None:
+        example = split_example(
+            whole, stages=stages, ranks=ranks, schedule=schedule, microbatches=microbatches, dims=dims
+        )
+    most = max(4 * stages, least_microbatches(schedule, stages))
+    number = example.number if example is not None else microbatches or most
     settings = Settings.of(
         stages=stages,
         ranks=ranks,
@@ -152,14 +166,15 @@ def compile(
         memory_limit=limit,
         seed=seed,
     )
-    compiler = _Compiler(capture, settings, cost, first, size)
+    compiler = _Compiler(capture, settings, cost, example)
     graph, made, captured = compiler.from_plan(plan) if plan is not None else compiler.plan()
     made = replace(made, notes=(*said, *made.notes))
     stage_of_layer = {name: stage.index for stage in made.stages for name in stage.layers}
     variants = Variants(capture, stage_of_layer, made.num_stages, made.opened)
     if captured is not None:
         variants.add(captured, with_loss=captured.structure.is_loss)
-    source = Source(capture, loss_weight, mesh, compiler.baselines, compiler.profile)
+    dims = example.dims if example is not None else dims
+    source = Source(capture, dims, needs_target, loss_weight, mesh, compiler.baselines, compiler.profile)
     return Pipeline(graph, made, source, variants)
 
 
@@ -171,21 +186,19 @@ class _Compiler:
         capture: Capture,
         settings: Settings,
         cost: str | Mapping[str, float] | Profile,
-        first: Microbatch | None,
-        size: int | None,
+        example: Example | None,
     ) -> None:
         self.capture = capture
         self.settings = settings
         self.cost = cost
-        self.first = first
-        self.size = size
+        self.example = example
         self.profiler = Profiler() if cost == "profile" else None
         self.profile = cost if isinstance(cost, Profile) else None
         self.counter = self._counter()
 
     def plan(self) -> tuple[LayerGraph, PipelinePlan, Captured | None]:
         """Capture at block grain, and at op grain where that may pay; plan; capture what the plan runs."""
-        if self.first is None:
+        if self.example is None:
             return self._without_example()
         if self.settings.grain != "op" and not self._looks_inside():
             whole, captured = self._captured("block")
@@ -206,7 +219,7 @@ class _Compiler:
                 f"  pass stages={plan.num_stages}, or compile without plan="
             )
         graph, captured = (
-            self._captured("block", plan.opened) if self.first is not None else (self.capture.trace(), None)
+            self._captured("block", plan.opened) if self.example is not None else (self.capture.trace(), None)
         )
         if plan.model_fingerprint != graph.fingerprint:
             raise PlanError(
@@ -217,7 +230,7 @@ class _Compiler:
 
     def baselines(self) -> tuple[Baseline, ...]:
         """Cut the model as others would, at the same costs."""
-        if self.first is None:
+        if self.example is None:
             return compare(make_layout(*self._by_parameters()))
         self.counter = self._counter()  # the model may have been cast since
         graph, captured = self._captured("block")
@@ -241,11 +254,18 @@ class _Compiler:
         return graph, estimate_costs(graph, "parameters", settings.hardware, settings.training), settings
 
     def _captured(self, grain: str, opened: Sequence[str] = ()) -> tuple[LayerGraph, Captured]:
-        assert self.first is not None
+        assert self.example is not None
         captured = self.capture.capture(
-            self.capture.inputs(*self.first), grain=grain, opened=opened, counter=self.counter
+            self.capture.inputs(*self.example.first, self.example.layout),
+            grain=grain,
+            opened=opened,
+            counter=self.counter,
+            weigh=grain == "block",
         )
-        return self.capture.layer_graph(captured, batch_size=self.size), captured
+        if self.example.number > 1:
+            captured.check_separates()
+        graph = self.capture.layer_graph(captured, batch_size=self.example.layout.size)
+        return graph, captured
 
     def _planned_whole(self, graph: LayerGraph, captured: Captured) -> PipelinePlan | None:
         """Plan at block grain; None where opening blocks may pay."""
@@ -312,15 +332,6 @@ def _limit(memory_limit: float | str | None, hardware: Hardware) -> int | None:
 
 def _named(cost: str | Mapping[str, float] | Profile) -> str:
     return cost if isinstance(cost, str) else "profile" if isinstance(cost, Profile) else "given"
-
-
-def _microbatch(
-    example: Microbatch | None, stages: int, ranks: int, schedule: str, microbatches: int | None
-) -> tuple[int, int | None, Microbatch | None]:
-    """Give the number of microbatches, samples in each, and the first one."""
-    if example is not None:
-        return split_example(example, stages=stages, ranks=ranks, schedule=schedule, microbatches=microbatches)
-    return microbatches or max(4 * stages, least_microbatches(schedule, stages)), None, None
 
 
 def _spelled(pattern: object) -> str:

@@ -6,13 +6,15 @@ Everything above this file is values; from here on there are effects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fxpipe.batch.dims import BatchDims
+from fxpipe.batch.weights import LossWeight
 from fxpipe.capture.capture import Capture
 from fxpipe.capture.model.sequence import SpecSequential
 from fxpipe.errors import MaterializeError, ScheduleError
@@ -44,14 +46,18 @@ class Source:
 
     Attributes:
         capture: The user's model.
-        loss_weight: The user's own weight of a microbatch.
+        dims: Where samples lie in a batch.
+        needs_target: Whether the loss function compares with a target.
+        loss_weight: What the user says of the microbatches' weights.
         mesh: The user's mesh; None: all ranks are one pipeline.
         baselines: Cuts the same model as others would.
         profile: The times the plan was made of, where they were measured.
     """
 
     capture: Capture
-    loss_weight: Callable[..., float] | None = None
+    dims: BatchDims = field(default_factory=BatchDims)
+    needs_target: bool = False
+    loss_weight: LossWeight = None
     mesh: DeviceMesh | None = None
     baselines: Callable[[], Sequence[Baseline]] = tuple
     profile: Profile | None = None

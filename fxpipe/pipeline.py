@@ -46,7 +46,7 @@ class Pipeline:
         self.plan = plan
         self._source = source
         self._running: Running | None = None
-        self._trainer = Trainer(variants, source.loss_weight, plan.seed)
+        self._trainer = Trainer(variants, source, plan.seed)
 
     # --- to read --------------------------------------------------------------------------------------------------
 

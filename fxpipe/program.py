@@ -183,12 +183,15 @@ class LossTerm:
         name: FX node of the (unweighted) scalar in the last stage.
         kind: ``"tokens"``: share of valid targets; ``"samples"``: share of the batch; ``"sum"``: 1.
         count: For ``"tokens"``: gives the weight (a float: valid targets, class weights included) of a microbatch
-            from its named inputs; None otherwise.
+            from its named inputs; None otherwise. Counts add up over microbatches.
+        finish: Turns a count into what the sum is divided by, where that is not the count itself (it is kept from 0,
+            say): ``share = finish(count) / finish(total)``.
     """
 
     name: str
     kind: LossKind
     count: Callable[[Mapping[str, Any]], float] | None = field(default=None, compare=False)
+    finish: Callable[[float], float] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

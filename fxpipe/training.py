@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
+from fxpipe.batch.dims import Microbatch
 from fxpipe.batch.inputs import Inputs
+from fxpipe.batch.merge import merge_outputs
 from fxpipe.batch.order import Order
-from fxpipe.batch.split import Microbatch, batch_size_of, check_microbatches, merge_outputs, split_batch
+from fxpipe.batch.split import check_microbatches, cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.errors import CaptureError, FxpipeError, ScheduleError
-from fxpipe.materialize import Running
+from fxpipe.materialize import Running, Source
 from fxpipe.program import Program
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
@@ -41,6 +43,7 @@ class Variant:
         answers: What Python read from the inputs; another answer needs another variant.
         read: Reads it again from named inputs; None if nothing was read.
         alone: Gives the same graph as a program of one stage.
+        captured: What it was made of.
     """
 
     key: str
@@ -48,6 +51,7 @@ class Variant:
     answers: tuple[Any, ...]
     read: Callable[[Mapping[str, Any]], Sequence[Any]] | None
     alone: Callable[[], Program]
+    captured: Captured
 
     def fits(self, inputs: Inputs) -> bool:
         """Tell whether a microbatch takes this graph."""
@@ -123,7 +127,7 @@ class Variants:
         answers = tuple(guard.answer for guard in guards)
         key = hashlib.sha256(repr((spec, answers)).encode()).hexdigest()[:16]
         program = captured.program(self._stage_of_layer, self._num_stages)
-        return Variant(key, program, answers, read, lambda: captured.program({}, 1))
+        return Variant(key, program, answers, read, lambda: captured.program({}, 1), captured)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +140,7 @@ class Step:
         sizes: Samples of each.
         counts: What each loss term of each microbatch is a mean over.
         shares: Weight of each loss term of each microbatch in the loss of the batch, of all replicas' together.
+        output_dims: Of a forward alone in several microbatches: the outputs' dimensions of samples, by path.
     """
 
     inputs: tuple[Inputs, ...]
@@ -143,6 +148,7 @@ class Step:
     sizes: tuple[int, ...]
     counts: Counts = ()
     shares: tuple[tuple[float, ...], ...] = ()
+    output_dims: Mapping[str, int | None] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -215,15 +221,15 @@ class Trainer:
 
     Args:
         variants: The model's graphs on the plan.
-        loss_weight: The user's own weight of a microbatch.
+        source: What the user says of batches and their weights.
         seed: Of the random numbers; ``materialize`` may set another.
     """
 
-    def __init__(self, variants: Variants, loss_weight: Callable[..., float] | None, seed: int) -> None:
+    def __init__(self, variants: Variants, source: Source, seed: int) -> None:
         self.variants = variants
         self.seed = seed
         self.num_steps = 0
-        self._loss_weight = loss_weight
+        self._source = source
 
     def step(
         self,
@@ -257,7 +263,7 @@ class Trainer:
         if flat is None:
             return None
         outputs = [job.program.rebuild(tensors) for job, tensors in zip(jobs, flat, strict=True)]
-        return merge_outputs(outputs, step.sizes)
+        return merge_outputs(outputs, step.sizes, step.output_dims)
 
     def prepare(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> Step:
         """Check a batch, cut it and find its variants; every rank goes on, or all raise the same error."""
@@ -301,43 +307,61 @@ class Trainer:
         running.check_ready()
         self._check_batch(batch, ready)
         plan = running.plan
-        order = Order(plan.schedule, plan.num_stages, plan.num_ranks, plan.num_microbatches, plan.microbatch_size)
-        parts = order.split(batch, ready)
-        sizes = check_microbatches(parts)
-        inputs = tuple(self.variants.capture.inputs(*part) for part in parts)
+        order = Order(
+            plan.schedule,
+            plan.num_stages,
+            plan.num_ranks,
+            plan.num_microbatches,
+            plan.microbatch_size,
+            self._source.dims,
+        )
+        parts, layouts = order.split(batch, ready)
+        sizes = check_microbatches(parts, self._source.dims)
+        inputs = tuple(self.variants.capture.inputs(*each, layout) for each, layout in zip(parts, layouts, strict=True))
         found = tuple(self.variants.find(each, with_loss=True) for each in inputs)
+        for variant in found if len(parts) > 1 else ():
+            variant.captured.check_separates()
+        return Step(inputs, found, sizes, self._counts(found, inputs, sizes, parts))
+
+    def _counts(
+        self, found: Sequence[Variant], inputs: Sequence[Inputs], sizes: Sequence[int], parts: Sequence[Microbatch]
+    ) -> Counts:
+        """Count what each microbatch weighs: numbers that add up over microbatches, and over replicas."""
         terms = [variant.program.loss_terms for variant in found]
-        if self._loss_weight is None:
-            return Step(inputs, found, sizes, count_terms(terms, [each.tensors for each in inputs], sizes))
-        return Step(inputs, found, sizes, given_counts(self._loss_weight, parts, terms))
+        if self._source.loss_weight is not None:
+            return given_counts(self._source.loss_weight, parts, terms)
+        return count_terms(terms, [each.tensors for each in inputs], sizes)
 
     def _check_batch(self, batch: Microbatch, ready: Sequence[Any] | None) -> None:
         args, kwargs, target = batch
-        has_loss_fn = self.variants.capture.loss_fn is not None
+        needs_target = self._source.needs_target
         if ready is not None:
             if args or kwargs or target is not None:
                 raise ScheduleError(
                     "step got a batch and microbatches=[...]\n  pass one of them, targets within the microbatches"
                 )
             return
-        if has_loss_fn and target is None:
+        if needs_target and target is None:
             raise ScheduleError("step got no target for loss_fn\n  pass it by name: pipe.step(inputs, target=targets)")
-        if not has_loss_fn and target is not None:
+        if not needs_target and target is not None:
             raise ScheduleError(
-                "step got a target, but the pipeline was compiled without loss_fn\n"
+                "step got a target, but the pipeline was compiled without a loss_fn that takes one\n"
                 "  compile with loss_fn=, or pass the model's own argument (labels=)"
             )
 
     def _for_inference(self, running: Running, batch: Microbatch, num_microbatches: int) -> Step:
         """Cut a batch for a forward alone; every output is the model's own where it is one microbatch."""
         running.check_filled()
-        size = batch_size_of(*batch)
+        dims = self._source.dims
+        size = dims.layout(batch, split=False).size
         if not 1 <= num_microbatches <= size:
             raise ScheduleError(
                 f"infer cannot cut a batch of {size} into {num_microbatches} microbatches\n  use 1 to {size}"
             )
-        parts = split_batch(*batch, num_microbatches=num_microbatches, batch_size=size)
-        inputs = tuple(self.variants.capture.inputs(*part) for part in parts)
+        layout = dims.layout(batch, split=num_microbatches > 1)
+        own = replace(layout, size=size // num_microbatches)
+        inputs = tuple(self.variants.capture.inputs(*part, own) for part in cut(batch, layout, num_microbatches, dims))
         with torch.no_grad():
             found = tuple(self.variants.find(each, with_loss=False) for each in inputs)
-        return Step(inputs, found, check_microbatches(parts))
+        output_dims = self.variants.capture.output_dims(found[0].captured) if num_microbatches > 1 else None
+        return Step(inputs, found, (own.size,) * num_microbatches, output_dims=output_dims)

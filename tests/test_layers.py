@@ -58,7 +58,7 @@ TABLE = {
     "runtime.run": Room("errors ir program batch _torch runtime.ranks runtime.build", "torch"),
     # Modules that compose the rooms; each sees the ones above it here.
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
-    "materialize": Room("errors ir capture runtime", "torch"),
+    "materialize": Room("errors ir batch capture runtime", "torch"),
     "training": Room("errors ir program batch capture runtime materialize", "torch"),
     "verification": Room("errors ir capture runtime materialize training", "torch"),
     "pipeline": Room("errors ir planning report runtime materialize training verification", "torch"),

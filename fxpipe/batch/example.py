@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from fxpipe.batch.dims import BatchDims, Layout, Microbatch
 from fxpipe.batch.microbatches import choose_microbatches
-from fxpipe.batch.split import Microbatch, batch_size_of, split_batch
+from fxpipe.batch.split import cut
 from fxpipe.errors import ScheduleError
 
 
 def example_batch(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, loss_fn: Callable[..., Any] | None
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, needs_target: bool
 ) -> Microbatch | None:
     """Give the example batch: the user's, else the model's own ``dummy_inputs``, else None.
 
@@ -22,7 +26,7 @@ def example_batch(
         model: The model.
         args: Positional arguments of one global batch.
         kwargs: Keyword arguments, ``target`` among them where a loss function needs one.
-        loss_fn: The loss function.
+        needs_target: Whether a loss function compares with one.
 
     Raises:
         ScheduleError: A loss function was given, but no ``target``.
@@ -30,11 +34,11 @@ def example_batch(
     named = dict(kwargs or {})
     if not args and not named:
         dummy = getattr(model, "dummy_inputs", None)
-        if loss_fn is not None or not isinstance(dummy, Mapping) or not dummy:
+        if needs_target or not isinstance(dummy, Mapping) or not dummy:
             return None
         named = dict(dummy)
-    target = named.pop("target", None) if loss_fn is not None else None
-    if loss_fn is not None and target is None:
+    target = named.pop("target", None) if needs_target else None
+    if needs_target and target is None:
         raise ScheduleError(
             "loss_fn was given, but the example has no target\n"
             "  pass it by name: example_kwargs={'target': targets}, as step will get it"
@@ -42,20 +46,68 @@ def example_batch(
     return tuple(args), named, target
 
 
-def split_example(
-    example: Microbatch, *, stages: int, ranks: int, schedule: str, microbatches: int | None
-) -> tuple[int, int, Microbatch]:
-    """Choose the number of microbatches and cut the example.
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An example batch, cut.
 
-    Returns:
-        Number of microbatches, samples in each, and the first one.
+    Attributes:
+        number: Of microbatches.
+        first: The first microbatch.
+        layout: Of that microbatch.
+        dims: Where samples lie in other batches.
+    """
+
+    number: int
+    first: Microbatch
+    layout: Layout
+    dims: BatchDims
+
+
+def split_example(
+    example: Microbatch, *, stages: int, ranks: int, schedule: str, microbatches: int | None, dims: BatchDims
+) -> Example:
+    """Choose the number of microbatches and cut the example.
 
     Raises:
         ScheduleError: The batch cannot be cut as asked, or not at all.
     """
-    size = batch_size_of(*example)
+    dims.check_known(example)
+    size = dims.layout(example, split=False).size
     number = choose_microbatches(size, stages, ranks, schedule, microbatches)
-    return number, size // number, split_batch(*example, num_microbatches=number, batch_size=size)[0]
+    layout = dims.layout(example, split=number > 1)
+    first = cut(example, layout, number, dims)[0]
+    said = dims.doubts(example, layout, number) if number > 1 else {}
+    own = replace(layout, size=size // number, said=said)
+    return Example(number, first, own, dims.learned(layout))
+
+
+def as_loss_fn(loss_fn: Callable[..., Any] | None) -> tuple[Callable[..., Any] | None, bool]:
+    """Give a loss function the form ``loss_fn(output, target)``, and tell whether it takes a target.
+
+    One of a single parameter gets the output alone.
+
+    >>> import torch
+    >>> takes = as_loss_fn(lambda output: output.mean())
+    >>> takes[0](torch.ones(2), None), takes[1]
+    (tensor(1.), False)
+    """
+    if loss_fn is None:
+        return None, False
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):
+        return loss_fn, True
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    several = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    if several or len(positional) != 1:
+        return loss_fn, True
+
+    @functools.wraps(loss_fn)
+    def of_output(output: Any, target: Any) -> Any:
+        del target
+        return loss_fn(output)
+
+    return of_output, False
 
 
 def as_microbatch(given: Any) -> Microbatch:

@@ -6,7 +6,7 @@ import inspect
 import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor
+from fxpipe.batch.dims import Layout
 from fxpipe.errors import CaptureError, SpecError
 from fxpipe.ir.canonical import digest, spell
 from fxpipe.ir.tree import map_tree
@@ -30,6 +31,9 @@ class Inputs:
         tensors: Every tensor in them, by name.
         signature: Names, shapes and dtypes of the tensors, and all other values: equal for two microbatches that
             take the same graph, guards aside.
+        samples: Number of samples.
+        dims: The dimension of samples of each tensor that has one, by name.
+        said: What the report says of how tensors are split, by name.
     """
 
     args: tuple[Any, ...]
@@ -37,6 +41,9 @@ class Inputs:
     target: Any
     tensors: Mapping[str, torch.Tensor]
     signature: tuple[Any, ...]
+    samples: int = 1
+    dims: Mapping[str, int] = field(default_factory=dict)
+    said: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def are_partly_fake(self) -> bool:
@@ -46,7 +53,7 @@ class Inputs:
     def described(self) -> tuple[str, ...]:
         """Give name, dtype and shape of each tensor, as text."""
         return tuple(
-            f"{name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+            f"{name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} {self.said.get(name, '')}".rstrip()
             for name, tensor in self.tensors.items()
         )
 
@@ -59,6 +66,17 @@ class Inputs:
 
         args, kwargs, target = (map_tree(replace, part) for part in (self.args, dict(self.kwargs), self.target))
         return args, kwargs, target
+
+    def doubled(self) -> Inputs | None:
+        """Give twice the samples, each of them again; None where no tensor has a dimension of samples."""
+        if not self.dims:
+            return None
+        tensors = {
+            name: torch.cat([tensor, tensor], self.dims[name]) if name in self.dims else tensor
+            for name, tensor in self.tensors.items()
+        }
+        args, kwargs, target = self.with_tensors(tensors)
+        return replace(self, args=args, kwargs=kwargs, target=target, tensors=tensors, samples=2 * self.samples)
 
 
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -75,7 +93,13 @@ def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
 
 
-def name_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = None) -> Inputs:
+def name_inputs(
+    names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    target: Any = None,
+    layout: Layout | None = None,
+) -> Inputs:
     """Name every tensor of a microbatch.
 
     Args:
@@ -83,6 +107,7 @@ def name_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
         args: Positional arguments.
         kwargs: Keyword arguments.
         target: What the loss function compares with.
+        layout: Where its samples lie.
 
     Returns:
         The tensors by name, and the signature.
@@ -97,12 +122,18 @@ def name_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
     """
     tensors: dict[str, torch.Tensor] = {}
     signature: list[Any] = []
+    dims: dict[str, int] = {}
+    said: dict[str, str] = {}
 
     def take(path: str, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             _check_input(path, leaf)
             name = _identifier(path, tensors)
             tensors[name] = leaf
+            if layout is not None and path in layout.dims:
+                dims[name] = layout.dims[path]
+            if layout is not None and path in layout.said:
+                said[name] = layout.said[path]
             strides = () if leaf.is_contiguous() else tuple(leaf.stride())
             signature.append((name, tuple(leaf.shape), leaf.dtype, strides))
         else:
@@ -110,12 +141,13 @@ def name_inputs(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, 
         return leaf
 
     for place, value in enumerate(args):
-        map_tree(take, value, names[place] if place < len(names) else f"args_{place}")
+        map_tree(take, value, names[place] if place < len(names) else f"args[{place}]")
     for name, value in kwargs.items():
         map_tree(take, value, name)
     if target is not None:
         map_tree(take, target, "target")
-    return Inputs(tuple(args), kwargs, target, tensors, tuple(signature))
+    samples = layout.size if layout is not None else 1
+    return Inputs(tuple(args), kwargs, target, tensors, tuple(signature), samples, dims, said)
 
 
 def _check_input(path: str, tensor: torch.Tensor) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fxpipe.batch.dims import BatchDims, Layout, Microbatch
 from fxpipe.batch.example import as_microbatch
 from fxpipe.batch.microbatches import fit_microbatches
-from fxpipe.batch.split import Microbatch, batch_size_of, split_batch
+from fxpipe.batch.split import cut
 from fxpipe.ir.schedule import check_microbatches
 
 
@@ -22,6 +23,7 @@ class Order:
         ranks: Number of ranks.
         microbatches: The plan's number of microbatches.
         microbatch_size: Samples of each in the plan; None without an example.
+        dims: Where samples lie in a batch.
     """
 
     schedule: str
@@ -29,13 +31,17 @@ class Order:
     ranks: int
     microbatches: int
     microbatch_size: int | None
+    dims: BatchDims = field(default_factory=BatchDims)
 
-    def split(self, batch: Microbatch | None, ready: Sequence[Any] | None) -> list[Microbatch]:
+    def split(self, batch: Microbatch | None, ready: Sequence[Any] | None) -> tuple[list[Microbatch], list[Layout]]:
         """Cut a batch, or take ready-split microbatches.
 
         Args:
             batch: The whole batch; None where ``ready`` is given.
             ready: Ready-split microbatches, which may differ in shape.
+
+        Returns:
+            The microbatches, and where the samples of each lie.
 
         Raises:
             ScheduleError: The batch cannot be cut for the schedule, or there are too few microbatches for it.
@@ -43,10 +49,11 @@ class Order:
         if ready is not None:
             parts = [as_microbatch(part) for part in ready]
             check_microbatches(self.schedule, self.stages, self.ranks, len(parts))
-            return parts
+            return parts, [self.dims.layout(part, split=False) for part in parts]
         assert batch is not None
-        size = batch_size_of(*batch)
+        size = self.dims.layout(batch, split=False).size
         number = self.microbatches
         if self.microbatch_size is None or size != self.microbatches * self.microbatch_size:
             number = fit_microbatches(size, self.stages, self.ranks, self.schedule, self.microbatches)
-        return split_batch(*batch, num_microbatches=number, batch_size=size)
+        layout = self.dims.layout(batch, split=number > 1)
+        return cut(batch, layout, number, self.dims), [replace(layout, size=size // number)] * number

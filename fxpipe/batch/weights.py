@@ -1,4 +1,4 @@
-"""Weights under which the losses of microbatches add up to the batch's."""
+"""What each microbatch's loss weighs in the batch's: counts first, numbers that add up, then shares of their totals."""
 
 from __future__ import annotations
 
@@ -6,59 +6,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from fxpipe.batch.split import Microbatch
+from fxpipe.batch.dims import Microbatch
 from fxpipe.errors import ScheduleError
 from fxpipe.program import LossTerm
 
 Counts: TypeAlias = tuple[tuple[float, ...], ...]
 """By microbatch, then by loss term: what it counts (valid targets, samples); 0 for a sum, which is not weighed."""
+LossWeight: TypeAlias = Callable[..., float] | str | None
+"""What a user says of the weights: a function, ``"microbatch"``, or nothing."""
 
 
-def loss_weights(loss_weight: Callable[..., float], microbatches: Sequence[Microbatch]) -> tuple[float, ...]:
-    """Ask a user's ``loss_weight`` for the weight of each microbatch.
-
-    Args:
-        loss_weight: Called as ``loss_weight(*args, **kwargs)``, with ``target=`` where there is one.
-        microbatches: What it is called on, one at a time.
-
-    Returns:
-        One weight per microbatch, not yet normalised.
+def check_loss_weight(loss_weight: object) -> None:
+    """Refuse what is no way to weigh microbatches.
 
     Raises:
-        ScheduleError: A weight is not a finite number of at least 0, or all are 0.
-
-    >>> batches = [(("x" * rows,), {}, None) for rows in (3, 1)]
-    >>> loss_weights(lambda x: float(len(x)), batches)
-    (3.0, 1.0)
+        ScheduleError: It is neither a function nor ``"microbatch"`` nor None.
     """
-    weights = []
-    for index, (args, kwargs, target) in enumerate(microbatches):
-        given = loss_weight(*args, **kwargs) if target is None else loss_weight(*args, target=target, **kwargs)
-        try:
-            weight = float(given)
-        except (TypeError, ValueError) as error:
-            raise ScheduleError(
-                f"loss_weight gave {given!r} for microbatch {index}, which is no number\n"
-                f"  return a float: the weight of this microbatch's loss in the batch's"
-            ) from error
-        if not math.isfinite(weight) or weight < 0:
-            raise ScheduleError(
-                f"loss_weight gave {weight} for microbatch {index}\n  return a finite number of at least 0"
-            )
-        weights.append(weight)
-    if weights and sum(weights) == 0:
+    if not (loss_weight is None or loss_weight == "microbatch" or callable(loss_weight)):
         raise ScheduleError(
-            f"loss_weight gave 0 for all {len(weights)} microbatches\n  give at least one a positive weight"
+            f"loss_weight is {loss_weight!r}\n  pass a function of a microbatch's arguments, 'microbatch' (each weighs "
+            "the same), or None (found in the loss)"
         )
-    return tuple(weights)
-
-
-def given_counts(
-    loss_weight: Callable[..., float], microbatches: Sequence[Microbatch], terms: Sequence[Sequence[LossTerm]]
-) -> Counts:
-    """Give the user's weights the form of counts."""
-    weights = loss_weights(loss_weight, microbatches)
-    return tuple((weight,) * len(each) for weight, each in zip(weights, terms, strict=True))
 
 
 def count_terms(
@@ -69,7 +37,7 @@ def count_terms(
     These are plain numbers of this process; replicas of a pipeline add up their totals before ``make_shares``.
 
     Args:
-        terms: The loss terms of each microbatch; variants of one model may have more or fewer.
+        terms: The loss terms of each microbatch.
         tensors: Its named inputs.
         sizes: Its samples.
 
@@ -120,4 +88,53 @@ def _count(term: LossTerm, tensors: Mapping[str, Any], size: int) -> float:
 def _share(term: LossTerm, count: float, total: float) -> float:
     if term.kind == "sum":
         return 1.0
-    return count / total if count else 0.0
+    if not count:
+        return 0.0
+    return term.finish(count) / term.finish(total) if term.finish is not None else count / total
+
+
+def given_counts(
+    loss_weight: Callable[..., float] | str, microbatches: Sequence[Microbatch], terms: Sequence[Sequence[LossTerm]]
+) -> Counts:
+    """Give the user's weights the form of counts."""
+    weights = loss_weights(loss_weight, microbatches) if callable(loss_weight) else (1.0,) * len(microbatches)
+    return tuple((weight,) * len(each) for weight, each in zip(weights, terms, strict=True))
+
+
+def loss_weights(loss_weight: Callable[..., float], microbatches: Sequence[Microbatch]) -> tuple[float, ...]:
+    """Ask a user's ``loss_weight`` for the weight of each microbatch.
+
+    Args:
+        loss_weight: Called as ``loss_weight(*args, **kwargs)``, with ``target=`` where there is one.
+        microbatches: What it is called on, one at a time.
+
+    Returns:
+        One weight per microbatch, not yet normalised.
+
+    Raises:
+        ScheduleError: A weight is not a finite number of at least 0, or all are 0.
+
+    >>> batches = [(("x" * rows,), {}, None) for rows in (3, 1)]
+    >>> loss_weights(lambda x: float(len(x)), batches)
+    (3.0, 1.0)
+    """
+    weights = []
+    for index, (args, kwargs, target) in enumerate(microbatches):
+        given = loss_weight(*args, **kwargs) if target is None else loss_weight(*args, target=target, **kwargs)
+        try:
+            weight = float(given)
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(
+                f"loss_weight gave {given!r} for microbatch {index}, which is no number\n"
+                f"  return a float: the weight of this microbatch's loss in the batch's"
+            ) from error
+        if not math.isfinite(weight) or weight < 0:
+            raise ScheduleError(
+                f"loss_weight gave {weight} for microbatch {index}\n  return a finite number of at least 0"
+            )
+        weights.append(weight)
+    if weights and sum(weights) == 0:
+        raise ScheduleError(
+            f"loss_weight gave 0 for all {len(weights)} microbatches\n  give at least one a positive weight"
+        )
+    return tuple(weights)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +10,23 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxpipe.batch.dims import Layout
 from fxpipe.batch.inputs import Inputs, name_inputs, parameter_names
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.cut.stage_graphs import make_program
-from fxpipe.capture.graph.layers import layer_of, make_layer_graph
-from fxpipe.capture.graph.loss import Term, describe_terms, find_terms, loss_terms
+from fxpipe.capture.graph.growth import output_dims
+from fxpipe.capture.graph.layers import make_layer_graph
+from fxpipe.capture.graph.loss import WAY_OUT, Loss, Term, describe_terms, find_loss_terms, given_terms, loss_terms
 from fxpipe.capture.graph.reading import reader_of
+from fxpipe.capture.graph.sizes import Unsuited
 from fxpipe.capture.graph.structure import Structure, computation_of, expressions_of, make_structure
 from fxpipe.capture.graph.trace import trace_layers
 from fxpipe.capture.model.blocks import Leaves, block_fqns, choose_leaves
 from fxpipe.capture.model.preserve import Change
 from fxpipe.capture.model.skeleton import Skeleton, make_skeleton
+from fxpipe.capture.places import place_of, relative
 from fxpipe.capture.progress import shown_progress
 from fxpipe.capture.record.forward import Guard
 from fxpipe.capture.record.node import info, made_by
@@ -47,6 +49,7 @@ class Captured:
         structure: What of that is needed.
         terms: Summands of the loss; empty without a loss.
         notes: What the report should say.
+        coupling: Why microbatches' losses do not add up to the batch's; ``""`` where they do.
     """
 
     inputs: Inputs
@@ -54,6 +57,7 @@ class Captured:
     structure: Structure
     terms: tuple[Term, ...]
     notes: tuple[str, ...]
+    coupling: str = ""
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -73,6 +77,15 @@ class Captured:
             return None, ()
         recorder = self.observation.recorder
         return reader_of(recorder.graph, [guard.node for guard in guards], recorder.constants), guards
+
+    def check_separates(self) -> None:
+        """Refuse a loss whose microbatches do not add up to the batch.
+
+        Raises:
+            CaptureError: Says which call couples the samples.
+        """
+        if self.coupling:
+            raise CaptureError(f"{self.coupling}\n  {WAY_OUT}")
 
     def program(self, stage_of_layer: Mapping[str, int], num_stages: int) -> Program:
         """Cut the graph into stages; see ``make_program``."""
@@ -117,14 +130,16 @@ class Capture:
         *,
         loss_fn: Callable[..., Any] | None = None,
         leaves: Sequence[object] = (),
+        loss_weight: object = None,
     ) -> None:
         self.skeleton: Skeleton = make_skeleton(model)
         self.loss_fn = loss_fn
+        self.loss_weight = loss_weight
         self.dtype: torch.dtype | None = None
         self._model: nn.Module | None = model
         self.name = type(model).__name__
         self._patterns = tuple(leaves)
-        self._parameter_names = parameter_names(self.skeleton.module.forward)
+        self.parameter_names = parameter_names(self.skeleton.module.forward)
         self._closed: dict[str, Blocked] = {}  # modules found not to be openable, and why
         self._opened: dict[str, Blocked | None] = {}  # modules that have to be opened, and why; None: for their loss
         # Names patterns without a match now.
@@ -162,9 +177,11 @@ class Capture:
             self.skeleton.release(self._model)
             self._model = None
 
-    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = None) -> Inputs:
+    def inputs(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = None, layout: Layout | None = None
+    ) -> Inputs:
         """Name the tensors of a microbatch."""
-        return name_inputs(self._parameter_names, args, kwargs, target)
+        return name_inputs(self.parameter_names, args, kwargs, target, layout)
 
     def capture(
         self,
@@ -175,6 +192,7 @@ class Capture:
         with_loss: bool = True,
         grad_enabled: bool = True,
         counter: LayerCounter | None = None,
+        weigh: bool = True,
     ) -> Captured:
         """Record one forward.
 
@@ -185,6 +203,7 @@ class Capture:
             with_loss: Whether the loss is wanted (where there is one) rather than the model's output.
             grad_enabled: Gradient mode around the forward.
             counter: Counts what each call does.
+            weigh: Whether to find how microbatches' losses add up: not where the graph is only planned.
 
         Raises:
             CaptureError: The forward does something that cannot be recorded without risking wrong numbers, or fails.
@@ -198,24 +217,35 @@ class Capture:
                 self._change(leaves, blocked, inputs)
                 continue
             structure = make_structure(observation, training=with_loss)
-            if not structure.is_loss:
-                return self._finished(inputs, observation, structure, ())
+            if not structure.is_loss or not weigh:
+                return self._finished(inputs, observation, structure, Loss(()))
             criterion = self._closed_criterion(structure)
             if criterion is not None:
                 self._opened[criterion] = None
                 continue
-            terms = find_terms(
-                self.skeleton,
-                observation,
-                structure,
-                lambda node: self._grows(node, leaves, inputs),  # noqa: B023
-            )
-            structure = make_structure(observation, training=True, summands=[term.node for term in terms])
-            return self._finished(inputs, observation, structure, terms)
+            loss = self._loss(leaves, inputs, observation, structure)
+            structure = make_structure(observation, training=True, summands=[term.node for term in loss.terms])
+            return self._finished(inputs, observation, structure, loss)
         raise CaptureError(
             f"{self.name} has more than {MOST_CLOSINGS} kinds of modules that cannot be opened\n"
             "  use grain='block', or name them in leaves="
         )
+
+    def output_dims(self, captured: Captured) -> dict[str, int | None]:
+        """Find the dimension of samples of each tensor that the model returns, by path: ``"output['logits']"``.
+
+        The forward is recorded once more with twice the samples, and what has grown is looked at; None where nothing
+        has.
+
+        Raises:
+            CaptureError: The forward does not run on twice as many samples.
+        """
+        inputs, leaves = captured.inputs, captured.observation.leaves
+        doubled = inputs.doubled()
+        if doubled is None:
+            return {}
+        other = self._observe(leaves, doubled, False, False, None)
+        return output_dims(captured.observation.output, other.output, inputs.samples)
 
     def layer_graph(
         self, captured: Captured, *, batch_size: int | None = None, notes: Sequence[str] = ()
@@ -275,7 +305,7 @@ class Capture:
             raise
         except Exception as error:
             raise CaptureError(
-                f"the forward of {self.name} failed: {type(error).__name__}: {error}{_place(error)}\n"
+                f"the forward of {self.name} failed: {type(error).__name__}: {error}{place_of(error)}\n"
                 f"  it was run with {', '.join(inputs.described()) or 'no tensors'}; check the example inputs"
             ) from error
 
@@ -330,13 +360,17 @@ class Capture:
 
         Where a module is recorded whole already, or had to be opened, the next one around it may help.
         """
-        if blocked.way_out and blocked.fqn in leaves.closed:
+        if (blocked.way_out and blocked.fqn in leaves.closed) or not self._is_module(blocked.fqn):
             return ""
         parts = blocked.fqn.split(".")
         around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         whole = [fqn for fqn in around if fqn in leaves.closed]
         start = around.index(whole[-1]) + 1 if whole else 0
         return next((fqn for fqn in around[start:] if fqn not in self._opened and leaves.can_close(fqn)), "")
+
+    def _is_module(self, fqn: str) -> bool:
+        """Whether a name is that of a module, and not of the loss function."""
+        return not fqn or any(name == fqn for name, _ in self.skeleton.module.named_modules())
 
     def _alike(self, fqn: str) -> list[str]:
         """List the modules of one class with a module, in the model's order: it must not depend on the process."""
@@ -353,6 +387,8 @@ class Capture:
             return "return a tensor of a fixed shape (a mask rather than a selection) from it"
         if blocked.opens:
             return "pass what is read or changed there as an argument, and return it"
+        if not self._is_module(blocked.fqn):
+            return "write the loss without it: it must not look at values that only a run has"
         holder = type(self.skeleton.module.get_submodule(blocked.fqn)).__name__
         return (
             f"move that part of {holder} into a module of its own and name it in leaves= (its class or a pattern of "
@@ -368,36 +404,39 @@ class Capture:
         module = self.skeleton.module.get_submodule(str(node.target))
         return None if type(module).__module__.startswith("torch.nn.") else str(node.target)
 
-    def _grows(self, node: fx.Node, leaves: Leaves, inputs: Inputs) -> bool:
-        """Record once more with twice the samples and see whether a tensor has grown."""
-        twice = _doubled(inputs)
-        if twice is None:
-            return False
-        try:
-            other = self._observe(leaves, twice, True, True, None)
-        except (Blocked, CaptureError):
-            return False
-        same = [found for found in other.recorder.graph.nodes if found.name == node.name]
-        return bool(same) and layer_of(same[0]) == layer_of(node) and info(same[0]).tensor != info(node).tensor
+    def _loss(self, leaves: Leaves, inputs: Inputs, observation: Observation, structure: Structure) -> Loss:
+        """Find how the losses of microbatches add up: recorded once more with twice the samples, and tried."""
+        if self.loss_weight is not None:
+            return given_terms(structure, self.loss_weight)
 
-    def _finished(
-        self, inputs: Inputs, observation: Observation, structure: Structure, terms: tuple[Term, ...]
-    ) -> Captured:
+        def twice() -> Observation:
+            doubled = inputs.doubled()
+            if doubled is None:
+                raise Unsuited("no input has a dimension of samples")
+            try:
+                return self._observe(leaves, doubled, True, True, None)
+            except (Blocked, CaptureError) as error:
+                raise Unsuited(f"it does not run on twice as many samples: {error}".split("\n")[0]) from error
+
+        given, by_model = (inputs.tensors, inputs.samples), self.loss_fn is None
+        return find_loss_terms(self.skeleton, observation, structure, *given, twice, by_model=by_model)
+
+    def _finished(self, inputs: Inputs, observation: Observation, structure: Structure, loss: Loss) -> Captured:
         notes = list(observation.notes)
-        if terms:
-            notes.insert(0, describe_terms(terms))
+        if loss.terms:
+            notes.insert(0, describe_terms(loss.terms))
         kinds: dict[str, str] = {}
         for fqn, reason in self.closed.items():
             kinds.setdefault(type(self.skeleton.module.get_submodule(fqn)).__name__, f"{fqn}: {reason}")
-        notes += [f"{kind} is never opened ({_relative(why)})" for kind, why in kinds.items()]
-        notes += [_relative(note) for note in self._notes_on_opened()]
+        notes += [f"{kind} is never opened ({relative(why)})" for kind, why in kinds.items()]
+        notes += [relative(note) for note in self._notes_on_opened()]
         forms = Counter(form for node in structure.nodes for form in info(node).attention)
         counted = [f"{form} ({_ATTENTION[form]}, {forms[form]} times)" for form in _ATTENTION if forms[form]]
         notes += [f"attention: {', '.join(counted)}"] if counted else []
         for guard in observation.guards:
             if not guard.is_choice:
-                notes.append(_relative(f"each new value read at {guard.where} is captured anew"))
-        return Captured(inputs, observation, structure, terms, tuple(dict.fromkeys(notes)))
+                notes.append(relative(f"each new value read at {guard.where} is captured anew"))
+        return Captured(inputs, observation, structure, loss.terms, tuple(dict.fromkeys(notes)), loss.coupling)
 
     def _notes_on_opened(self) -> Iterator[str]:
         kinds: dict[str, None] = {}
@@ -406,32 +445,3 @@ class Capture:
             if why is not None and kind not in kinds:
                 kinds[kind] = None
                 yield f"{kind} is opened ({why.fqn}: {why.reason}, {why.where})"
-
-
-def _doubled(inputs: Inputs) -> Inputs | None:
-    """Repeat every sample once."""
-    sizes = [tensor.shape[0] for tensor in inputs.tensors.values() if tensor.dim() > 0]
-    if not sizes:
-        return None
-    rows = sizes[0]
-    tensors = {
-        name: torch.cat([tensor, tensor]) if tensor.dim() > 0 and tensor.shape[0] == rows else tensor
-        for name, tensor in inputs.tensors.items()
-    }
-    args, kwargs, target = inputs.with_tensors(tensors)
-    return Inputs(args, kwargs, target, tensors, inputs.signature)
-
-
-def _place(error: Exception) -> str:
-    """Give file and line of the user's code where an error came from."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        inside = os.sep + "torch" + os.sep, os.sep + "fxpipe" + os.sep + "capture" + os.sep
-        if not any(part in frame.filename for part in inside):
-            return f" ({frame.filename}:{frame.lineno})"
-    return ""
-
-
-def _relative(text: str) -> str:
-    """Leave directories out of a note: the same model gives the same plan on every machine."""
-    words = text.split(" ")
-    return " ".join(os.path.basename(word) if os.sep in word else word for word in words)

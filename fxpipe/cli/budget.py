@@ -94,6 +94,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _spent(options: argparse.Namespace, ways: list[Training]) -> tuple[list[Spent], Budget, Hardware, int | None]:
+    from fxpipe.batch.dims import BatchDims
     from fxpipe.batch.example import example_batch
     from fxpipe.capture.capture import Capture
     from fxpipe.capture.model.factory import build
@@ -106,9 +107,9 @@ def _spent(options: argparse.Namespace, ways: list[Training]) -> tuple[list[Spen
             raise PlanError(f"--{name.replace('_', '-')} is {value}\n  give a number, 1 or more")
     example = Example(options.batch or max(SIZES), options.sequence, options.dtype)
     model, args, kwargs = build(find_factory(options.model, example), "meta")
-    chooser = Chooser(
-        Capture(model), example_batch(model, args, kwargs, None), read_cost(options.cost), hardware, Training()
-    )
+    capture = Capture(model)
+    batch, dims = example_batch(model, args, kwargs, needs_target=False), BatchDims(capture.parameter_names)
+    chooser = Chooser(capture, batch, dims, read_cost(options.cost), hardware, Training())
     sizes = tuple(size for size in SIZES if chooser.batch % size == 0)
     offers: dict[int, Offer] = {size: _fixed(chooser.offer, chooser.batch // size) for size in sizes}
     node_size = hardware.node_size if options.nodes_of is None else options.nodes_of

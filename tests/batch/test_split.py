@@ -11,7 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fxpipe.batch.split import batch_size_of, check_microbatches, merge_outputs, split_batch
+from fxpipe.batch.merge import merge_outputs
+from fxpipe.batch.split import batch_size_of, check_microbatches, split_batch
 from fxpipe.batch.weights import loss_weights
 from fxpipe.errors import ScheduleError
 

@@ -1,30 +1,29 @@
-"""How the losses of microbatches add up to the batch's, found in the recorded graph.
-
-A mean over valid targets weighs each microbatch by its share of them, a sum by 1, any other mean by its share of
-samples; a loss that is a sum of such is taken apart into its summands.
-"""
+"""How the losses of microbatches add up to the batch's: the loss taken apart into summands, each proved on values."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from fxpipe._torch import is_loss_module
-from fxpipe.capture.graph.reading import reader_of
-from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.graph.counts import Candidate, counter_of
+from fxpipe.capture.graph.proof import Scaling, Summand, Verdict, prove
+from fxpipe.capture.graph.sizes import Unsuited
+from fxpipe.capture.graph.structure import Structure, make_structure
+from fxpipe.capture.graph.tail import Twins, spoken
 from fxpipe.capture.model.skeleton import Skeleton
-from fxpipe.capture.record.node import info, is_constant, reached, set_info
+from fxpipe.capture.record.node import info, reached, set_info
 from fxpipe.capture.record.observe import Observation
-from fxpipe.errors import CaptureError
 from fxpipe.program import LossKind, LossTerm
 
-Count = Callable[[Mapping[str, Any]], float]
+WAY_OUT = (
+    "pass loss_weight='microbatch' (the batch's loss is then the plain mean of its microbatches' losses), a function "
+    "loss_weight(*args, **kwargs) that weighs a microbatch, or microbatches=1"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,38 +34,33 @@ class Term:
         node: The value.
         kind: As in ``LossTerm``.
         count: As in ``LossTerm``.
+        finish: As in ``LossTerm``.
         what: In words, for the report.
     """
 
     node: fx.Node
     kind: LossKind
-    count: Count | None = None
+    count: Callable[[Mapping[str, Any]], float] | None = None
+    finish: Callable[[float], float] | None = None
     what: str = ""
 
 
-def find_terms(
-    skeleton: Skeleton, observation: Observation, structure: Structure, grows: Callable[[fx.Node], bool]
-) -> tuple[Term, ...]:
-    """Take the loss of a structure apart.
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What was found of a loss.
 
-    Args:
-        skeleton: The copy of the model.
-        observation: What the forward did; scaled copies of summands may be added to its graph.
-        structure: A structure whose only result is the loss.
-        grows: Tells whether the shape of a node's value grows with the batch: a sum over it is a sum over samples.
-
-    Returns:
-        The summands.
-
-    Raises:
-        CaptureError: The loss weighs classes by a tensor without values.
+    Attributes:
+        terms: The summands.
+        coupling: Why microbatches' losses do not add up to the batch's, as an error says it; ``""`` where they do.
     """
-    return tuple(_Analysis(skeleton, observation, structure, grows).terms(structure.results[0]))
+
+    terms: tuple[Term, ...]
+    coupling: str = ""
 
 
 def loss_terms(terms: tuple[Term, ...]) -> tuple[LossTerm, ...]:
     """Give the summands the form that programs have."""
-    return tuple(LossTerm(term.node.name, term.kind, term.count) for term in terms)
+    return tuple(LossTerm(term.node.name, term.kind, term.count, term.finish) for term in terms)
 
 
 def describe_terms(terms: tuple[Term, ...]) -> str:
@@ -74,192 +68,171 @@ def describe_terms(terms: tuple[Term, ...]) -> str:
     return "loss: " + " + ".join(dict.fromkeys(term.what for term in terms))
 
 
-class _Analysis:
-    def __init__(
-        self, skeleton: Skeleton, observation: Observation, structure: Structure, grows: Callable[[fx.Node], bool]
-    ) -> None:
-        self.skeleton = skeleton
-        self.recorder = observation.recorder
-        self.structure = structure
-        self.grows = grows
+def given_terms(structure: Structure, loss_weight: object) -> Loss:
+    """Give the loss as one summand that the user weighs."""
+    what = "the plain mean of the microbatches' losses" if loss_weight == "microbatch" else "weighed by loss_weight="
+    return Loss((Term(structure.results[0], "samples", what=what),))
 
-    def terms(self, node: fx.Node) -> list[Term]:
-        """Give the summands of a scalar."""
-        name = _name(node)
-        if name in ("add", "iadd", "add_") and "alpha" not in node.kwargs and len(node.args) == 2:
-            parts = [part for part in node.args if isinstance(part, fx.Node)]
-            if len(parts) == 2:
-                return [*self.terms(parts[0]), *self.terms(parts[1])]
-        inner = self._scaled(node, name)
-        if inner is not None:
-            return [self._outer(node, inner, term) for term in self.terms(inner)]
-        return [self._reduction(node, name)]
 
-    def _scaled(self, node: fx.Node, name: str) -> fx.Node | None:
-        """Give the scalar that a node only scales, casts or moves; None if it does more."""
-        if not node.args or not isinstance(node.args[0], fx.Node | list | tuple):
-            others = [arg for arg in node.args if isinstance(arg, fx.Node)]
-            return others[0] if name in ("add", "mul") and len(others) == 1 else None
-        first = node.args[0]
-        if name in ("sum", "mean") and isinstance(first, fx.Node) and _numel(first) == 1:
+def find_loss_terms(
+    skeleton: Skeleton,
+    observation: Observation,
+    structure: Structure,
+    inputs: Mapping[str, torch.Tensor],
+    samples: int,
+    twice: Callable[[], Observation],
+    *,
+    by_model: bool,
+) -> Loss:
+    """Take the loss apart and find what weighs the microbatches of each summand.
+
+    Args:
+        skeleton: The copy of the model.
+        observation: What the forward did; scaled copies of summands may be added to its graph.
+        structure: A structure whose only result is the loss.
+        inputs: The example, by name.
+        samples: Its samples.
+        twice: Records the forward with twice the samples.
+        by_model: Whether the model computes the loss itself: summands of it that couple samples are auxiliary ones.
+    """
+    result = structure.results[0]
+    try:
+        other = twice()
+        twins = Twins.of(skeleton, observation, structure, other, make_structure(other, training=True), samples)
+    except Unsuited as unsuited:
+        return _unproved(result, str(unsuited))
+    summands = _summands(twins, result)
+    verdicts = [prove(twins, summand, inputs) for summand in summands]
+    if all(verdict.candidate is None for verdict in verdicts) and len(summands) > 1:
+        whole = prove(twins, Summand(result), inputs)
+        if whole.candidate is not None:
+            summands, verdicts = [Summand(result)], [whole]
+    return _decided(twins, result, summands, verdicts, by_model)
+
+
+def _decided(
+    twins: Twins, result: fx.Node, summands: Sequence[Summand], verdicts: Sequence[Verdict], by_model: bool
+) -> Loss:
+    main = next((verdict.candidate for verdict in verdicts if verdict.candidate is not None), None)
+    terms = []
+    for summand, verdict in zip(summands, verdicts, strict=True):
+        found = verdict.candidate
+        if found is None:
+            auxiliary = by_model or verdict.from_model or not _in_loss_fn(summand.node)
+            if main is None or not auxiliary:
+                return _unproved(result, _reason(summand, verdict))
+            name = info(summand.node).layer or spoken(summand.node)
+            found = replace(main, what=f"{name} couples samples (auxiliary, weighed like the main term)")
+        if found.kind == "sum" and found is not verdict.candidate:
+            found = Candidate("samples", found.what)
+        try:
+            count = counter_of(twins, found)
+        except Unsuited as unsuited:
+            return _unproved(result, str(unsuited))
+        node = _scaled_copy(twins, summand) if len(summands) > 1 else result
+        terms.append(Term(node, found.kind, count, found.finish if found.chain else None, found.what))
+    return Loss(tuple(terms))
+
+
+def _unproved(result: fx.Node, reason: str) -> Loss:
+    return Loss((Term(result, "samples", what="not proved to add up"),), reason)
+
+
+def _reason(summand: Summand, verdict: Verdict) -> str:
+    node = verdict.coupling
+    if node is None:
+        return f"how the microbatches' losses add up to the batch's cannot be tried: {verdict.reason}"
+    layer = info(node).layer or node.name
+    return (
+        f"{spoken(node) or node.target} ({layer}) couples the samples of a batch: the losses of microbatches do not "
+        "add up to the batch's"
+    )
+
+
+def _in_loss_fn(node: fx.Node) -> bool:
+    return str(info(node).layer).split(".")[0] == "loss"
+
+
+def _summands(twins: Twins, result: fx.Node) -> list[Summand]:
+    """Take a scalar apart."""
+    found: list[Summand] = []
+    todo: list[tuple[fx.Node, tuple[Scaling, ...]]] = [(result, ())]
+    while todo:
+        node, outer = todo.pop()
+        name = spoken(node)
+        parts = [part for part in node.args if isinstance(part, fx.Node)]
+        adds = name in ("add", "iadd", "add_") and "alpha" not in node.kwargs and len(node.args) == 2
+        two = len(parts) == 2 and len(node.args) == 2 and all(map(_is_number, parts)) and "alpha" not in node.kwargs
+        if adds and two:
+            todo += [(part, outer) for part in reversed(parts)]
+        elif (
+            name in ("sub", "isub", "sub_")
+            and "alpha" not in node.kwargs
+            and len(parts) == 2
+            and all(map(_is_number, parts))
+        ):
+            todo += [(parts[1], (Scaling(node, parts[1], parts[0]), *outer)), (parts[0], outer)]
+        elif adds and len(parts) == 1 and 0 in node.args and _is_number(parts[0]):  # sum(list of losses)
+            todo.append((parts[0], outer))
+        else:
+            inner = _scaled(twins, node, name)
+            if inner is None:
+                found.append(Summand(node, outer))
+            else:
+                todo.append((inner, (Scaling(node, inner), *outer)))
+    return [Summand(result)] if len(found) == 1 else found
+
+
+def _scaled(twins: Twins, node: fx.Node, name: str) -> fx.Node | None:
+    """Give the number that a call only scales, casts or moves; None if it does more."""
+    first = node.args[0] if node.args else None
+    if isinstance(first, fx.Node) and _is_number(first):
+        if name in _UNARY or (name in ("sum", "mean") and len(node.args) == 1):
             return first
-        if not isinstance(first, fx.Node) or _numel(first) != 1:
-            return None
-        if name in _UNARY:
-            return first
-        if name not in ("mul", "div", "truediv", "imul", "itruediv", "mul_", "div_", "add", "sub", "neg"):
-            return None
         other = node.args[1] if len(node.args) > 1 else None
-        if not isinstance(other, fx.Node) or self._is_same_everywhere(other):
+        if name in ("mul", "div", "truediv", "imul", "itruediv", "mul_", "div_") and _is_same_everywhere(twins, other):
             return first
-        if name == "mul" and self._is_same_everywhere(first):
-            return other
-        return None
+    second = node.args[1] if len(node.args) > 1 else None
+    if name in ("mul", "imul") and isinstance(second, fx.Node) and _is_number(second):
+        return second if _is_same_everywhere(twins, first) else None
+    return None
 
-    def _outer(self, node: fx.Node, inner: fx.Node, term: Term) -> Term:
-        """Apply what ``node`` does to ``inner`` to one summand of it."""
-        if term.node is inner:
-            return Term(node, term.kind, term.count, term.what)
-        graph = self.recorder.graph
-        with graph.inserting_after(max((node, term.node), key=list(graph.nodes).index)):
-            copy = graph.node_copy(node, lambda arg: term.node if arg is inner else arg)
-        set_info(copy, replace(info(node)))
-        return Term(copy, term.kind, term.count, term.what)
 
-    def _is_same_everywhere(self, node: fx.Node) -> bool:
-        """Whether a factor is the same for every microbatch: it depends on nothing that is split."""
-        if node not in self.structure.derived:
-            return node.op == "get_attr"
-        inputs = (each for each in reached([node], lambda each: each.all_input_nodes) if each.op == "placeholder")
-        metas = (info(each).tensor for each in inputs)
-        return not any(meta is not None and meta.shape and meta.shape[0] != 1 for meta in metas)
+def _is_same_everywhere(twins: Twins, factor: object) -> bool:
+    """Whether a factor is the same for every microbatch: it depends on nothing that is split."""
+    if not isinstance(factor, fx.Node):
+        return True
+    if not _is_number(factor):
+        return False
+    plain = ("placeholder", "get_attr", "call_function", "call_method")
+    return all(node.op in plain and twins.is_constant(node) for node in reached([factor]))
 
-    def _reduction(self, node: fx.Node, name: str) -> Term:
-        if node.op == "call_module":
-            return self._criterion(node)
-        if name in ("cross_entropy", "nll_loss"):
-            given = _bound(F.cross_entropy if name == "cross_entropy" else F.nll_loss, node)
-            return self._classes(node, given)
-        if name in _LOSSES:
-            reduction = node.kwargs.get("reduction", "mean")
-            return Term(node, "sum", None, f"{name}, a sum") if reduction == "sum" else self._samples(node, name)
-        if name == "sum" and node.args and isinstance(node.args[0], fx.Node):
-            if self.grows(node.args[0]):
-                return Term(node, "sum", None, "a sum over samples")
-            return self._samples(node, "a sum of the microbatch's own")
-        if name in ("div", "truediv") and len(node.args) == 2:
-            return self._ratio(node)
-        return self._samples(node, "mean over samples" if name == "mean" else f"{name or node.op}, as a mean")
 
-    def _samples(self, node: fx.Node, what: str) -> Term:
-        return Term(node, "samples", None, f"{what} (microbatches weigh by samples)")
+def _scaled_copy(twins: Twins, summand: Summand) -> fx.Node:
+    """Apply what is done to several summands to one of them."""
+    graph = twins.one.recorder.graph
+    value = summand.node
+    for scaling in summand.outer:
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        with graph.inserting_after(max((scaling.node, value), key=order.__getitem__)):
+            if scaling.zero is not None:
+                copy = graph.call_function(torch.neg, (value,))
+            else:
+                copy = graph.node_copy(scaling.node, functools.partial(_swapped, {scaling.through: value}))
+        set_info(copy, replace(info(scaling.node)))
+        value = copy
+    return value
 
-    def _criterion(self, node: fx.Node) -> Term:
-        """A loss module of torch that is called as a whole."""
-        module = self.skeleton.module.get_submodule(str(node.target))
-        reduction = getattr(module, "reduction", "mean")
-        if isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) and len(node.args) == 2:
-            weight = module.weight
-            given = {
-                "target": node.args[1],
-                "ignore_index": module.ignore_index,
-                "reduction": reduction,
-                "weight": None if weight is None else self._values_of(weight),
-            }
-            return self._classes(node, given)
-        if is_loss_module(module) and reduction == "sum":
-            return Term(node, "sum", None, f"{type(module).__name__}, a sum")
-        return self._samples(node, type(module).__name__)
 
-    def _classes(self, node: fx.Node, given: Mapping[str, Any]) -> Term:
-        """A mean over valid targets, class weights included."""
-        if given.get("reduction", "mean") == "sum":
-            return Term(node, "sum", None, "a sum over valid targets")
-        target = given["target"]
-        exact = isinstance(target, fx.Node) and "float" not in _dtype(target)
-        if given.get("reduction", "mean") != "mean" or not exact or target not in self.structure.derived:
-            return self._samples(node, "mean over targets")
-        weight, ignored = given.get("weight"), given.get("ignore_index", -100)
-        if isinstance(weight, fx.Node):
-            weight = self._values_of_node(weight)
-        read = reader_of(self.recorder.graph, [target], self.recorder.constants)
+def _swapped(swap: Mapping[fx.Node, fx.Node], arg: fx.Node) -> fx.Node:
+    return swap.get(arg, arg)
 
-        def count(inputs: Mapping[str, Any]) -> float:
-            targets = read(inputs)[0]
-            valid = targets[targets != ignored]
-            return float(valid.numel() if weight is None else weight.to(valid.device, torch.float64)[valid].sum())
 
-        return Term(node, "tokens", count, "mean over valid targets")
-
-    def _ratio(self, node: fx.Node) -> Term:
-        """A sum over a count: microbatches weigh by their count."""
-        above, below = node.args
-        if isinstance(above, fx.Node) and isinstance(below, fx.Node) and below in self.structure.derived:
-            while _name(below) in ("clamp", "clamp_min", "clamp_", "to", "float", "max", "maximum") and below.args:
-                below = below.args[0]  # a guard against dividing by nothing
-                if not isinstance(below, fx.Node):
-                    return self._samples(node, "a ratio")
-            read = reader_of(self.recorder.graph, [below], self.recorder.constants)
-            return Term(node, "tokens", lambda inputs: float(read(inputs)[0]), "a sum over a count")
-        return self._samples(node, "a ratio")
-
-    def _values_of_node(self, node: fx.Node) -> torch.Tensor:
-        if is_constant(node):
-            constant: torch.Tensor = self.recorder.constants[str(node.target)]
-            return constant
-        fqn = self.skeleton.aliases.get(str(node.target), "") if node.op == "get_attr" else ""
-        return self._checked(self.skeleton.value_of(fqn), str(node.target))
-
-    def _values_of(self, fake: torch.Tensor) -> torch.Tensor:
-        fqn = self.skeleton.fqn_of.get(id(fake), "")
-        return self._checked(self.skeleton.value_of(fqn), fqn)
-
-    def _checked(self, tensor: torch.Tensor | None, name: str) -> torch.Tensor:
-        if tensor is None:
-            raise CaptureError(
-                f"the loss weighs classes by {name}, which has no values when the model is compiled\n"
-                "  pass loss_weight= to say how microbatches weigh, or build that tensor on a real device"
-            )
-        return tensor
+def _is_number(node: fx.Node) -> bool:
+    meta = info(node).tensor
+    return meta is not None and meta.numel == 1
 
 
 _UNARY = frozenset(
     {"to", "float", "double", "half", "bfloat16", "clone", "squeeze", "view", "reshape", "neg", "type_as"}
 )
-_LOSSES = frozenset(
-    {
-        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "kl_div", "ctc_loss"),
-        *("binary_cross_entropy_with_logits", "poisson_nll_loss", "gaussian_nll_loss", "soft_margin_loss"),
-        *("margin_ranking_loss", "hinge_embedding_loss", "cosine_embedding_loss", "triplet_margin_loss"),
-        *("multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss"),
-    }
-)
-
-
-def _name(node: Any) -> str:
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
-        return ""
-    if node.target is operator.getitem:
-        return "getitem"
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return str(name)
-
-
-def _numel(node: fx.Node) -> int:
-    meta = info(node).tensor
-    return int(meta.numel) if meta is not None else 0
-
-
-def _dtype(node: fx.Node) -> str:
-    meta = info(node).tensor
-    return meta.dtype if meta is not None else ""
-
-
-_POSITIONS = {
-    F.cross_entropy: ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
-    F.nll_loss: ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
-}
-
-
-def _bound(function: Callable[..., Any], node: fx.Node) -> dict[str, Any]:
-    return {**dict(zip(_POSITIONS[function], node.args, strict=False)), **node.kwargs}

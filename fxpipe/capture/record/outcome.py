@@ -123,10 +123,12 @@ def itself(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def find_loss(output: Any) -> torch.Tensor | None:
-    """Find the loss in what a model returned: ``.loss``, ``["loss"]``, or the output itself if it is one number."""
+    """Find the loss in what a model returned: ``.loss``, ``["loss"]``, itself or its first element if one number."""
     found = output
     if isinstance(output, Mapping):
         found = output.get("loss")
+    elif isinstance(output, tuple) and not hasattr(output, "loss"):  # Hugging Face's convention
+        found = output[0] if output else None
     elif not isinstance(output, torch.Tensor):
         found = getattr(output, "loss", None)
     with without_functions():

@@ -1,0 +1,346 @@
+"""How the microbatches' values of a number add up to the batch's: tried for real on small values, whole and split."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxpipe.capture.calls.reads import answer_of
+from fxpipe.capture.graph.counts import Candidate, candidates
+from fxpipe.capture.graph.given import FLOATS, INTEGERS, PARTS, PATTERNS, Given, Kind, Values
+from fxpipe.capture.graph.sizes import Sizes, Unsuited, small_sizes
+from fxpipe.capture.graph.tail import Program, Tail, Twins, find_tail, tensor_of
+from fxpipe.capture.model.preserve import random_states
+
+MOST_ELEMENTS = 1 << 21
+"""Elements of all values of one run: with their gradients and three microbatches, 64 MB in float64."""
+EXACT = 1e-9
+"""Largest difference, relative to the largest summand, that rounding explains in float64."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaling:
+    """A call between a summand and the loss that only scales it.
+
+    Attributes:
+        node: The call.
+        through: The argument that the summand goes through.
+        zero: The argument that this one is taken from, another summand: the call then only turns the sign.
+    """
+
+    node: fx.Node
+    through: fx.Node
+    zero: fx.Node | None = None
+
+    @property
+    def factors(self) -> list[fx.Node]:
+        """The other arguments."""
+        return [each for each in self.node.all_input_nodes if each not in (self.through, self.zero)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Summand:
+    """A scalar of the graph, and the calls between it and the loss that only scale it.
+
+    Attributes:
+        node: The scalar.
+        outer: Those calls, the innermost first.
+    """
+
+    node: fx.Node
+    outer: tuple[Scaling, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """What was found of one summand.
+
+    Attributes:
+        candidate: What weighs its microbatches; None where nothing that was tried does.
+        coupling: The call that couples samples, where one was found.
+        reason: Why nothing could be tried.
+        from_model: Whether it comes out of the model as a number whose making was not seen.
+    """
+
+    candidate: Candidate | None = None
+    coupling: fx.Node | None = None
+    reason: str = ""
+    from_model: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """A batch run whole and in microbatches."""
+
+    given: tuple[Values, list[Values]]
+    whole: dict[fx.Node, Any]
+    parts: list[dict[fx.Node, Any]]
+
+
+def prove(twins: Twins, summand: Summand, inputs: Mapping[str, torch.Tensor]) -> Verdict:
+    """Find the weights under which a summand's microbatches give the batch's value and gradients.
+
+    Args:
+        twins: The recordings.
+        summand: A scalar of theirs.
+        inputs: The example, by name: what kinds of values there are.
+    """
+    try:
+        factors = [each for scaling in summand.outer for each in scaling.factors]
+        tail = find_tail(twins, summand.node, factors)
+    except Unsuited as unsuited:
+        return Verdict(reason=str(unsuited))
+    if tail.opaque:
+        made = tail.opaque[0]
+        reason = f"{made.meta.get('layer') or made.name} gives it as a number of its own"
+        return Verdict(reason=reason, from_model=True)
+    reason = ""
+    best = Verdict()
+    for sizes, rows in _settings(tail):
+        try:
+            with _quiet():
+                best = _Proof(tail, summand, sizes, rows, inputs).verdict()
+        except Unsuited as unsuited:
+            reason = reason or str(unsuited)
+            continue
+        if best.candidate is not None or best.coupling is not None:
+            return best
+        reason = best.reason or reason
+    return replace(best, reason=reason)
+
+
+def _settings(tail: Tail) -> Iterator[tuple[Sizes, int]]:
+    """Yield sizes and samples per microbatch to try: small ones, then as they are where that is cheap."""
+    samples = tail.twins.samples
+    rows = [samples] if samples <= 8 else [2, samples]
+    renamed = small_sizes(tail.sizes())
+    for each in rows:
+        if renamed:
+            yield Sizes(samples, renamed), each
+    for each in rows:
+        yield Sizes(samples), each
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Compute in float64, outside of autocast, and leave random generators and defaults as they are."""
+    before = torch.get_default_dtype()
+    with (
+        random_states(),
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        warnings.simplefilter("ignore")  # of values that are not the user's own
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+class _Proof:
+    """One summand at one size."""
+
+    def __init__(
+        self, tail: Tail, summand: Summand, sizes: Sizes, rows: int, inputs: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.tail = tail
+        self.summand = summand
+        self.rows = rows
+        self.program = Program(tail, sizes)
+        self.given = Given(tail, sizes, rows, inputs)
+        self._check_cost(sizes)
+
+    def _check_cost(self, sizes: Sizes) -> None:
+        total = 0
+        for node in (*self.tail.sources, *self.tail.nodes):
+            shapes = self.tail.twins.growing(node)
+            total += math.prod(sizes.shape(*shapes, PARTS * self.rows)) if shapes is not None else 0
+        if total > MOST_ELEMENTS:
+            raise Unsuited("it is too large to be tried on values")
+
+    def verdict(self) -> Verdict:
+        """Try what may weigh the microbatches on several batches."""
+        failed = "it could not be run on small values"
+        runs: list[_Run] = []
+        for kind in _kinds(self.tail):
+            try:
+                runs = list(self._runs(kind))
+            except Unsuited:
+                raise
+            except Exception as error:  # whatever the user's code raises for values that are not its own
+                failed = f"it could not be run on small values: {type(error).__name__}: {error}".split("\n")[0]
+                continue
+            if len(runs) < 2:
+                continue
+            for candidate in candidates(self.tail):
+                if all(self._holds(candidate, run) for run in runs):
+                    return Verdict(candidate)
+            if kind.major and _has_turns(self.tail):
+                continue  # rows may come before samples: that order is tried next
+            return Verdict(coupling=self._coupling(runs))
+        if runs:
+            return Verdict(coupling=self._coupling(runs))
+        return Verdict(reason=failed)
+
+    def _runs(self, kind: Kind) -> Iterator[_Run]:
+        """Run several batches, whole and split; those whose value is no number, or that take another path, are out."""
+        for trial in range(len(PATTERNS)):
+            whole, parts = self.given.make(kind, trial)
+            try:
+                done = self.program.run(whole, PARTS * self.rows)
+                run = _Run((whole, parts), done, [self.program.run(part, self.rows) for part in parts])
+            except Unsuited:
+                raise
+            except Exception:
+                if trial == 0:
+                    raise
+                continue
+            if self._same_path(run) and math.isfinite(float(self._value(run.whole, PARTS * self.rows).detach())):
+                yield run
+
+    def _same_path(self, run: _Run) -> bool:
+        """Whether Python reads the truth values that it read in the forward."""
+        choices = [(node, answer) for node, answer in self.tail.reads if isinstance(answer, bool)]
+        return all(answer_of(env[node]) == answer for env in (run.whole, *run.parts) for node, answer in choices)
+
+    def _value(self, env: Mapping[fx.Node, Any], samples: int) -> torch.Tensor:
+        """Give the summand as it stands in the loss."""
+        value = env[self.summand.node]
+        for each in self.summand.outer:
+            if each.zero is not None:
+                value = -value
+            else:
+                value = self.program.scaled(each.node, {each.through: value}, env, samples)
+        number: torch.Tensor = value.reshape(())
+        return number
+
+    def _shares(self, candidate: Candidate, run: _Run) -> list[float] | None:
+        if candidate.kind == "sum":
+            return [1.0] * PARTS
+        if candidate.kind == "samples":
+            return [1 / PARTS] * PARTS
+        assert candidate.count is not None
+        try:
+            rename = self.program.sizes.identify
+            counted = [candidate.count([env[node] for node in candidate.nodes], rename) for env in run.parts]
+            whole = candidate.count([run.whole[node] for node in candidate.nodes], rename)
+            if not math.isclose(math.fsum(counted), whole, rel_tol=EXACT, abs_tol=1e-12):
+                return None
+            total = candidate.finish(whole)
+            shares = [candidate.finish(each) / total if each else 0.0 for each in counted]
+        except (ArithmeticError, ValueError, RuntimeError, TypeError, IndexError, KeyError):
+            return None
+        return shares if all(map(math.isfinite, shares)) else None
+
+    def _holds(self, candidate: Candidate, run: _Run) -> bool:
+        """Whether the microbatches' values and gradients, so weighed, are the batch's."""
+        shares = self._shares(candidate, run)
+        if shares is None:
+            return False
+        whole = self._value(run.whole, PARTS * self.rows)
+        values = [self._value(env, self.rows) * share for env, share in zip(run.parts, shares, strict=True) if share]
+        if not _close(sum(values, torch.zeros(())), whole, [*values, whole]):
+            return False
+        return self._gradients_agree(run, whole, shares)
+
+    def _gradients_agree(self, run: _Run, whole: torch.Tensor, shares: Sequence[float]) -> bool:
+        leaves = [node for node, value in run.given[0].items() if _is_leaf(value)]
+        wanted = _gradients(whole, [run.given[0][node] for node in leaves])
+        found: list[list[torch.Tensor]] = []
+        for env, given, share in zip(run.parts, run.given[1], shares, strict=True):
+            own = [given[node] for node in leaves]
+            value = self._value(env, self.rows)
+            found.append([g * share for g in _gradients(value, own)] if share else [torch.zeros_like(x) for x in own])
+        for place, node in enumerate(leaves):
+            parts = [gradients[place] for gradients in found]
+            joined = self.given.joined(node, parts)
+            if not _close(joined, wanted[place], [*wanted, joined]):
+                return False
+        return True
+
+    def _coupling(self, runs: Sequence[_Run]) -> fx.Node | None:
+        """Give the first call whose value in the batch is neither its microbatches' side by side nor their sum or mean.
+
+        What has several dimensions that grow, or none but a nonlinear origin, couples samples.
+        """
+        twins = self.tail.twins
+        run = runs[0]
+        tried = candidates(self.tail)
+        for node in self.tail.nodes:
+            value = run.whole[node]
+            parts = [env[node] for env in run.parts]
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            if node in twins.structure.derived and node is not self.summand.node:
+                continue
+            at = twins.sample_dim(node)
+            if at is not None:
+                joined = self.given.joined(node, parts) if all(p.dim() > at for p in parts) else None
+                if joined is None or not _close(joined, value, [value]):
+                    return node
+            elif not twins.is_constant(node) or not any(
+                self._explains(candidate, each, node) for candidate in tried for each in [run]
+            ):
+                return node
+        return self.summand.node
+
+    def _explains(self, candidate: Candidate, run: _Run, node: fx.Node) -> bool:
+        shares = self._shares(candidate, run)
+        parts = [env[node] for env in run.parts]
+        if shares is None or any(part.shape != run.whole[node].shape for part in parts):
+            return False
+        weighed = [part * share for part, share in zip(parts, shares, strict=True) if share]
+        return _close(sum(weighed, torch.zeros(())), run.whole[node], [*weighed, run.whole[node]])
+
+
+def _kinds(tail: Tail) -> Iterator[Kind]:
+    """Yield the kinds of values to try, the likeliest first."""
+    has_integers = any(n.op == "placeholder" and "float" not in tensor_of(n).dtype for n in tail.sources)
+    for integers in INTEGERS if has_integers else INTEGERS[:1]:
+        for floats in FLOATS:
+            yield Kind(floats, integers)
+            if _has_turns(tail):
+                yield Kind(floats, integers, major=False)
+
+
+def _has_turns(tail: Tail) -> bool:
+    """Whether some value has several rows for each sample."""
+    twins = tail.twins
+    for node in tail.sources:
+        at, shapes = twins.sample_dim(node), twins.growing(node)
+        if at is not None and shapes is not None and shapes[0][at] != twins.samples:
+            return True
+    return False
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _gradients(value: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    if not value.requires_grad or not leaves:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(value, list(leaves), retain_graph=True, allow_unused=True)
+    pairs = zip(found, leaves, strict=True)
+    return [torch.zeros_like(leaf) if gradient is None else gradient for gradient, leaf in pairs]
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor, among: Sequence[torch.Tensor]) -> bool:
+    """Whether two values differ by no more than rounding of the largest of some."""
+    if found.shape != wanted.shape:
+        return False
+    both = (found - wanted).abs()
+    if not both.numel():
+        return True
+    scale = max((float(each.detach().abs().max()) for each in among if each.numel()), default=0.0)
+    return bool(both.isfinite().all()) and float(both.max()) <= EXACT * max(scale, 1e-30)

@@ -1,0 +1,417 @@
+"""What lies between a model's blocks and a number that it returns: found in two recordings, and run on other values.
+
+The second recording is of twice the samples; what changes between the two is what depends on their number.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+
+from fxpipe.capture.calls.reads import shape_depends_on_values
+from fxpipe.capture.graph.sizes import WIDE, Read, Sizes, Unsuited, Varying, fill, pair
+from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.model.skeleton import Skeleton
+from fxpipe.capture.record.node import CONSTANT, info, made_by, reached, sources
+from fxpipe.capture.record.observe import Observation
+from fxpipe.ir.tensor import TensorMeta
+
+COMPARING = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "masked_fill", "masked_fill_", "pad", "where", "fill_"})
+ENTROPIES = frozenset({"cross_entropy", "nll_loss"})
+_NARROWING = frozenset({"float", "half", "bfloat16", "double"})
+_ARITHMETIC = frozenset(
+    {"mul", "div", "truediv", "add", "sub", "pow", "mul_", "div_", "imul", "itruediv", "true_divide"}
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Twins:
+    """One forward recorded with some samples and with twice as many.
+
+    Attributes:
+        skeleton: The copy of the model.
+        one: The first recording.
+        structure: What is needed of it, before summands are taken apart.
+        other: By node of the first: the node of the second.
+        constants: Of the second.
+        samples: Of the first.
+        reads: Nodes whose values Python read, with the answers in both.
+    """
+
+    skeleton: Skeleton
+    one: Observation
+    structure: Structure
+    other: Mapping[fx.Node, fx.Node]
+    constants: Mapping[str, Any]
+    samples: int
+    reads: tuple[tuple[fx.Node, Any, Any], ...]
+
+    @classmethod
+    def of(
+        cls,
+        skeleton: Skeleton,
+        one: Observation,
+        structure: Structure,
+        other: Observation,
+        twice: Structure,
+        samples: int,
+    ) -> Twins:
+        """Pair the calls of two recordings.
+
+        Raises:
+            Unsuited: They are not the same calls.
+        """
+        same = len(structure.nodes) == len(twice.nodes) and all(
+            left.op == right.op and _spelled(left) == _spelled(right)
+            for left, right in zip(structure.nodes, twice.nodes, strict=True)
+        )
+        if not same:
+            raise Unsuited("twice as many samples take another path")
+        pairs = dict(zip(structure.nodes, twice.nodes, strict=True))
+        reads = []
+        if len(one.guards) == len(other.guards):
+            reads = [
+                (left.node, left.answer, right.answer) for left, right in zip(one.guards, other.guards, strict=True)
+            ]
+            for left, right in zip(one.guards, other.guards, strict=True):
+                _pair_reads(left.node, right.node, pairs)
+        elif one.guards:
+            raise Unsuited("Python reads other values of twice as many samples")
+        return cls(skeleton, one, structure, pairs, other.recorder.constants, samples, tuple(reads))
+
+    def growing(self, node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Give the shapes of a node's value in both recordings; None where it is no tensor."""
+        metas = info(node).tensor, info(self.other.get(node, node)).tensor
+        if metas[0] is None or metas[1] is None or len(metas[0].shape) != len(metas[1].shape):
+            return None
+        return metas[0].shape, metas[1].shape
+
+    def sample_dim(self, node: fx.Node) -> int | None:
+        """Give the one dimension of a node's value that grows with the samples; None where there is not just one."""
+        shapes = self.growing(node)
+        if shapes is None:
+            return None
+        grown = [at for at, (one, two) in enumerate(zip(*shapes, strict=True)) if one != two]
+        fits = len(grown) == 1 and shapes[1][grown[0]] == 2 * shapes[0][grown[0]]
+        return grown[0] if fits and shapes[0][grown[0]] % self.samples == 0 else None
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether the shape of a node's value has nothing to do with the samples."""
+        shapes = self.growing(node)
+        return shapes is not None and shapes[0] == shapes[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tail:
+    """The calls from the blocks to one number.
+
+    Attributes:
+        twins: The recordings.
+        result: The number.
+        nodes: Calls, in order.
+        sources: What they are given: inputs, weights, constants, and what the blocks hand out.
+        opaque: Those of the sources that come out of the model and have no dimension of samples.
+        reads: Nodes whose values Python read, and which say something of the same inputs, with the answer.
+    """
+
+    twins: Twins
+    result: fx.Node
+    nodes: tuple[fx.Node, ...]
+    sources: tuple[fx.Node, ...]
+    opaque: tuple[fx.Node, ...]
+    reads: tuple[tuple[fx.Node, Any], ...]
+
+    def sizes(self) -> list[int]:
+        """Give the sizes of what is given, the samples' dimension by what each sample has."""
+        found = []
+        for node in (*self.sources, *self.nodes):
+            shapes = self.twins.growing(node)
+            for one, two in zip(*shapes, strict=True) if shapes is not None else ():
+                found.append(one if one == two else abs(two - one) // self.twins.samples)
+        return found
+
+
+def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Tail:
+    """Go back from a number to the blocks.
+
+    Args:
+        twins: The recordings.
+        result: The number.
+        also: What else must be computed.
+
+    Raises:
+        Unsuited: Python reads a value on the way that the graph cannot follow.
+    """
+    given: set[fx.Node] = set()
+    opaque: set[fx.Node] = set()
+
+    def follow(node: fx.Node) -> Sequence[fx.Node]:
+        if node.op in ("placeholder", "get_attr"):
+            given.add(node)
+        elif node is not result and _is_handed_out(twins, node):
+            given.add(node)
+            if twins.sample_dim(node) is None:
+                opaque.add(node)
+        else:
+            return sources(node)
+        return ()
+
+    needed = set(reached([result, *also], follow))
+    inputs = {node for node in given if node.op == "placeholder"}
+    related = [read for read in twins.reads if _inputs_of(read[0]) & inputs]
+    for read, *_ in related:
+        for node in reached([read]):
+            needed.add(node)
+            if node.op in ("placeholder", "get_attr"):
+                given.add(node)
+    ordered = [node for node in twins.one.recorder.graph.nodes if node in needed]
+    calls = tuple(node for node in ordered if node not in given)
+    starts = tuple(node for node in ordered if node in given)
+    reads = tuple((node, answer) for node, answer, _ in related)
+    tail = Tail(twins, result, calls, starts, tuple(node for node in starts if node in opaque), reads)
+    _check_reads(tail, related)
+    return tail
+
+
+def _check_reads(tail: Tail, related: Sequence[tuple[fx.Node, Any, Any]]) -> None:
+    """Refuse numbers that Python read and that the graph has as numbers of another form."""
+    program = Program(tail)
+    followed = program.followed()
+    for node, one, _ in related:
+        if not isinstance(one, bool) and node not in followed:
+            raise Unsuited("Python reads a number from an input on the way to the loss; keep it a tensor (no .item())")
+
+
+def _is_handed_out(twins: Twins, node: fx.Node) -> bool:
+    """Whether a value comes out of the model: its weights, random numbers or blocks made it."""
+    meta = info(node).tensor
+    if meta is None or node in twins.structure.derived or "float" not in meta.dtype:
+        return False
+    grows = twins.sample_dim(node) is not None
+    maker = made_by(node)
+    if maker.op == "call_module":
+        module = twins.skeleton.module.get_submodule(str(maker.target))
+        if next(module.parameters(), None) is None and not _draws(maker):
+            return False
+        is_criterion = meta.numel == 1 and type(module).__module__.startswith("torch.nn.")
+        return grows or not is_criterion
+    known = info(node)
+    return grows and (known.position is not None or bool(known.writes) or bool(known.block))
+
+
+def _draws(node: fx.Node) -> bool:
+    frame = info(node).frame
+    return frame is not None and bool(frame.drew or frame.inside)
+
+
+def _inputs_of(node: fx.Node) -> set[fx.Node]:
+    return {each for each in reached([node]) if each.op == "placeholder"}
+
+
+def _pair_reads(one: fx.Node, other: fx.Node, pairs: dict[fx.Node, fx.Node]) -> None:
+    """Pair the calls that only a read needs."""
+    if one in pairs:
+        return
+    pairs[one] = other
+    if len(one.all_input_nodes) != len(other.all_input_nodes):
+        raise Unsuited("Python reads other values of twice as many samples")
+    for left, right in zip(one.all_input_nodes, other.all_input_nodes, strict=True):
+        _pair_reads(left, right, pairs)
+
+
+def tensor_of(node: fx.Node) -> TensorMeta:
+    """Give shape and dtype of a node whose value is a tensor."""
+    meta = info(node).tensor
+    assert meta is not None
+    return meta
+
+
+def spoken(node: fx.Node) -> str:
+    """Give the word for a call: ``"cross_entropy"``."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    if node.target is operator.getitem:
+        return "getitem"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return str(name)
+
+
+def _spelled(node: fx.Node) -> str:
+    target = str(node.target) if isinstance(node.target, str) else spoken(node)
+    return CONSTANT if target.startswith(CONSTANT) else target
+
+
+@dataclass(slots=True, eq=False)
+class Program:
+    """The calls of a tail, made ready to be run for any number of samples.
+
+    Args:
+        tail: The calls.
+        sizes: What numbers become.
+    """
+
+    tail: Tail
+    sizes: Sizes = field(default_factory=lambda: Sizes(1))
+    _calls: list[tuple[fx.Node, Any, Any]] = field(default_factory=list)
+    _selected: set[tuple[int, int]] = field(default_factory=set)
+    _answers: dict[Any, fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._selected = set(self._selected_sizes())
+        for node, one, two in self.tail.twins.reads:
+            if not isinstance(one, bool) and isinstance(one, int | float):
+                self._answers.setdefault((one, two), node)
+        self._calls = [(node, *self._prepared(node)) for node in self.tail.nodes]
+
+    def _prepared(self, node: fx.Node) -> tuple[Any, Any]:
+        """Give the arguments of a call, numbers that change with the samples marked."""
+        other = self.tail.twins.other[node]
+        given = pair((node.args, node.kwargs), (other.args, other.kwargs), lambda left, _: left)
+        args, kwargs = fill(given, self._followed) if spoken(node) in _ARITHMETIC else given
+        return args, kwargs
+
+    def followed(self) -> set[fx.Node]:
+        """Give the reads whose numbers the graph can follow."""
+        found: set[fx.Node] = set()
+
+        def look(leaf: Any) -> Any:
+            if isinstance(leaf, Read):
+                found.add(leaf.node)
+            return leaf
+
+        for _, args, kwargs in self._calls:
+            fill((args, kwargs), look)
+        return found
+
+    def _selected_sizes(self) -> Iterator[tuple[int, int]]:
+        """Yield the sizes that depend on values: of what a mask selects."""
+        for node in self.tail.nodes:
+            shapes = self.tail.twins.growing(node)
+            args = tuple(fill(node.args, _stand_in))
+            if shapes is not None and args and shape_depends_on_values(f"__{spoken(node)}__", args, None):
+                yield from ((one, two) for one, two in zip(*shapes, strict=True))
+
+    def _followed(self, leaf: Any) -> Any:
+        """Follow a number of arithmetic to what Python read it from."""
+        if isinstance(leaf, bool) or not isinstance(leaf, int | float | Varying):
+            return leaf
+        numbers = (leaf.first, leaf.second) if isinstance(leaf, Varying) else (leaf, leaf)
+        if numbers in self._answers:
+            return Read(self._answers[numbers])
+        if isinstance(leaf, Varying) and numbers in self._selected:
+            raise Unsuited("it takes the number of selected elements from a shape; use the mask's sum()")
+        return leaf
+
+    def run(self, values: Mapping[fx.Node, Any], samples: int) -> dict[fx.Node, Any]:
+        """Run the calls.
+
+        Args:
+            values: Of the sources.
+            samples: Their number.
+
+        Returns:
+            The value of every node.
+
+        Raises:
+            Unsuited: A shape is another than expected: sizes that were renamed have more than one meaning.
+        """
+        env = {node: value.clone() if _is_leaf(value) else value for node, value in values.items()}
+        twins = self.tail.twins
+        data_dependent: set[fx.Node] = set()
+        for node, args, kwargs in self._calls:
+            context = info(node).context
+            quiet = context is not None and context.grad_enabled is False
+            with torch.set_grad_enabled(not quiet):
+                env[node] = self.call(node, args, kwargs, env, samples)
+            if isinstance(env[node], torch.Tensor):
+                moved = data_dependent.intersection(node.all_input_nodes)
+                shapes = twins.growing(node)
+                if shapes is not None and not moved and tuple(env[node].shape) != self.sizes.shape(*shapes, samples):
+                    stands = fill(node.args, lambda leaf: env.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf)
+                    if not shape_depends_on_values(f"__{spoken(node)}__", tuple(stands), None):
+                        raise Unsuited(f"{spoken(node)} cannot be run on fewer samples or classes")
+                    moved = {node}
+                if moved and env[node].dim():
+                    data_dependent.add(node)
+        return env
+
+    def scaled(
+        self, node: fx.Node, instead: Mapping[Any, Any], env: Mapping[fx.Node, Any], samples: int
+    ) -> torch.Tensor:
+        """Make a call that only scales, with other values in the place of arguments."""
+        found: torch.Tensor = self.call(node, *self._prepared(node), {**env, **instead}, samples)
+        return found
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any, env: Mapping[fx.Node, Any], samples: int) -> Any:
+        """Make one call with the values that nodes have."""
+        name = spoken(node)
+        compares = name in COMPARING or name in ENTROPIES
+
+        def give(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return env[leaf]
+            if isinstance(leaf, Read):
+                return env[leaf.node]
+            if isinstance(leaf, torch.dtype):
+                return torch.float64 if leaf in WIDE else leaf
+            if isinstance(leaf, torch.device):
+                return torch.device("cpu")
+            if compares and isinstance(leaf, int) and not isinstance(leaf, bool):
+                return self.sizes.identify(leaf)
+            if isinstance(leaf, int | float | Varying):
+                return self.sizes.at(leaf, samples)
+            return leaf
+
+        args, kwargs = fill((args, kwargs), give)
+        if node.op == "call_module":
+            return self._module(node, args, kwargs)
+        if node.op == "call_method":
+            if name in _NARROWING:
+                return args[0].double()
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        module = self.tail.twins.skeleton.module.get_submodule(str(node.target))
+        own = {}
+        with torch.no_grad():
+            for name, tensor in _tensors(module):
+                own[name] = stand_in(self.tail.twins.skeleton, tensor, tuple(map(self.sizes.rename, tensor.shape)))
+        return functional_call(module, own, args, kwargs)
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def stand_in(skeleton: Skeleton, fake: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Give small values for a parameter or buffer: its own where it has some and is not larger, else made up."""
+    original = None if fake.requires_grad else skeleton.value_of(skeleton.fqn_of.get(id(fake), ""))
+    if original is not None:
+        found = original.detach().cpu()
+        if all(small <= size for small, size in zip(shape, found.shape, strict=True)):
+            found = found[tuple(slice(size) for size in shape)]
+            return found.double() if found.is_floating_point() else found.clone()
+    if not fake.dtype.is_floating_point:
+        return torch.zeros(tuple(shape), dtype=fake.dtype)
+    seed = torch.Generator().manual_seed(len(shape) + sum(shape))
+    return torch.rand(tuple(shape), generator=seed, dtype=torch.float64) + 0.5
+
+
+def _stand_in(leaf: Any) -> Any:
+    """Give a tensor of a node's dtype, where only that is looked at."""
+    meta = info(leaf).tensor if isinstance(leaf, fx.Node) else None
+    if meta is None:
+        return leaf
+    return torch.empty(0, dtype=getattr(torch, meta.dtype))

@@ -1,0 +1,231 @@
+"""A step's loss and gradients are the whole batch's, or compile refuses and says which call couples the samples."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxpipe
+from tests.batch.losses import (
+    CLASSES,
+    COUPLED,
+    LENGTH,
+    NOT_RECORDED,
+    SAMPLES,
+    SEPARATE,
+    Chain,
+    Loss,
+    entropy,
+    per_token,
+    sequence,
+)
+
+
+def inputs(seed: int = 1) -> torch.Tensor:
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randn(SAMPLES, LENGTH, CLASSES, generator=drawn, dtype=torch.float64)
+
+
+def compiled(model: nn.Module, loss: Loss | None, x: Any, target: Any = None, **options: Any) -> fxpipe.Pipeline:
+    kwargs = {} if target is None else {"target": target}
+    options = {"microbatches": 4, "schedule": "GPipe", **options}
+    return fxpipe.compile(model, 2, (x,), kwargs, loss_fn=loss, **options)
+
+
+def check_equal(pipe: fxpipe.Pipeline, plain: nn.Module, loss: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Loss and every gradient within 1e-12 of the largest."""
+    assert abs(float(loss) - float(wanted)) <= 1e-12 * max(abs(float(wanted)), 1e-3)
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values() if gradient is not None)
+    for name, parameter in pipe.named_parameters():
+        assert float((parameter.grad - gradients[name]).abs().max()) <= 1e-12 * largest, name
+
+
+def check_step(loss: Loss, **options: Any) -> fxpipe.Pipeline:
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    x, target = inputs(), sequence()
+    wanted = loss(plain(x), target)
+    wanted.backward()
+    pipe = compiled(model, loss, x, target, **options)
+    pipe.materialize(device="cpu")
+    check_equal(pipe, plain, pipe.step(x, target=target), wanted.detach())
+    return pipe
+
+
+@pytest.mark.parametrize("name", SEPARATE)
+def test_a_loss_that_separates_is_accepted_and_equals_the_whole_batch(name: str) -> None:
+    if name in NOT_RECORDED:
+        with pytest.raises(fxpipe.CaptureError, match=NOT_RECORDED[name]):
+            check_step(SEPARATE[name])
+    else:
+        check_step(SEPARATE[name])
+
+
+def test_at_least_95_of_100_losses_that_separate_are_accepted() -> None:
+    assert len(NOT_RECORDED) <= 0.05 * len(SEPARATE)
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_loss_that_couples_samples_is_refused_by_name(name: str) -> None:
+    loss, call = COUPLED[name]
+    with pytest.raises(fxpipe.CaptureError) as raised:
+        compiled(Chain(), loss, inputs(), sequence())
+    if call:
+        assert str(raised.value).startswith(f"{call} (loss.")
+        assert "couples the samples of a batch" in str(raised.value)
+        assert "\n  pass loss_weight='microbatch'" in str(raised.value)
+
+
+def test_a_coupled_loss_is_fine_in_one_microbatch() -> None:
+    check_step(COUPLED["rmse"][0], microbatches=1)
+
+
+def test_a_coupled_loss_is_refused_where_a_later_step_has_several_microbatches() -> None:
+    x, target = inputs(), {"real": sequence()["real"]}
+    pipe = compiled(Chain(), COUPLED["rmse"][0], x, target, microbatches=1)
+    pipe.materialize(device="cpu")
+    halves = [((x[part],), {}, {"real": target["real"][part]}) for part in (slice(4), slice(4, 8))]
+    with pytest.raises(fxpipe.CaptureError, match=r"sqrt .* couples the samples"):
+        pipe.step(microbatches=halves)
+
+
+@pytest.mark.parametrize("name", ["rmse", "dice", "in-batch negatives"])
+def test_the_mean_of_microbatches_is_taken_where_the_user_says_so(name: str) -> None:
+    loss = COUPLED[name][0]
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    x, target = inputs(), sequence()
+    parts = [slice(start, start + 2) for start in range(0, SAMPLES, 2)]
+    wanted = sum(loss(plain(x[part]), {k: v[part] for k, v in target.items()}) for part in parts) / 4
+    wanted.backward()
+    pipe = compiled(model, loss, x, target, loss_weight="microbatch")
+    pipe.materialize(device="cpu")
+    check_equal(pipe, plain, pipe.step(x, target=target), wanted.detach())
+    assert "loss: the plain mean of the microbatches' losses" in str(pipe)
+
+
+def test_loss_weight_is_a_function_a_word_or_nothing() -> None:
+    with pytest.raises(fxpipe.ScheduleError, match="loss_weight is 'samples'\n  pass a function"):
+        compiled(Chain(), entropy, inputs(), sequence(), loss_weight="samples")
+
+
+def test_weights_found_at_compile_hold_for_other_batches() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    loss = SEPARATE["cross entropy, guarded count"]
+    pipe = compiled(model, loss, inputs(), sequence())
+    pipe.materialize(device="cpu")
+    other = {**sequence(), "mask": torch.zeros(SAMPLES, LENGTH, dtype=torch.bool)}
+    other["mask"][5, 2] = True  # one token of the batch: three microbatches have none
+    wanted = loss(plain(inputs(7)), other)
+    wanted.backward()
+    check_equal(pipe, plain, pipe.step(inputs(7), target=other), wanted.detach())
+
+
+class Balanced(Chain):
+    """Computes its loss itself, with a term that couples samples."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = super().forward(x)
+        balance = logits.softmax(-1).mean((0, 1)).square().sum()
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + 0.1 * balance, "logits": logits}
+
+
+def test_an_auxiliary_term_of_the_model_is_named_and_weighed_like_the_main_term() -> None:
+    torch.manual_seed(0)
+    model = Balanced()
+    plain = copy.deepcopy(model)
+    x, labels = inputs(), sequence()["labels"]
+    pipe = fxpipe.compile(model, 2, (x, labels), microbatches=4, schedule="GPipe")
+    assert "mean over valid targets + sum couples samples (auxiliary, weighed like the main term)" in str(pipe)
+    pipe.materialize(device="cpu")
+    counts = [(labels[start : start + 2] != -100).sum() for start in range(0, SAMPLES, 2)]
+    wanted = torch.zeros((), dtype=torch.float64)
+    for place, count in enumerate(counts):
+        if count:
+            part = slice(2 * place, 2 * place + 2)
+            wanted = wanted + plain(x[part], labels[part])["loss"] * count / sum(counts)
+    wanted.backward()
+    check_equal(pipe, plain, pipe.step(x, labels), wanted.detach())
+
+
+class First(Chain):
+    """Returns a tuple whose first element is the loss."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y.square().mean(), y
+
+
+def test_the_first_element_of_a_tuple_is_a_loss_where_it_is_one_number() -> None:
+    torch.manual_seed(0)
+    model = First()
+    plain = copy.deepcopy(model)
+    wanted = plain(inputs())[0]
+    wanted.backward()
+    pipe = compiled(model, None, inputs())
+    pipe.materialize(device="cpu")
+    check_equal(pipe, plain, pipe.step(inputs()), wanted.detach())
+
+
+def test_a_loss_function_of_one_parameter_gets_the_output_alone() -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    wanted = plain(inputs()).square().mean()
+    wanted.backward()
+    pipe = compiled(model, lambda output: output.square().mean(), inputs())
+    pipe.materialize(device="cpu")
+    check_equal(pipe, plain, pipe.step(inputs()), wanted.detach())
+    with pytest.raises(fxpipe.ScheduleError, match="compiled without a loss_fn that takes one"):
+        pipe.step(inputs(), target=inputs())
+
+
+class Vocabulary(nn.Module):
+    """A head of many classes over long sequences."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, size)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x)[:, :-1].reshape(-1, self.size)
+        return F.cross_entropy(logits.float(), labels[:, 1:].reshape(-1), ignore_index=self.size - 1)
+
+
+@pytest.mark.parametrize("samples", [4, 64])
+def test_large_sizes_are_tried_at_small_ones(samples: int) -> None:
+    with torch.device("meta"):
+        model = Vocabulary(50257)
+    labels = torch.randint(50257, (samples, 1024))
+    before = torch.get_rng_state()
+    pipe = fxpipe.compile(model, 2, (torch.empty(samples, 1024, 8, device="meta"), labels), microbatches=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_default_dtype() == torch.float32
+    assert "loss: mean over valid targets" in str(pipe)
+
+
+def test_a_number_that_python_took_from_a_shape_of_selected_elements_is_refused() -> None:
+    def loss(o: torch.Tensor, t: Any) -> torch.Tensor:
+        chosen = per_token(o, t)[t["mask"]]
+        return chosen.sum() / len(chosen)
+
+    with pytest.raises(fxpipe.CaptureError, match="the number of selected elements from a shape"):
+        compiled(Chain(), loss, inputs(), sequence())
+
+
+def test_a_number_that_python_read_is_followed_to_where_it_came_from() -> None:
+    check_step(lambda o, t: (per_token(o, t) * t["mask"]).sum() / t["mask"].sum().item())
