@@ -16,6 +16,7 @@ from fxpipe.batch.weights import check_loss_weight
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.model.sequence import build_sequence
+from fxpipe.capture.progress import shown_progress
 from fxpipe.choosing import Asked, Chooser
 from fxpipe.errors import CaptureError, PartitionError, PlanError, ScheduleError
 from fxpipe.ir.graph import LayerGraph
@@ -32,6 +33,7 @@ from fxpipe.planning.costs.estimate import Estimate, estimate_costs
 from fxpipe.planning.layout import make_layout
 from fxpipe.planning.peers import compare
 from fxpipe.planning.planner import plan_pipeline
+from fxpipe.planning.search.learned import Learned
 from fxpipe.planning.settings import GRAINS, Settings, device_limit
 from fxpipe.profiling import Profiler
 from fxpipe.recipes.deferred import is_recording
@@ -282,7 +284,9 @@ class _Compiler:
         return replace(made, grain=self.settings.grain)
 
     def _planned(self, graph: LayerGraph, captured: Captured, settings: Settings) -> PipelinePlan:
-        return plan_pipeline(graph, self._estimate(graph, captured), settings)
+        estimate = self._estimate(graph, captured)
+        with shown_progress(f"planning {graph.name}", None, "cut") as progress:
+            return plan_pipeline(graph, estimate, settings, Learned(lambda: progress("")))
 
     def _estimate(self, graph: LayerGraph, captured: Captured) -> Estimate:
         cost = self.cost

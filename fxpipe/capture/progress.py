@@ -1,4 +1,4 @@
-"""A progress bar for captures that take long: on a terminal, of the first rank, after two seconds."""
+"""A progress bar for captures and searches that take long: on a terminal, of the first rank, within a second."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-QUIET_S = 2.0
+QUIET_S = 0.5
 """Seconds before a bar is shown."""
 
 
 @contextmanager
-def shown_progress(title: str, num_blocks: int) -> Iterator[Callable[[str], None]]:
-    """Give a function to be called when the call of a block ends.
+def shown_progress(title: str, num_blocks: int | None, unit: str = "block") -> Iterator[Callable[[str], None]]:
+    """Give a function to be called when the call of a block, or a step of a search, ends.
 
     Args:
-        title: What is captured.
-        num_blocks: Number of blocks it has.
+        title: What is done.
+        num_blocks: Number of blocks it has; None where nobody knows.
+        unit: What is counted.
     """
     hidden = not sys.stderr.isatty() or _rank() != 0
-    with tqdm(total=num_blocks, desc=title, unit="block", delay=QUIET_S, leave=False, disable=hidden) as bar:
+    with tqdm(total=num_blocks, desc=title, unit=unit, delay=QUIET_S, leave=False, disable=hidden) as bar:
 
         def ended(_: str) -> None:
-            if bar.n < num_blocks:  # a block may be called again
+            if num_blocks is None or bar.n < num_blocks:  # a block may be called again
                 bar.update()
 
         yield ended

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fxpipe.ir.cost import LayerCost
 from fxpipe.ir.graph import LayerGraph
@@ -13,6 +13,7 @@ from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.costs.memory import LayerMemory, Shared, layer_memory
 from fxpipe.planning.costs.precision import Precision, precision_of
 from fxpipe.planning.costs.recompute import recomputed_modules
+from fxpipe.planning.search.learned import Learned
 from fxpipe.planning.search.problem import PartitionProblem, Placement, TiedNodes, TransferValue
 from fxpipe.planning.settings import Settings
 
@@ -33,6 +34,7 @@ class Layout:
         placement: Ranks, live microbatches, links.
         anchors: Nodes that have parameters.
         recomputed: FQNs of the modules that are recomputed, in the model's order.
+        learned: What searches of this graph learn for one another.
     """
 
     graph: LayerGraph
@@ -46,6 +48,7 @@ class Layout:
     placement: Placement
     anchors: tuple[int, ...]
     recomputed: tuple[str, ...] = ()
+    learned: Learned = field(default_factory=Learned, compare=False, repr=False)
 
     def grouped(self, opened: Collection[str] = ()) -> PartitionProblem:
         """Give the problem with every block whole but those named (by call, or by FQN)."""

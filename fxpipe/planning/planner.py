@@ -16,6 +16,7 @@ from fxpipe.planning.layout import Layout, make_layout
 from fxpipe.planning.limits import explained, limited_by
 from fxpipe.planning.plan import make_plan
 from fxpipe.planning.recut import recut
+from fxpipe.planning.search.learned import Learned
 from fxpipe.planning.search.partition import Partition
 from fxpipe.planning.search.problem import measure
 from fxpipe.planning.settings import Settings
@@ -29,13 +30,16 @@ _METHODS = {
 }
 
 
-def plan_pipeline(graph: LayerGraph, estimate: Estimate, settings: Settings) -> PipelinePlan:
+def plan_pipeline(
+    graph: LayerGraph, estimate: Estimate, settings: Settings, learned: Learned | None = None
+) -> PipelinePlan:
     """Plan a pipeline: partition the graph at the settings' grain and put the result into a plan.
 
     Args:
         graph: The layers; at op grain with their ``blocks``, or at block grain.
         estimate: Seconds of each layer (``estimate_costs``).
         settings: What was asked for (``Settings.of``).
+        learned: What searches of this graph learn for one another, and whom they tell that they go on.
 
     Returns:
         The plan. It keeps ``settings.memory_limit`` on every rank, and every stage has parameters if that is possible.
@@ -45,28 +49,32 @@ def plan_pipeline(graph: LayerGraph, estimate: Estimate, settings: Settings) -> 
         InfeasibleError: No partition keeps the memory limit; the message says the least one that works, and which of
             recomputation, more stages and another schedule help, each of them tried.
     """
-    made = bare_plan(graph, estimate, settings)
+    made = bare_plan(graph, estimate, settings, learned)
     if not needs_hint(made):
         return made
     try:
-        fitting: PipelinePlan | PartitionError = bare_plan(graph, estimate, settings_that_fit(settings))
+        fitting: PipelinePlan | PartitionError = bare_plan(graph, estimate, settings_that_fit(settings), learned)
     except PartitionError as error:
         fitting = error
     return replace(made, notes=(*made.notes, memory_hint(made, fitting)))
 
 
-def bare_plan(graph: LayerGraph, estimate: Estimate, settings: Settings) -> PipelinePlan:
+def bare_plan(
+    graph: LayerGraph, estimate: Estimate, settings: Settings, learned: Learned | None = None
+) -> PipelinePlan:
     """Plan as ``plan_pipeline`` does, and leave out what would help a plan that does not fit.
 
     Raises:
         PartitionError: As ``plan_pipeline``.
         InfeasibleError: As ``plan_pipeline``.
     """
-    layout, solution = solve_pipeline(graph, estimate, settings)
+    layout, solution = solve_pipeline(graph, estimate, settings, learned)
     return replace(plan_of(layout, solution, estimate), training=settings.training)
 
 
-def solve_pipeline(graph: LayerGraph, estimate: Estimate, settings: Settings) -> tuple[Layout, Solution]:
+def solve_pipeline(
+    graph: LayerGraph, estimate: Estimate, settings: Settings, learned: Learned | None = None
+) -> tuple[Layout, Solution]:
     """Partition as ``plan_pipeline`` does, without making the plan.
 
     ``layout.stages(solution.partition.stage_of)`` gives the stage of every layer, ``solution.opened`` the calls of
@@ -77,17 +85,19 @@ def solve_pipeline(graph: LayerGraph, estimate: Estimate, settings: Settings) ->
         InfeasibleError: As ``plan_pipeline``.
     """
     if settings.training.recompute == "auto":
-        return _with_recomputation(graph, estimate, settings)
-    layout = make_layout(graph, estimate, settings)
+        return _with_recomputation(graph, estimate, settings, learned or Learned())
+    layout = replace(make_layout(graph, estimate, settings), learned=learned or Learned())
     try:
         return layout, solve(layout)
     except InfeasibleError as error:
         raise explained(error, layout, estimate) from None
 
 
-def _with_recomputation(graph: LayerGraph, estimate: Estimate, settings: Settings) -> tuple[Layout, Solution]:
+def _with_recomputation(
+    graph: LayerGraph, estimate: Estimate, settings: Settings, learned: Learned
+) -> tuple[Layout, Solution]:
     """Choose what is recomputed together with the cut; nothing where all fits as it is."""
-    plain = lay_out(graph, estimate, settings)
+    plain = replace(lay_out(graph, estimate, settings), learned=learned)
     free = solve(replace(plain, settings=plain.settings.without_limit()))
     limit = settings.memory_limit
     needs = measure(plain.problem, free.partition.stage_of, placement=plain.placement).rank_memory
@@ -97,7 +107,7 @@ def _with_recomputation(graph: LayerGraph, estimate: Estimate, settings: Setting
     starts = [free.partition.stage_of]
     failed: InfeasibleError | None = None
     for modules in () if max(needs) <= limit else ((), recomputed_modules(graph, "block")):
-        layout = lay_out(graph, estimate, settings, modules) if modules else plain
+        layout = replace(lay_out(graph, estimate, settings, modules), learned=learned) if modules else plain
         if modules and schedule_named(settings.schedule).splits_backward:
             continue
         try:

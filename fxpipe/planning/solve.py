@@ -167,12 +167,8 @@ def _solved(layout: Layout, problem: PartitionProblem, start: Solution | None = 
         partition = _cut(layout, problem, known, goal)
     most = partition.bottleneck * (1 - LEAST_GAIN)
     enough = 0 < partition.bottleneck <= goal
-    if (
-        not enough
-        and not bare
-        and not _has_several_per_rank(layout)
-        and most > max(_least_load(layout), partition.lower_bound)
-    ):
+    settled = _has_several_per_rank(layout) or most <= max(_least_load(layout), partition.lower_bound)
+    if not enough and not bare and not settled:
         # The loss of a large vocabulary beside its projection may be more than any other stage.
         other = _cut(layout, problem, partition.stage_of, goal)
         if other.bottleneck <= most:
@@ -193,6 +189,7 @@ def _cut(
         goal=goal,
         slack=EVENNESS,
         even=even,
+        learned=layout.learned,
     )
 
 

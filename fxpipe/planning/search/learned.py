@@ -16,7 +16,7 @@ class Learned:
     One object serves the searches of one plan and goes with them.
 
     Args:
-        tell: Called at the beginning of each search.
+        tell: Called at the beginning of each search, and as it goes on.
     """
 
     def __init__(self, tell: Callable[[], object] = lambda: None) -> None:

@@ -145,7 +145,14 @@ def _better(best: Found | None, other: Found | None) -> Found | None:
     return best
 
 
-def improved(instance: Instance, request: Request, lower: int, best: Found, rounds: int = ROUNDS) -> Found:
+def improved(
+    instance: Instance,
+    request: Request,
+    lower: int,
+    best: Found,
+    rounds: int = ROUNDS,
+    tell: Callable[[], object] = lambda: None,
+) -> Found:
     """Reorder within the stages and cut again: every prefix of the best partition stays a prefix, so nothing is lost.
 
     Args:
@@ -154,6 +161,7 @@ def improved(instance: Instance, request: Request, lower: int, best: Found, roun
         lower: A bottleneck that is good enough: the search stops there.
         best: A feasible partition.
         rounds: Most orders tried; fewer on large graphs.
+        tell: Called before each of them.
 
     Returns:
         ``best``, or a better one.
@@ -167,6 +175,7 @@ def improved(instance: Instance, request: Request, lower: int, best: Found, roun
     for _ in range(rounds):
         if best.value <= lower:
             break
+        tell()
         shuffled = [stage + numbers.random() for stage in best.stage_of.tolist()]
         other = cut_order(instance, request, by_priority(instance, shuffled), lower, best.value)
         best = _better(best, other) or best

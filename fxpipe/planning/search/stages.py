@@ -95,12 +95,13 @@ def _search_small(
         settled = found.value > goal or goal == lower  # a search that stopped at the goal says nothing of what is below
         bound = _chain_bound(instance, request, found, whole=whole) if settled else min(lower, found.value)
         return Answer(found, bound, found.value <= bound, "chain")
-    found = improved(instance, request, goal, found, ROUNDS if downsets is None and not hints.goal else FEW_ROUNDS)
+    rounds = ROUNDS if downsets is None and not hints.goal else FEW_ROUNDS
+    found = improved(instance, request, goal, found, rounds, hints.learned.tell)
     if downsets is not None and found.value > lower:
         try:
             return _exact(downsets, request, found, whole=whole)
         except TooManyPairsError:
-            found = improved(instance, request, goal, found)
+            found = improved(instance, request, goal, found, tell=hints.learned.tell)
     return Answer(found, lower, found.value <= lower, "pool")
 
 
