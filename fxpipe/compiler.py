@@ -35,15 +35,13 @@ from fxpipe.planning.peers import compare
 from fxpipe.planning.planner import plan_pipeline
 from fxpipe.planning.search.learned import Learned
 from fxpipe.planning.settings import GRAINS, Settings, device_limit
+from fxpipe.planning.solve import LEAST_GAIN
 from fxpipe.profiling import Profiler
 from fxpipe.recipes.deferred import is_recording
 from fxpipe.training import Variants
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-LEAST_GAIN = 0.02
-"""Share of the bottleneck that must be to be had before blocks are looked into."""
 
 
 def compile(

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 from fxpipe.errors import InfeasibleError, PartitionError
 from fxpipe.planning.costs.blocks import Block
+from fxpipe.planning.judge import step_s
 from fxpipe.planning.layout import Layout
 from fxpipe.planning.search.partition import Partition, most_stages, partition_nodes
 from fxpipe.planning.search.problem import PartitionProblem
 
-LEAST_GAIN = 0.02  # share of the bottleneck that opening blocks must save
+LEAST_GAIN = 0.02  # share of the bottleneck, and then of a simulated step, that opening blocks must save
 EVENNESS = 0.005  # share that a rank of several stages may have more, so that its stages are more alike
 ROUNDING = 1e-9  # two searches of one problem round differently
 CLOSING_NODES = 40_000  # layers looked at in vain while blocks are closed again
@@ -29,12 +30,14 @@ class Solution:
         partition: Stage of each node, and how good that is.
         opened: Calls of blocks that a cut crosses.
         bare: Whether some stage has no parameters, since the model or the limit forces it.
+        gain: Share of a simulated step that opening the blocks saves; 0 where none is open, or none can stay whole.
     """
 
     problem: PartitionProblem
     partition: Partition
     opened: tuple[Block, ...] = ()
     bare: bool = False
+    gain: float = 0.0
 
     @property
     def bottleneck(self) -> float:
@@ -46,7 +49,7 @@ def solve(layout: Layout) -> Solution:
     """Partition a layout at its grain.
 
     ``"block"`` keeps all blocks whole, ``"op"`` opens any; ``"auto"`` opens as few as come within two per cent of
-    what opening all of them gives, and none where that saves less than two per cent.
+    what opening all of them gives, and none where that saves less than two per cent of a simulated step.
 
     Raises:
         PartitionError: There are fewer parts than stages; the message says how many stages are possible.
@@ -54,8 +57,9 @@ def solve(layout: Layout) -> Solution:
     """
     grain = layout.settings.grain
     several = _has_several_per_rank(layout)
+    unopened: Solution | None = None
     if grain == "auto":
-        solution = _fewest_opened(layout)
+        solution, unopened = _fewest_opened(layout)
     elif grain == "block":
         solution = _solved(layout, layout.grouped())
     else:
@@ -63,24 +67,35 @@ def solve(layout: Layout) -> Solution:
         whole = _tried(layout, layout.grouped()) if several else None  # the search over ranks may miss what these give
         if isinstance(whole, Solution) and whole.bottleneck < solution.bottleneck and whole.bare <= solution.bare:
             solution = _solved(layout, layout.problem, whole)
+    finished = _finished(layout, solution)
+    if unopened is None or not finished.opened:
+        return finished
+    whole = _finished(layout, unopened)
+    gain = 1 - step_s(layout, finished.partition.stage_of) / step_s(layout, whole.partition.stage_of)
+    return replace(finished, gain=gain) if gain >= LEAST_GAIN else _bounded(whole, finished.partition.lower_bound)
+
+
+def _finished(layout: Layout, solution: Solution) -> Solution:
     together = _with_ties_together(layout, solution)
-    return together if several else _evened(layout, together)  # where ranks have several, every search evens out
+    if _has_several_per_rank(layout):
+        return together  # every search evens out
+    return _evened(layout, together)
 
 
-def _fewest_opened(layout: Layout) -> Solution:
-    """Open blocks only where it pays."""
+def _fewest_opened(layout: Layout) -> tuple[Solution, Solution | None]:
+    """Open blocks only where it pays; give that and, where there is one, the partition with all of them whole."""
     whole = _tried(layout, layout.grouped())
     if not any(len(block.layers) > 1 for block in layout.blocks):
-        return whole if isinstance(whole, Solution) else _raised(whole)
+        return (whole if isinstance(whole, Solution) else _raised(whole)), None
     if isinstance(whole, Solution) and whole.bottleneck * (1 - LEAST_GAIN) <= _least_load(layout):
-        return _bounded(whole, _least_load(layout))  # no cut at all can save so much
+        return _bounded(whole, _least_load(layout)), None  # no cut at all can save so much
     fine = _tried(layout, layout.problem, whole if isinstance(whole, Solution) else None)
     if not isinstance(fine, Solution):
-        return whole if isinstance(whole, Solution) else _raised(fine)
+        return (whole if isinstance(whole, Solution) else _raised(fine)), None
     reference = whole.bottleneck if isinstance(whole, Solution) else math.inf
     if fine.bottleneck > reference * (1 - LEAST_GAIN):
         assert isinstance(whole, Solution)
-        return _bounded(whole, fine.partition.lower_bound, fine)
+        return _bounded(whole, fine.partition.lower_bound, fine), None
     bound = min(fine.bottleneck * (1 + LEAST_GAIN), reference * (1 - LEAST_GAIN))
     best = _closed(layout, fine.opened, bound) or fine
     budget = CLOSING_NODES
@@ -100,7 +115,7 @@ def _fewest_opened(layout: Layout) -> Solution:
     polished = _tried(layout, layout.grouped(names), best)
     if isinstance(polished, Solution) and polished.bottleneck <= best.bottleneck:
         best = polished
-    return _bounded(best, fine.partition.lower_bound, fine)
+    return _bounded(best, fine.partition.lower_bound, fine), whole if isinstance(whole, Solution) else None
 
 
 def _bounded(solution: Solution, lower_bound: float, fine: Solution | None = None) -> Solution:
