@@ -1,11 +1,8 @@
 """Measure the partitioner: models against others' cuts, published workloads, time against size.
 
-    python -m tests.benchmarks partition models [gpt2-medium llama-8b t5-large resnet-50 unet]
-    python -m tests.benchmarks partition workloads DIR
-    python -m tests.benchmarks partition large
-    python -m tests.benchmarks partition compile
-    python -m tests.benchmarks partition scaling [--plot FILE.svg]
-    python -m tests.benchmarks partition page DIR
+    python -m tests.benchmarks partition models|several [gpt2-medium llama-8b t5-large resnet-50 unet]
+    python -m tests.benchmarks partition default|large|compile|scaling
+    python -m tests.benchmarks partition workloads|page DIR
 
 ``DIR`` is a checkout of the dnn-partitioning repository of Microsoft Research (arXiv 2006.16423). Times are seconds of
 processor time. ``page`` runs everything and writes ``docs/benchmarks.md`` with its plot.
@@ -37,6 +34,7 @@ from fxpipe.planning.peers import compare
 from fxpipe.planning.search.graphs import read_graph
 from fxpipe.planning.search.partition import Partition, partition, partition_nodes
 from fxpipe.planning.settings import Settings
+from tests.benchmarks.shapes import SHAPES, llama_405b, models
 
 STAGES = (4, 8, 16)
 LINKS = {"free": math.inf, "450 GB/s": 450e9, "50 GB/s": 50e9}
@@ -182,180 +180,6 @@ def log_plot(sizes: Sequence[float], series: dict[str, list[float]], across: str
     return "\n".join([*parts, "</svg>", ""])
 
 
-# --- models: the best cut at op grain against one order of calling and against others' rules ---
-
-
-def models() -> dict[str, Callable[[], LayerGraph]]:
-    """Name the models, one microbatch of one sequence or image each."""
-    return {
-        "gpt2-medium": lambda: captured(*gpt2_medium()),
-        "llama-8b": lambda: captured(*llama_8b()),
-        "t5-large": lambda: captured(*t5_large()),
-        "resnet-50": lambda: captured(*resnet_50()),
-        "unet": lambda: captured(*unet()),
-    }
-
-
-def captured(model: object, args: Sequence[object], kwargs: dict[str, object]) -> LayerGraph:
-    """Capture a model at op grain."""
-    from fxpipe.capture.calls.counting import LayerCounter
-    from fxpipe.capture.capture import Capture
-
-    capture = Capture(model)
-    counter = LayerCounter(capture.skeleton, fused_attention=True)
-    return capture.layer_graph(capture.capture(capture.inputs(args, kwargs), grain="op", counter=counter), batch_size=1)
-
-
-def gpt2_medium() -> tuple[object, tuple[object, ...], dict[str, object]]:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(n_layer=24, n_embd=1024, n_head=16, use_cache=False))
-    ids = torch.zeros(1, 1024, dtype=torch.long)
-    return model, (), {"input_ids": ids, "labels": ids}
-
-
-def llama_8b() -> tuple[object, tuple[object, ...], dict[str, object]]:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        use_cache=False,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    ids = torch.zeros(1, 4096, dtype=torch.long)
-    return model, (), {"input_ids": ids, "labels": ids}
-
-
-def t5_large() -> tuple[object, tuple[object, ...], dict[str, object]]:
-    import torch
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16, use_cache=False, decoder_start_token_id=0
-    )
-    with torch.device("meta"):
-        model = T5ForConditionalGeneration(config)
-    ids = torch.zeros(1, 512, dtype=torch.long)
-    return model, (), {"input_ids": ids, "labels": ids}
-
-
-def resnet_50() -> tuple[object, tuple[object, ...], dict[str, object]]:
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    class Bottleneck(nn.Module):
-        def __init__(self, into: int, width: int, stride: int) -> None:
-            super().__init__()
-            self.conv1, self.bn1 = nn.Conv2d(into, width, 1, bias=False), nn.BatchNorm2d(width)
-            self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-            self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-            self.downsample = None
-            if stride > 1 or into != 4 * width:
-                self.downsample = nn.Sequential(
-                    nn.Conv2d(into, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-                )
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out = F.relu(self.bn1(self.conv1(x)))
-            out = F.relu(self.bn2(self.conv2(out)))
-            out = self.bn3(self.conv3(out))
-            return F.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-    class ResNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-            blocks, into = [], 64
-            for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-                for index in range(count):
-                    blocks.append(Bottleneck(into, width, stride if index == 0 else 1))
-                    into = 4 * width
-            self.blocks = nn.ModuleList(blocks)
-            self.fc = nn.Linear(2048, 1000)
-
-        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-            for block in self.blocks:
-                x = block(x)
-            return F.cross_entropy(self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1)), labels)
-
-    with torch.device("meta"):
-        model = ResNet()
-    return model, (torch.zeros(1, 3, 224, 224), torch.zeros(1, dtype=torch.long)), {}
-
-
-def unet() -> tuple[object, tuple[object, ...], dict[str, object]]:
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    class Double(nn.Module):
-        def __init__(self, into: int, out: int) -> None:
-            super().__init__()
-            self.conv1, self.norm1 = nn.Conv2d(into, out, 3, padding=1), nn.GroupNorm(8, out)
-            self.conv2, self.norm2 = nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(8, out)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.silu(self.norm2(self.conv2(F.silu(self.norm1(self.conv1(x))))))
-
-    class UNet(nn.Module):
-        def __init__(self, width: int = 64, depth: int = 4) -> None:
-            super().__init__()
-            sizes = [width << level for level in range(depth + 1)]
-            self.down = nn.ModuleList([Double(3 if i == 0 else sizes[i - 1], sizes[i]) for i in range(depth)])
-            self.middle = Double(sizes[-2], sizes[-1])
-            self.lift = nn.ModuleList([nn.ConvTranspose2d(sizes[i + 1], sizes[i], 2, 2) for i in range(depth)])
-            self.up = nn.ModuleList([Double(2 * sizes[i], sizes[i]) for i in range(depth)])
-            self.out = nn.Conv2d(width, 3, 1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            target, skips = x, []
-            for block in self.down:
-                skips.append(block(x))
-                x = F.max_pool2d(skips[-1], 2)
-            x = self.middle(x)
-            for index in reversed(range(len(self.up))):
-                x = self.up[index](torch.cat([skips[index], self.lift[index](x)], dim=1))
-            return F.mse_loss(self.out(x), target)
-
-    with torch.device("meta"):
-        model = UNet()
-    return model, (torch.zeros(1, 3, 256, 256),), {}
-
-
-def llama_405b() -> tuple[object, tuple[object, ...], dict[str, object]]:
-    """Give the shape of the model of 405 billion parameters, and a fake batch of sixteen sequences."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=16384,
-        intermediate_size=53248,
-        num_hidden_layers=126,
-        num_attention_heads=128,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        dtype="bfloat16",
-        use_cache=False,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    with FakeTensorMode():
-        ids = torch.zeros(16, 4096, dtype=torch.long)
-    return model, (), {"input_ids": ids, "labels": ids}
-
-
 def compile_one() -> str:
     """Compile the largest model in this process; give seconds of the call and the process's largest memory."""
     import fxpipe
@@ -375,6 +199,70 @@ def run_compile() -> str:
     """Compile in a fresh process, whose memory is its own."""
     command = [sys.executable, "-m", "tests.benchmarks", "partition", "compile", "--here"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def run_default() -> str:
+    """Compile shapes at both grains and at the default one, each in a fresh process; seconds of the processor."""
+    rows = []
+    for name in SHAPES:
+        spent: list[float] = []
+        for grain in ("op", "auto"):
+            command = [sys.executable, "-m", "tests.benchmarks", "partition", "default", "--here", name, grain]
+            spent.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        rows.append([name, SHAPES[name][1], *spent, spent[1] / spent[0]])
+    return table(rows, ["model", "stages", "op grain, s", "auto, s", "ratio"], ".2f")
+
+
+def compile_default(name: str, grain: str) -> float:
+    """Compile one shape in this process; give seconds of the processor."""
+    import fxpipe
+
+    make, stages = SHAPES[name]
+    model, args, kwargs = make()
+    start = time.process_time()
+    fxpipe.compile(model, stages, args, kwargs, grain=grain)  # type: ignore[arg-type]
+    return time.process_time() - start
+
+
+PLACEMENTS = {"one": "1F1B", "interleaved": "Interleaved1F1B", "V": "ZBVZeroBubble"}
+
+
+def run_several(chosen: Sequence[str], ranks: Sequence[int]) -> str:
+    """Cut models for one and for two stages on each rank: the gap to the bound, and the seconds of the search."""
+    makers = models()
+    graphs = {name: makers[name]() for name in chosen or makers}
+    parts = []
+    for links, bandwidth in LINKS.items():
+        latency = 0.0 if math.isinf(bandwidth) else 5e-6
+        hardware = replace(Hardware.preset("h100"), link_bandwidth=bandwidth, link_latency=latency, node_size=0)
+        rows = [[name, num, *several_cells(graph, num, hardware)] for name, graph in graphs.items() for num in ranks]
+        headers = ["model", "ranks"]
+        headers += [f"{name}: {what}" for name in PLACEMENTS for what in ("load", "gap", "s")]
+        parts += [f"Links: {links}.", table(rows, headers, ".3f")]
+    return "\n\n".join(parts)
+
+
+def several_cells(graph: LayerGraph, ranks: int, hardware: Hardware) -> Iterator[object]:
+    """Give largest rank load over the larger of mean load and largest layer, gap and seconds, for each placement."""
+    for schedule in PLACEMENTS.values():
+        stages = ranks if schedule == "1F1B" else 2 * ranks
+        settings = Settings.of(
+            stages=stages,
+            ranks=ranks,
+            schedule=schedule,
+            num_microbatches=4 * stages,
+            hardware=hardware,
+            training=Training(),
+            grain="op",
+        )
+        layout = make_layout(graph, estimate_costs(graph, "roofline", hardware, settings.training), settings)
+        problem = replace(layout.problem, ties=())
+        start = time.process_time()
+        found = partition_nodes(problem, stages, exactly=True, placement=layout.placement)
+        spent = time.process_time() - start
+        yield found.bottleneck / max(math.fsum(problem.seconds) / ranks, *problem.seconds)
+        yield f"{found.bottleneck / found.lower_bound - 1:.2%}"
+        yield spent
 
 
 PEERS = ("DeepSpeed parameters", "DeepSpeed uniform", "torchtitan", "Megatron", "torchgpipe")
@@ -470,6 +358,21 @@ their own rules ([how](../fxpipe/planning/peers.py)); – where a rule makes no 
 
 {models}
 
+## Two stages on each rank
+
+The same models, with one stage per rank, two that visit the ranks in a loop (interleaved), and two that turn back (a
+V). The load is the largest of a rank, over the larger of the mean and the largest layer; the gap is that to the proven
+lower bound. Written by `python -m tests.benchmarks partition several`.
+
+{several}
+
+## The default call
+
+`fxpipe.compile` of models on the meta device in fresh processes, capture included; processor seconds at op grain and
+at `grain="auto"`, the default. Written by `python -m tests.benchmarks partition default`.
+
+{default}
+
 ## Published workloads
 
 The sixteen pipeline workloads of [arXiv 2006.16423](https://arxiv.org/abs/2006.16423); in training workloads a forward
@@ -501,6 +404,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("models", help="models against one order of calling and others' rules")
     one.add_argument("names", nargs="*", choices=[[], *models()], help="all of them if none is named")
+    several = commands.add_parser("several", help="models with one stage per rank, two in a loop, two in a V")
+    several.add_argument("names", nargs="*", choices=[[], *models()], help="all of them if none is named")
+    several.add_argument("--ranks", nargs="+", type=int, default=[4, 8])
+    default = commands.add_parser("default", help="the default call against op grain, capture included")
+    default.add_argument("--here", nargs=2, metavar=("MODEL", "GRAIN"), help="one of them, in this process")
     commands.add_parser("large", help="100,000 nodes into 1,024 stages; 10,000 into 64, links free and not")
     largest = commands.add_parser("compile", help="a model of 405 billion parameters, capture included")
     largest.add_argument("--here", action="store_true", help="in this process rather than a fresh one")
@@ -514,6 +422,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "models":
         print(run_models(arguments.names))
+    elif arguments.command == "several":
+        print(run_several(arguments.names, arguments.ranks))
+    elif arguments.command == "default":
+        print(compile_default(*arguments.here) if arguments.here else run_default())
     elif arguments.command == "large":
         print(run_large())
     elif arguments.command == "compile":
@@ -525,6 +437,8 @@ def main() -> None:
     else:
         text = PAGE.format(
             models=run_models([]),
+            several=run_several([], [4, 8]),
+            default=run_default(),
             workloads=run_workloads(arguments.directory),
             large=run_large(),
             compile=run_compile(),
