@@ -136,7 +136,7 @@ class Running:
             for name, tensor in method(stage, remove_duplicate=False):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    yield self.names.first.get(name, name), tensor
+                    yield self.names.first_of(name), tensor
 
     def tied_modules(self) -> dict[str, nn.Module]:
         """Give the tied modules of a hand-written sequence as this rank holds them."""

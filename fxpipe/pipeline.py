@@ -305,7 +305,7 @@ class Pipeline:
         """
         return self._materialized().gradients.clip(max_norm, norm_type)
 
-    def state_dict(self, full: bool = False) -> dict[str, torch.Tensor]:
+    def state_dict(self, full: bool = False) -> dict[str, Any]:
         """Give tensors under all of the model's names, as ``nn.Module.state_dict`` has them.
 
         Args:

@@ -119,7 +119,9 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     _refuse_hidden_modules(model)
     _refuse_foreign_hooks(model)
     _refuse_overlaps(aliases, originals)
-    memo.update({key: tensor for key, (_, tensor) in plain.items()})
+    # What was computed of parameters is computed anew by whatever computed it; until then it is nobody's to read.
+    memo.update({key: _apart(tensor) for key, (_, tensor) in plain.items()})
+    plain.update({id(memo[key]): (place, memo[key]) for key, (place, _) in list(plain.items())})
     module = _copied(model, memo)
     caching = switch_caches_off(module)
     fqn_of = {id(fake): fqn for fqn, fake in fakes.items()}
@@ -248,9 +250,13 @@ def _plain_items(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{start}{name}", value
 
 
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_leaf else tensor.detach().requires_grad_(tensor.requires_grad)
+
+
 def _refuse_hidden(plain: Mapping[int, tuple[str, torch.Tensor]]) -> None:
     for place, tensor in plain.values():
-        if tensor.requires_grad:
+        if tensor.requires_grad and tensor.is_leaf:  # others are computed of parameters, as by hooks of weight_norm
             raise CaptureError(
                 f"{place} takes a gradient but is no parameter of its module: no optimiser and no checkpoint sees it\n"
                 "  register it: assign an nn.Parameter to an attribute of its own, or use nn.ParameterList"

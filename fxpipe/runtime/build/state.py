@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,13 @@ from fxpipe.errors import FxpipeError, WeightsError
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import message_layout, pack, receive_buffers
+from fxpipe.runtime.build.extra_state import (
+    extra_modules,
+    full_extra_states,
+    load_extra_states,
+    missing_extra_states,
+    own_extra_states,
+)
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
@@ -44,11 +51,19 @@ class StateNames:
         tensors: By first name, in the model's order.
         first: First name of every name.
         saved: All names in the model's ``state_dict``, in its order.
+        parameters: First names of those that are parameters.
+        extra: Modules of the model's copy that save more than tensors, by their key in its ``state_dict``.
     """
 
     tensors: Mapping[str, TensorNames]
     first: Mapping[str, str]
     saved: tuple[str, ...]
+    parameters: frozenset[str] = frozenset()
+    extra: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def first_of(self, fqn: str) -> str:
+        """Give the model's first name of a tensor that goes by a name in a stage, which the user may have compiled."""
+        return self.first.get(fqn) or self.first.get(fqn.replace("_orig_mod.", ""), fqn)
 
     def named(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Give tensors, known by first name, under all names; what the model does not have comes last."""
@@ -82,18 +97,21 @@ def state_names(skeleton: nn.Module, aliases: Mapping[str, str]) -> StateNames:
                 saved.append(fqn)
     kept = {aliases.get(fqn, fqn) for fqn in saved}
     tensors = {first: TensorNames(tuple(names), *metas[first], first in kept) for first, names in fqns.items()}
-    return StateNames(tensors, {fqn: first for first, names in fqns.items() for fqn in names}, tuple(saved))
+    firsts = {fqn: first for first, names in fqns.items() for fqn in names}
+    parameters = frozenset(firsts[fqn] for fqn, _ in skeleton.named_parameters(remove_duplicate=False))
+    return StateNames(tensors, firsts, tuple(saved), parameters, extra_modules(skeleton))
 
 
-def own_state(names: StateNames, stages: Sequence[StageModule]) -> dict[str, torch.Tensor]:
+def own_state(names: StateNames, stages: Sequence[StageModule]) -> dict[str, Any]:
     """Give this rank's tensors under all of the model's names; they share memory with the stages.
 
     What was added to a stage after it was made (an adapter's weights) goes by its own name.
     """
-    return names.named({fqn: tensor.detach() for fqn, tensor in held_tensors(names, stages).items()})
+    tensors = names.named({fqn: tensor.detach() for fqn, tensor in held_tensors(names, stages).items()})
+    return {**tensors, **own_extra_states(names.extra, stages)}
 
 
-def full_state(names: StateNames, stages: Sequence[StageModule], groups: Groups | None) -> dict[str, torch.Tensor]:
+def full_state(names: StateNames, stages: Sequence[StageModule], groups: Groups | None) -> dict[str, Any]:
     """Gather the whole model's tensors, one at a time, on the first rank of all.
 
     Args:
@@ -106,7 +124,8 @@ def full_state(names: StateNames, stages: Sequence[StageModule], groups: Groups 
     """
     gathered = gather_tensors(names, stages, groups, saved_only=True)
     is_first = groups is None or groups.ranks[groups.position] == groups.members[0]
-    return names.named(gathered) if is_first else {}
+    extra = full_extra_states(names.extra, stages, groups)
+    return {**names.named(gathered), **extra} if is_first else {}
 
 
 def gather_tensors(
@@ -152,6 +171,7 @@ def load_state(
         error = found
     agree(groups, error, "the state dictionary")
     write_state(matched)
+    load_extra_states(names.extra, stages, state)
 
 
 def match_state(
@@ -175,12 +195,14 @@ def match_state(
     faults = []
     found: dict[str, tuple[str, torch.Tensor]] = {}
     for fqn, value in state.items():
+        if fqn in names.extra:
+            continue
         first = names.first.get(fqn, fqn)
         if first not in names.tensors and first not in held:
             faults.append(f"unknown {fqn}")
         elif not isinstance(value, torch.Tensor):
             faults.append(f"{fqn} is a {type(value).__name__}, not a tensor")
-        elif tuple(value.shape) != (shape := _shape(first, names, held)):
+        elif (shape := _shape(first, names, held)) is not None and tuple(value.shape) != shape:
             faults.append(f"{fqn} has shape {list(value.shape)}, the model's has {list(shape)}")
         elif first in found and not _same(found[first][1], value):
             faults.append(f"{fqn} and {found[first][0]} are tied but differ")
@@ -190,6 +212,7 @@ def match_state(
         known = names.tensors.get(first)
         if first not in found and (known is None or known.persistent) and not _named(first, names, state):
             faults.append(f"missing {first} {list(tensor.shape)}")
+    faults += [f"missing {key}" for key in missing_extra_states(names.extra, stages, state)]
     if faults:
         raise WeightsError(
             f"the state dictionary does not fit: {'; '.join(faults)}\n"
@@ -217,8 +240,7 @@ def held_tensors(names: StateNames, stages: Sequence[StageModule]) -> dict[str, 
             *stage.named_buffers(remove_duplicate=False),
         )
         for fqn, tensor in named:
-            plain = fqn.replace("_orig_mod.", "")  # of torch.compile(module)
-            first = names.first.get(plain, plain)
+            first = names.first_of(fqn)
             if first in names.tensors or fqn in kept:
                 held.setdefault(first, tensor)
     return held
@@ -270,8 +292,11 @@ def _device(groups: Groups) -> torch.device:
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
-def _shape(first: str, names: StateNames, held: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    return names.tensors[first].shape if first in names.tensors else tuple(held[first].shape)
+def _shape(first: str, names: StateNames, held: Mapping[str, torch.Tensor]) -> tuple[int, ...] | None:
+    """Give the shape a value must have: of the tensor there is; None for a buffer elsewhere, which may have grown."""
+    if first in held:
+        return tuple(held[first].shape)
+    return names.tensors[first].shape if first in names.parameters else None
 
 
 def _named(first: str, names: StateNames, state: Mapping[str, Any]) -> bool:

@@ -1,0 +1,81 @@
+"""What modules save beside tensors (``get_extra_state``): read from the stages, and given back to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.ranks.groups import Groups
+
+_KEY = "_extra_state"
+
+
+def extra_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Give the modules that save something beside tensors, by their key in the model's ``state_dict``.
+
+    >>> extra_modules(nn.Linear(1, 1))
+    {}
+    """
+    named = model.named_modules(remove_duplicate=False)
+    return {f"{fqn}.{_KEY}" if fqn else _KEY: part for fqn, part in named if _has(part)}
+
+
+def own_extra_states(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> dict[str, Any]:
+    """Give what the modules that this rank's stages hold save."""
+    return {key: held.get_extra_state() for key, held in _held(modules, stages).items()}
+
+
+def full_extra_states(
+    modules: Mapping[str, nn.Module], stages: Sequence[StageModule], groups: Groups | None
+) -> dict[str, Any]:
+    """Give what every module saves; of a module that no stage holds whole, what the model's copy does.
+
+    Every rank calls it.
+    """
+    if not modules:
+        return {}
+    everywhere = [own_extra_states(modules, stages)]
+    if groups is not None:
+        everywhere = [{} for _ in groups.ranks]
+        dist.all_gather_object(everywhere, own_extra_states(modules, stages), group=groups.control)
+    found = {key: value for states in reversed(everywhere) for key, value in states.items()}
+    return {key: found[key] if key in found else part.get_extra_state() for key, part in modules.items()}
+
+
+def load_extra_states(
+    modules: Mapping[str, nn.Module], stages: Sequence[StageModule], state: Mapping[str, Any]
+) -> None:
+    """Give modules back what they saved: those of the stages, and the model's copy, from which stages are made."""
+    held = _held(modules, stages)
+    for key, part in modules.items():
+        if key in state:
+            part.set_extra_state(state[key])
+            if key in held:
+                held[key].set_extra_state(state[key])
+
+
+def missing_extra_states(
+    modules: Mapping[str, nn.Module], stages: Sequence[StageModule], state: Mapping[str, Any]
+) -> list[str]:
+    """List what this rank's modules save and a state leaves out."""
+    return [key for key in _held(modules, stages) if key not in state]
+
+
+def _has(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _held(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> dict[str, nn.Module]:
+    held: dict[str, nn.Module] = {}
+    for stage in stages:
+        here = {fqn.replace("_orig_mod.", ""): part for fqn, part in stage.named_modules(remove_duplicate=False)}
+        here.update(stage.named_modules(remove_duplicate=False))
+        for key in modules:
+            part = here.get(key.removesuffix(_KEY).removesuffix("."))
+            if part is not None and part is not stage and _has(part):
+                held.setdefault(key, part)
+    return held
