@@ -6,6 +6,7 @@ Everything above this file is values; from here on there are effects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.prepare import RunOptions
+from fxpipe.runtime.run.timeline import Recorder
 from fxpipe.runtime.weights.checkpoints import Checkpoints
 from fxpipe.runtime.weights.model import Model
 
@@ -80,6 +82,7 @@ class Running:
         unfilled: FQNs of tensors that were allocated and not given values yet.
         started: Whether the process group is fxpipe's own.
         checkpoints: Reads and writes the stages.
+        recorder: Keeps what this rank does when; None for nothing.
     """
 
     plan: PipelinePlan
@@ -94,6 +97,7 @@ class Running:
     unfilled: set[str]
     started: bool
     checkpoints: Checkpoints
+    recorder: Recorder | None = None
 
     @property
     def placement(self) -> list[int]:
@@ -124,6 +128,26 @@ class Running:
         self.check_filled()
         if self.groups is not None:
             self.engine.check()
+
+    def recording(self, samples: int) -> AbstractContextManager[None]:
+        """Record a step, if steps are recorded."""
+        if self.recorder is not None:
+            self.recorder.begin(samples)
+        return self.span("step")
+
+    def span(self, kind: str) -> AbstractContextManager[None]:
+        """Record what runs inside, if that is recorded."""
+        return nullcontext() if self.recorder is None else self.recorder.span(kind)
+
+    def recorded(self) -> Recorder:
+        """Give what was recorded.
+
+        Raises:
+            MaterializeError: Nothing was.
+        """
+        if self.recorder is None:
+            raise MaterializeError("nothing was recorded\n  call pipe.materialize(timings=True)")
+        return self.recorder
 
     def named(self, method: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         """Yield tensors of this rank, each once, under the first FQN of the model.
@@ -195,9 +219,8 @@ def materialize(
     for stage, planned in zip(stages, own, strict=True):
         options.apply(stage, planned.recompute, capture.blocks)
     gradients = Gradients(stages, plan.ties, [s.rank for s in plan.stages], groups, keep_wide=options.keep_wide)
-    names = state_names(capture.skeleton.module, capture.skeleton.aliases)
     engine = _engine(plan, stages, groups, where, gradients)
-    model = Model(capture.skeleton.module, names)
+    model = Model(capture.skeleton.module, state_names(capture.skeleton.module, capture.skeleton.aliases))
     return Running(
         plan,
         capture,
@@ -206,11 +229,12 @@ def materialize(
         gradients,
         groups,
         where,
-        names,
+        model.names,
         _stage_of_tensor(plan, layers),
         unfilled,
         started,
         Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching),
+        options.recorder(engine, where),
     )
 
 

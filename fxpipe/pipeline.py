@@ -22,6 +22,7 @@ from fxpipe.runtime.build.state import full_state, load_state, own_state
 from fxpipe.runtime.ranks.place import is_first
 from fxpipe.runtime.run.optimizer import make_optimizer, make_scaler
 from fxpipe.runtime.run.prepare import RunOptions
+from fxpipe.runtime.run.timeline import StepTiming, write_trace
 from fxpipe.runtime.weights.disk.directory import weights_path
 from fxpipe.training import Trainer, Variants
 from fxpipe.verification import Verification, Verifier
@@ -101,6 +102,7 @@ class Pipeline:
         parallelize: Callable[[nn.Module], Any] | None = None,
         compile: str | Mapping[str, Any] | None = None,
         keep_wide: bool = False,
+        timings: bool = False,
     ) -> Self:
         """Allocate and initialise this rank's stages; all of them outside torchrun.
 
@@ -117,6 +119,7 @@ class Pipeline:
                 ``"stage"``, or a mapping of its options, for the blocks; with ``"of": "stage"`` for the stage.
             keep_wide: Whether gradients of bfloat16 and float16 parameters stay in float32, in which they accumulate,
                 for optimisers with master weights; else they are rounded once, to the parameter's dtype.
+            timings: Whether ``step`` records what each rank does when, for ``timings`` and ``trace``.
 
         Returns:
             The pipeline itself.
@@ -136,7 +139,7 @@ class Pipeline:
             device=device,
             dtype=dtype,
             seed=self.plan.seed if seed is None else seed,
-            options=RunOptions(parallelize, compile, keep_wide),
+            options=RunOptions(parallelize, compile, keep_wide, timings),
             init="empty" if path is not None or isinstance(init, os.PathLike) else init,
         )
         if path is not None:
@@ -453,6 +456,30 @@ class Pipeline:
         step = self._trainer.prepare(running, (args, kwargs, target), None)
         verifier = Verifier(running, self._trainer.variants)
         return verifier.verify(step, seed=self._trainer.seed, step=self._trainer.num_steps)
+
+    @property
+    def timings(self) -> tuple[StepTiming, ...]:
+        """This rank's steps so far: seconds in forward, backward, communication and waiting, and the bubble.
+
+        Raises:
+            MaterializeError: Nothing was recorded.
+        """
+        return self._materialized().recorded().steps()
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write what all ranks did when, for the trace viewers of Chrome and Perfetto; every rank calls it.
+
+        Beside the events stand, by rank, the bubble of the last step as measured and as simulated, samples per second,
+        and the most memory in use as measured (on an accelerator) and as planned.
+
+        Args:
+            path: A JSON file; rank 0 writes it.
+
+        Raises:
+            MaterializeError: Nothing was recorded.
+        """
+        running = self._materialized()
+        write_trace(path, running.recorded(), running.groups, running.device, self.plan, simulate(self.plan).bubble)
 
     # --- to end ---------------------------------------------------------------------------------------------------
 

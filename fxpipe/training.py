@@ -7,7 +7,7 @@ engines take.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,9 @@ from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.reduction import sum_over
 from fxpipe.runtime.run.work import Job
+
+MOST_VARIANTS = 64
+"""Variants kept: each costs a few MiB, and a capture to get back."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,12 +84,18 @@ class Variants:
         self._num_stages = num_stages
         self._opened = tuple(opened)
         self._known: dict[Any, list[Variant]] = {}
+        self._used: dict[str, Any] = {}  # what each variant is for, by its key; the one used last comes last
         self._mode = ""
 
     def add(self, captured: Captured, *, with_loss: bool) -> None:
         """Remember what ``compile`` captured already."""
         spec = self._spec(captured.inputs, with_loss)
-        self._known.setdefault(spec, []).append(self._variant(captured, spec))
+        self._remember(spec, self._variant(captured, spec))
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The variants that are kept."""
+        return self._used.keys()
 
     def mode_changed(self) -> None:
         """Look at the modules' training flags again."""
@@ -106,6 +115,7 @@ class Variants:
         spec = self._spec(inputs, with_loss)
         for variant in self._known.get(spec, ()):
             if variant.fits(inputs):
+                self._used[variant.key] = self._used.pop(variant.key, spec)
                 return variant
         captured = self.capture.capture(inputs, opened=self._opened, with_loss=with_loss, grad_enabled=with_loss)
         if with_loss and not captured.structure.is_loss:
@@ -114,8 +124,19 @@ class Variants:
                 "  pass labels (or whatever makes the model return one), or compile with loss_fn="
             )
         variant = self._variant(captured, spec)
-        self._known.setdefault(spec, []).append(variant)
+        self._remember(spec, variant)
         return variant
+
+    def _remember(self, spec: Any, variant: Variant) -> None:
+        """Keep a variant, and let go of those that were not used for longest."""
+        self._known.setdefault(spec, []).append(variant)
+        self._used[variant.key] = spec
+        while len(self._used) > MOST_VARIANTS:
+            key = next(iter(self._used))
+            old = self._used.pop(key)
+            self._known[old] = [other for other in self._known[old] if other.key != key]
+            if not self._known[old]:
+                del self._known[old]
 
     def _spec(self, inputs: Inputs, with_loss: bool) -> Any:
         if not self._mode:
@@ -245,8 +266,10 @@ class Trainer:
         scale = scaler.scale(torch.ones((), device=running.device)) if scaler is not None else None
         jobs = self.jobs(running, step, scale)
         running.gradients.begin(last=last)
-        loss = running.engine.train(jobs)
-        running.gradients.finish(last=last)
+        with running.recording(sum(step.sizes)):
+            loss = running.engine.train(jobs)
+            with running.span("communication"):
+                running.gradients.finish(last=last)
         self.num_steps += 1
         return loss
 
@@ -294,6 +317,9 @@ class Trainer:
         within = (step.keys, step.sizes if step.counts else ()) if step else ()
         agree(running.groups, error, "the batch", *number, within=within)
         assert step is not None
+        for stage in running.stages:
+            if stage.num_programs > MOST_VARIANTS:
+                stage.keep_programs({*self.variants.keys, *step.keys})
         return step
 
     def _for_training(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> Step:

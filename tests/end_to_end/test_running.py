@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import json
+import linecache
 import warnings
 
 import models
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxpipe
+import fxpipe.training
 
 BATCH = {"microbatches": 4, "schedule": "GPipe"}
 
@@ -261,3 +264,49 @@ def test_what_cannot_be_compiled_is_refused():
         pipe.materialize(compile="blocks")
     with pytest.raises(fxpipe.MaterializeError, match=r"parallelize= returned a Linear instead of the stage\n  change"):
         pipe_of(model, batch, loss_fn=F.mse_loss).materialize(parallelize=lambda stage: nn.Linear(1, 1))
+
+
+def test_a_trace_says_what_was_done_when(tmp_path):
+    model, batch = tower()
+    with pipe_of(model, batch, loss_fn=F.mse_loss).materialize(timings=True) as pipe:
+        for _ in range(2):
+            pipe.step(**batch)
+        first, second = pipe.timings
+        assert (first.step, second.step, second.samples) == (0, 1, 8)
+        assert [stage for stage, _ in second.forward_s] == [stage for stage, _ in second.backward_s] == [0, 1]
+        assert 0 <= second.bubble < 1
+        parts = sum(seconds for _, seconds in (*second.forward_s, *second.backward_s)) + second.communication_s
+        assert parts + second.waiting_s == pytest.approx(second.seconds)
+        pipe.trace(tmp_path / "trace.json")
+    written = json.loads((tmp_path / "trace.json").read_text())
+    names = [event["name"] for event in written["traceEvents"] if event["ph"] == "X" and event["args"]["step"] == 1]
+    wanted = {f"{stage}{what}{index}" for stage in range(2) for what in "FB" for index in range(4)}
+    assert set(names) == wanted | {"step", "communication"}
+    assert written["otherData"]["ranks"][0]["stages"] == [0, 1]
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in written["traceEvents"] if event["ph"] == "X")
+    with (
+        pipe_of(model, batch, loss_fn=F.mse_loss).materialize() as pipe,
+        pytest.raises(fxpipe.MaterializeError, match=r"nothing was recorded\n  call pipe.materialize\(timings=True\)"),
+    ):
+        pipe.trace(tmp_path / "other.json")
+
+
+def test_a_batch_of_ever_new_lengths_fills_no_memory():
+    """What was not used for longest is let go, its source and constants too, and captured again when it comes back."""
+    model = models.Street()
+    batch = {
+        name: value.float() if value.is_floating_point() else value for name, value in models.street_batch().items()
+    }
+    before_lines = [name for name in linecache.cache if name.startswith("<fxpipe stage")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fxpipe.training, "MOST_VARIANTS", 3)
+        with pipe_of(model, batch).materialize() as pipe:
+            losses = {}
+            for length in (2, 3, 4, 5, 6, 2, 5, 6):
+                cut = {name: value[:, :length] if value.dim() > 1 else value for name, value in batch.items()}
+                loss = float(pipe.step(**cut))
+                assert losses.setdefault(length, loss) == loss
+                assert all(stage.num_programs <= 4 for stage in pipe.stage_modules)
+            assert len(pipe._trainer.variants.keys) == 3
+            kept = [name for name in linecache.cache if name.startswith("<fxpipe stage")]
+            assert len(kept) <= 8 + len(before_lines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import linecache
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,8 @@ class _Installed:
     source: str
     rules: DrawRules
     draws: bool
+    filename: str
+    constants: frozenset[int]
 
 
 class StageModule(nn.Module):
@@ -92,7 +95,9 @@ class StageModule(nn.Module):
         title = f"stage {self._stage_index}"
         run = lower(own, constants, self._device, is_last=is_last, title=title, recompute=self._recomputed)
         rules = DrawRules(program.drawing, frozenset(program.draw_names))
-        self._programs[key] = self._compiled(_Installed(run, run.__doc__ or "", rules, own.draws))
+        used = frozenset(id(program.constants[name]) for name in own.constants)
+        filename: str = getattr(run, "__code__").co_filename  # noqa: B009 - Lowered is any callable to mypy
+        self._programs[key] = self._compiled(_Installed(run, run.__doc__ or "", rules, own.draws, filename, used))
         self._watch(program.drawing)
 
     def recompute(self, fqns: Iterable[str]) -> None:
@@ -109,6 +114,18 @@ class StageModule(nn.Module):
             else:
                 opened.append(fqn)
         self._recomputed = tuple(opened)
+
+    @property
+    def num_programs(self) -> int:
+        """Number of variants the stage is ready for."""
+        return len(self._programs)
+
+    def keep_programs(self, keys: Collection[Hashable]) -> None:
+        """Let go of all variants but these, of their constants and their source."""
+        for key in [key for key in self._programs if key not in keys]:
+            linecache.cache.pop(self._programs.pop(key).filename, None)
+        used = {constant for installed in self._programs.values() for constant in installed.constants}
+        self._moved = {key: moved for key, moved in self._moved.items() if key in used}
 
     def source(self, key: Hashable) -> str:
         """Give the text of what a variant runs here, for people."""

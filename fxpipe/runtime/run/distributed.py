@@ -17,6 +17,7 @@ from fxpipe.runtime.run.engine_stage import EngineStage
 from fxpipe.runtime.run.forward_only import infer, run_forwards
 from fxpipe.runtime.run.refusals import refuse_modules
 from fxpipe.runtime.run.schedule import forget_exchanges, make_schedule, run_schedule
+from fxpipe.runtime.run.timeline import Recorder
 from fxpipe.runtime.run.work import Job, Tensors
 
 
@@ -49,6 +50,11 @@ class DistributedEngine:
         self._schedules: dict[int, Any] = {}
         self._loss_dtypes: dict[Any, torch.dtype] = {}
         self._failures = Failures(groups, self._let_go)
+
+    def record(self, recorder: Recorder) -> None:
+        """Record what the stages do when."""
+        for stage in self._stages:
+            stage.recorder = recorder
 
     def check(self) -> None:
         """Refuse what this rank's stages hold that the schedule would get wrong; without communication.

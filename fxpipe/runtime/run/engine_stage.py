@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.gradients import accumulators
 from fxpipe.runtime.run.refusals import watch_checkpoints
 from fxpipe.runtime.run.sharded import hold_reduction, reduce_now
+from fxpipe.runtime.run.timeline import Recorder
 from fxpipe.runtime.run.work import (
     Job,
     Pass,
@@ -39,6 +40,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         loss_dtype: On the last stage: dtype of the model's own loss.
         failed: Whether an error came from this stage's own work, not from an exchange.
         over_replicas: Whether the losses of replicas are parts of one batch's.
+        recorder: Records what is done when; None for nothing.
         when_done: Called with the stage's index after its last backward of a step.
     """
 
@@ -52,6 +54,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.loss_dtype: torch.dtype | None = None
         self.failed = False
         self.over_replicas = False
+        self.recorder: Recorder | None = None
         self.when_done: Callable[[int], None] = lambda stage_index: None
         self._passes: dict[int, Pass] = {}
         self._received: dict[int, Tensors] = {}
@@ -106,7 +109,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         save_forward_output: bool = True,
     ) -> Tensors:
         """Run the forward of one microbatch."""
-        with self._blamed(), watch_checkpoints(self.submod, self.split_by):
+        with self._blamed(), watch_checkpoints(self.submod, self.split_by), self._timed("forward", fwd_chunk_id):
             received = self._received.pop(fwd_chunk_id, ())
             work = run_forward(self.submod, self.jobs[fwd_chunk_id], received, training=self.has_backward)
         self._passes[fwd_chunk_id] = work
@@ -120,7 +123,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
     ) -> None:
         """Run the backward of one microbatch, or the half of it that other stages wait for."""
         gradients = self._gradients.pop(bwd_chunk_id, ())
-        with self._blamed():
+        with self._blamed(), self._timed("backward", bwd_chunk_id):
             if full_backward:
                 given = run_backward(self._passes.pop(bwd_chunk_id), gradients)
             else:
@@ -130,12 +133,12 @@ class EngineStage(WithoutMetadata, PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Run the other half of a split backward."""
-        with self._blamed():
+        with self._blamed(), self._timed("weights", bwd_chunk_id):
             run_backward_for_weights(self._passes.pop(bwd_chunk_id), self._accumulators())
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce the gradients of sharded modules, once per step, and say that no others will come."""
-        with self._blamed():
+        with self._blamed(), self._timed("communication", -1):
             reduce_now(self.submod)
             self.when_done(self.stage_index)
 
@@ -146,6 +149,9 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.failed = False
         self._weights = None
         self._sharded = hold_reduction(self.submod, over_replicas=self.over_replicas)
+
+    def _timed(self, kind: str, microbatch: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.span(kind, self.stage_index, microbatch)
 
     @contextmanager
     def _blamed(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.refusals import refuse_modules, watch_checkpoints
+from fxpipe.runtime.run.timeline import Recorder
 from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
 
 
@@ -17,6 +18,11 @@ class LocalEngine:
 
     def __init__(self, stages: Sequence[StageModule]) -> None:
         self._stages = list(stages)
+        self._recorder: Recorder | None = None
+
+    def record(self, recorder: Recorder) -> None:
+        """Record what the stages do when."""
+        self._recorder = recorder
 
     def check(self) -> None:
         """Refuse what the stages hold that would get wrong gradients.
@@ -41,7 +47,7 @@ class LocalEngine:
         """
         self.check()
         with torch.enable_grad():
-            losses = [self._train_one(job) for job in jobs]
+            losses = [self._train_one(job, index) for index, job in enumerate(jobs)]
         dtype = losses[0][1]
         return torch.stack([loss for loss, _ in losses]).sum().to(dtype)
 
@@ -63,17 +69,21 @@ class LocalEngine:
             passes = [self._forward_one(job) for job in jobs]
         return torch.stack([work.loss() for work in passes]).sum().to(passes[0].outputs[-1].dtype)
 
-    def _train_one(self, job: Job) -> tuple[torch.Tensor, torch.dtype]:
+    def _timed(self, kind: str, stage: int, microbatch: int) -> AbstractContextManager[None]:
+        return nullcontext() if self._recorder is None else self._recorder.span(kind, stage, microbatch)
+
+    def _train_one(self, job: Job, index: int) -> tuple[torch.Tensor, torch.dtype]:
         passes: list[Pass] = []
         received: Tensors = ()
         for stage in self._stages:
-            with watch_checkpoints(stage):
+            with watch_checkpoints(stage), self._timed("forward", stage.stage_index, index):
                 passes.append(run_forward(stage, job, received, training=True))
             received = tuple(output.detach() for output in passes[-1].outputs)
         loss = passes[-1].loss(), passes[-1].outputs[-1].dtype
         gradients: Tensors = ()
         while passes:
-            gradients = run_backward(passes.pop(), gradients)
+            with self._timed("backward", self._stages[len(passes) - 1].stage_index, index):
+                gradients = run_backward(passes.pop(), gradients)
         return loss
 
     def _infer_one(self, job: Job) -> Tensors:

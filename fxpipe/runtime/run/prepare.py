@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxpipe.errors import MaterializeError, ScheduleError
 from fxpipe.ir.schedule import SCHEDULES, schedule_named
 from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.run.distributed import DistributedEngine
+from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.timeline import Recorder
 
 _SCOPES = ("blocks", "stage")
 
@@ -23,11 +27,13 @@ class RunOptions:
         parallelize: Divides a stage module over other dimensions of the mesh, in place.
         compile: ``"blocks"``, ``"stage"``, a mapping of ``torch.compile``'s options, or None.
         keep_wide: Whether gradients of 16-bit parameters stay float32.
+        timings: Whether it is recorded what each rank does when.
     """
 
     parallelize: Callable[[nn.Module], Any] | None = None
     compile: str | Mapping[str, Any] | None = None
     keep_wide: bool = False
+    timings: bool = False
 
     def check(self, schedule: str) -> None:
         """Refuse what cannot be run.
@@ -77,6 +83,14 @@ class RunOptions:
         for fqn, module in stage.named_modules():
             if fqn in wanted:
                 module.compile(**options)
+
+    def recorder(self, engine: LocalEngine | DistributedEngine, device: torch.device) -> Recorder | None:
+        """Let an engine record what its stages do when, if that is wanted."""
+        if not self.timings:
+            return None
+        recorder = Recorder(device)
+        engine.record(recorder)
+        return recorder
 
     def _compiled(self) -> tuple[Any, dict[str, Any]]:
         options = dict(self.compile) if isinstance(self.compile, Mapping) else {"of": self.compile}
