@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from fxpipe.errors import PlanError
+from fxpipe.errors import PlanError, ScheduleError
 from fxpipe.ir.hardware import Hardware, Training
+from fxpipe.ir.reading import check_dtype, read_fields, read_json
+from fxpipe.ir.schedule import placement
 from fxpipe.ir.tensor import TensorMeta
 
 FORMAT = 2
-T = TypeVar("T")
+MOST_MICROBATCHES = 10**6
+"""More than any step has: what is read from a file must not keep a simulation busy for days."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,38 +204,83 @@ class PipelinePlan:
         """Read a plan back; ``from_json(plan.to_json()) == plan``.
 
         Raises:
-            PlanError: The text is not JSON, is of another format, or has missing or unknown fields.
+            PlanError: The text is no JSON, of another format, or a field is missing, unknown or wrong: names its path.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(
-                f"this is not a plan: not JSON ({error})\n  write plans with PipelinePlan.to_json()"
-            ) from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        data = read_json(text, "a plan", "write plans with PipelinePlan.to_json() or fxpipe plan --json")
+        if data.pop("format", None) != FORMAT:
             raise PlanError(f"this is not a plan of format {FORMAT}\n  make it anew with this version of fxpipe")
-        try:
-            data["stages"] = tuple(_stage_from(stage) for stage in data["stages"])
-            data["ties"] = tuple(_from_fields(TieGroup, tie) for tie in data["ties"])
-            data["hardware"] = Hardware(**_tuples(data["hardware"]))
-            data["training"] = Training(**_tuples(data["training"]))
-            return _from_fields(cls, data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"this plan is damaged: {error}\n  make it anew with fxpipe.compile") from error
+        plan = read_fields(cls, data, "")
+        _check(plan)
+        return plan
 
 
-def _stage_from(data: dict[str, Any]) -> StagePlan:
-    sends = tuple(TensorMeta(tuple(m["shape"]), m["dtype"], m["requires_grad"]) for m in data.pop("sends"))
-    return StagePlan(**_tuples(data), sends=sends)
+def _check(plan: PipelinePlan) -> None:
+    """Refuse a plan whose parts do not fit together.
+
+    Raises:
+        PlanError: Names the field.
+    """
+    _check_numbers(plan)
+    if not plan.stages:
+        raise PlanError("stages is empty\n  a plan has at least one stage; make it anew with fxpipe.compile")
+    if plan.num_ranks > len(plan.stages):
+        raise PlanError(f"num_ranks is {plan.num_ranks}, more than the {len(plan.stages)} stages\n  mend the file")
+    try:
+        ranks = placement(plan.schedule, len(plan.stages), plan.num_ranks)
+    except ScheduleError as error:
+        raise PlanError(f"schedule: {error}") from error
+    home: dict[str, int] = {}
+    for place, stage in enumerate(plan.stages):
+        if stage.index != place:
+            raise PlanError(f"stages[{place}].index is {stage.index}\n  stages stand in order, from 0")
+        if stage.rank >= plan.num_ranks:
+            raise PlanError(
+                f"stages[{place}].rank is {stage.rank}, but there are {plan.num_ranks} ranks\n  mend the file"
+            )
+        if stage.rank != ranks[place]:
+            raise PlanError(
+                f"stages[{place}].rank is {stage.rank}, and {plan.schedule} places it on rank {ranks[place]}\n"
+                "  mend the file, or make the plan anew"
+            )
+        for layer in stage.layers:
+            if home.setdefault(layer, place) != place:
+                raise PlanError(
+                    f"stages[{place}].layers has {layer!r}, which stages[{home[layer]}] has too\n"
+                    "  each layer stands in one stage; make the plan anew"
+                )
+        for number, meta in enumerate(stage.sends):
+            check_dtype(meta.dtype, f"stages[{place}].sends[{number}].dtype")
+    for place, tie in enumerate(plan.ties):
+        if not tie.stages or any(stage >= len(plan.stages) for stage in tie.stages):
+            raise PlanError(
+                f"ties[{place}].stages is {list(tie.stages)}, and there are {len(plan.stages)} stages\n  mend it"
+            )
 
 
-def _from_fields(cls: type[T], data: dict[str, Any]) -> T:
-    return cls(**_tuples(data))
+_SIGNED = frozenset({"seed"})
 
 
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: _tuple(value) for key, value in data.items()}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(item) for item in value) if isinstance(value, list | tuple) else value
+def _check_numbers(plan: PipelinePlan) -> None:
+    """Refuse negative and infinite numbers, and counts of nothing."""
+    parts: list[tuple[str, Any]] = [("", plan), *((f"stages[{i}].", stage) for i, stage in enumerate(plan.stages))]
+    for path, value in parts:
+        for each in dataclasses.fields(value):
+            number = getattr(value, each.name)
+            if isinstance(number, bool) or not isinstance(number, int | float) or each.name in _SIGNED:
+                continue
+            if not 0 <= number < math.inf:
+                raise PlanError(f"{path}{each.name} is {number}\n  give a finite number of at least 0")
+    if plan.num_microbatches > MOST_MICROBATCHES:
+        raise PlanError(f"num_microbatches is {plan.num_microbatches}\n  give at most {MOST_MICROBATCHES}")
+    for name in ("num_ranks", "num_microbatches"):
+        if getattr(plan, name) < 1:
+            raise PlanError(f"{name} is {getattr(plan, name)}\n  give a whole number, 1 or more")
+    for place, tie in enumerate(plan.ties):
+        if tie.bytes < 0 or not 0 <= tie.seconds < math.inf or any(stage < 0 for stage in tie.stages):
+            raise PlanError(f"ties[{place}] has a negative or infinite number\n  mend the file, or make it anew")
+    for place, stage in enumerate(plan.stages):
+        for number, meta in enumerate(stage.sends):
+            if any(size < 0 for size in meta.shape):
+                raise PlanError(
+                    f"stages[{place}].sends[{number}].shape is {list(meta.shape)}\n  give sizes of at least 0"
+                )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fxpipe.errors import PlanError
 from fxpipe.ir.cost import LayerCost
+from fxpipe.ir.reading import read_json, read_value
 
 FORMAT = 1
 
@@ -82,25 +83,22 @@ class Profile:
         Raises:
             PlanError: The text is no profile of this format, or something in it is missing or wrong.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+        data = read_json(text, "a profile", "write profiles with Profile.to_json()")
+        if data.get("format") != FORMAT or data.get("unit") != "seconds":
             raise PlanError(
-                f"this is no profile: not JSON ({error})\n  write profiles with Profile.to_json()"
-            ) from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("unit") != "seconds":
-            raise PlanError(
-                f"this is no profile of format {FORMAT}, in seconds\n  measure anew with this version of fxpipe"
+                f"this is not a profile of format {FORMAT}, in seconds\n  measure anew with this version of fxpipe"
             )
         try:
+            places = read_value(dict[str, int], data["layers"], "profile.layers")
             times = [LayerCost(time["forward"], time["input_grad"], time["weight_grad"]) for time in data["times"]]
-            if any(place < 0 for place in data["layers"].values()):
+            if any(place < 0 for place in places.values()):
                 raise IndexError("negative place")
-            return cls.of(str(data["device"]), {name: times[place] for name, place in data["layers"].items()})
+            return cls.of(str(data["device"]), {name: times[place] for name, place in places.items()})
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise PlanError(f'this profile is damaged: {error!r}\n  measure anew with cost="profile"') from error
 
 
 def _is_time(seconds: object) -> bool:
-    number = float(seconds) if isinstance(seconds, int | float) and not isinstance(seconds, bool) else math.nan
-    return math.isfinite(number) and number >= 0
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        return False
+    return 0 <= seconds < math.inf and seconds < 2**63
