@@ -19,9 +19,9 @@ from fxpipe.capture.model.sequence import build_sequence
 from fxpipe.capture.progress import shown_progress
 from fxpipe.choosing import Asked, Chooser
 from fxpipe.errors import CaptureError, PartitionError, PlanError, ScheduleError
+from fxpipe.ir.files.hardware_file import resolve_hardware
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
-from fxpipe.ir.hardware_file import resolve_hardware
 from fxpipe.ir.mesh import num_replicas
 from fxpipe.ir.plan import Baseline, PipelinePlan
 from fxpipe.ir.profile import Profile

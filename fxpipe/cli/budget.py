@@ -16,8 +16,8 @@ from fxpipe.cli.models import find_factory
 from fxpipe.cli.options import add_command, add_model, limit, read_cost, training, write
 from fxpipe.cli.shapes import Example
 from fxpipe.errors import FxpipeError, PlanError
+from fxpipe.ir.files.hardware_file import resolve_hardware
 from fxpipe.ir.hardware import Hardware, Training
-from fxpipe.ir.hardware_file import resolve_hardware
 from fxpipe.ir.schedule import SCHEDULES, schedule_named
 from fxpipe.planning.budget import Budget, Spent, best_or_error, reduction_s, spend
 from fxpipe.planning.configurations import Offer, gibibytes, milliseconds

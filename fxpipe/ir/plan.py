@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxpipe.errors import PlanError, ScheduleError
+from fxpipe.ir.files.reading import check_dtype, read_fields, read_json
 from fxpipe.ir.hardware import Hardware, Training
-from fxpipe.ir.reading import check_dtype, read_fields, read_json
 from fxpipe.ir.schedule import placement
 from fxpipe.ir.tensor import TensorMeta
 

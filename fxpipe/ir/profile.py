@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fxpipe.errors import PlanError
 from fxpipe.ir.cost import LayerCost
-from fxpipe.ir.reading import read_json, read_value
+from fxpipe.ir.files.reading import read_json, read_value
 
 FORMAT = 1
 

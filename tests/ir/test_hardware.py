@@ -6,8 +6,8 @@ import pickle
 import pytest
 
 from fxpipe.errors import PlanError
+from fxpipe.ir.files.hardware_file import read_hardware, resolve_hardware
 from fxpipe.ir.hardware import Hardware, Training
-from fxpipe.ir.hardware_file import read_hardware, resolve_hardware
 
 PRESETS = ["h100", "h200", "b200", "a100", "a100-40gb", "a100-80gb", "l4", "l40s", "rtx4090", "mi300x", "cpu"]
 
