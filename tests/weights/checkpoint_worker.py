@@ -18,6 +18,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from safetensors.torch import load_file, save_file
 
 import fxpipe
@@ -113,6 +114,67 @@ def resumed_elsewhere() -> None:
             again = train(pipe, optimizer, scheduler)
             torch.testing.assert_close(again, losses, rtol=1e-6, atol=0)
     dist.barrier()
+
+
+def onto_a_mesh(sharded: bool) -> None:
+    """Without dropout: two stages by two replicas go on where four stages stopped, and the other way round."""
+    torch.set_default_dtype(torch.float64)
+    path = FOLDER / f"mesh-{sharded}"
+    given = models.street_batch()
+    model = models.Street()
+
+    def made(stages: int, batch: dict[str, Any], **options: Any) -> fxpipe.Pipeline:
+        options = {"loss_fn": models.token_loss, "microbatches": 6, "schedule": "GPipe", **options}
+        return fxpipe.compile(copy.deepcopy(model), stages, (), batch, **options)
+
+    def optimizer_of(pipe: fxpipe.Pipeline) -> Any:
+        return pipe.optimizer(
+            torch.optim.AdamW, groups=lambda fqn, _: {"weight_decay": 0.0 if "bias" in fqn else 0.1}, lr=0.01
+        )
+
+    def steps(pipe: fxpipe.Pipeline, optimizer: Any, batch: dict[str, Any]) -> list[torch.Tensor]:
+        losses = []
+        for _ in range(3):
+            pipe.zero_grad()
+            losses.append(pipe.step(**batch))
+            optimizer.step()
+        return losses
+
+    with made(4, given, microbatches=12).materialize() as pipe:
+        optimizer = optimizer_of(pipe)
+        steps(pipe, optimizer, given)
+        pipe.save(path / "before", optimizer=optimizer)
+        losses = steps(pipe, optimizer, given)
+    grid = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "pp"))
+    row = grid.get_local_rank("dp")
+    half = {name: value[row * 6 : (row + 1) * 6] for name, value in given.items()}
+
+    def shard(stage: torch.nn.Module) -> None:
+        torch.distributed.fsdp.fully_shard(stage, mesh=grid["dp"])
+
+    with made(2, half, mesh=grid).materialize(parallelize=shard if sharded else None) as pipe:
+        optimizer = optimizer_of(pipe)
+        pipe.load(path / "before", optimizer=optimizer)
+        assert sharded == any(hasattr(parameter, "device_mesh") for parameter in pipe.parameters())
+        again = steps(pipe, optimizer, half)
+        torch.testing.assert_close(again, losses, rtol=1e-6, atol=0)
+        pipe.save(path / "after", optimizer=optimizer)
+        wanted = {fqn: whole(tensor).clone() for fqn, tensor in pipe.named_parameters()}
+        state = optimizer_state(pipe, optimizer)
+        moments = {fqn: whole(held["exp_avg"]).clone() for fqn, held in state.items()}
+    with made(4, given, microbatches=12).materialize() as pipe:
+        optimizer = optimizer_of(pipe)
+        pipe.load(path / "after", optimizer=optimizer)
+        held = optimizer_state(pipe, optimizer)
+        for fqn, tensor in pipe.named_parameters():
+            if fqn in wanted:
+                assert torch.equal(tensor, wanted[fqn]), fqn
+                assert torch.equal(held[fqn]["exp_avg"], moments[fqn]), fqn
+        steps(pipe, optimizer, given)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def written_once() -> None:
@@ -403,6 +465,7 @@ def cases() -> dict[str, Callable[[], None]]:
     return {
         "resume": resumed_elsewhere,
         "once": written_once,
+        **{f"mesh-{sharded}": bind(onto_a_mesh, sharded) for sharded in (False, True)},
         "background": in_the_background,
         "newest": newest_is_found,
         **{f"family-{name}": bind(family, name) for name in ("t5", "mixtral")},

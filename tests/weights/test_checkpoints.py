@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).parent
 def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     ranks = checkpoint_worker.RANKS
-    return launch.launch_cases("weights/checkpoint_worker.py", ranks, str(folder), timeout_s=280)
+    return launch.launch_cases("weights/checkpoint_worker.py", ranks, str(folder))
 
 
 @pytest.mark.parametrize("case", checkpoint_worker.cases())
@@ -42,7 +42,7 @@ def test_the_last_whole_checkpoint_loads_wherever_a_save_is_killed(tmp_path):
 @pytest.mark.slow
 def test_a_rank_reads_its_quarter_and_holds_no_more(tmp_path):
     memory_worker.write(tmp_path)
-    results = launch.launch("weights/memory_worker.py", 4, str(tmp_path))
+    results = launch.launch("weights/memory_worker.py", 4, str(tmp_path), fresh=True)
     launch.check(results)
     largest = max(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     for result in results:

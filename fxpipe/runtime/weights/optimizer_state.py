@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from fxpipe.errors import WeightsError
-from fxpipe.runtime.weights.disk.manifest import Entry, Manifest, OptimizerRecord, optimizer_key
+from fxpipe.runtime.weights.disk.manifest import Entry, Manifest, OptimizerRecord, optimizer_key, parameter_of
 from fxpipe.runtime.weights.disk.plain import decode, encode
 from fxpipe.runtime.weights.matching import shown
 
@@ -46,19 +46,22 @@ def own_optimizer_state(optimizer: Optimizer, named: Parameters) -> OwnState:
         WeightsError: It holds a parameter that is not the pipeline's, or state that neither safetensors nor JSON can
             hold; names the FQN.
     """
-    fqn_of = _fqns(optimizer, named)
+    members = _members(optimizer, named)
+    fqn_of = {id(parameter): fqn for fqn, parameter in named.items()}
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
-        fqn = fqn_of[id(parameter)]
+        fqn = fqn_of.get(id(parameter))
+        if fqn is None:
+            continue
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
                 tensors[optimizer_key(fqn, str(name))] = value
             else:
                 scalars.setdefault(fqn, {})[str(name)] = encode(value, f"the optimiser's {name} of {fqn}")
     groups = []
-    for group in optimizer.param_groups:
-        fqns = tuple(fqn_of[id(parameter)] for parameter in group["params"])
+    for group, own in zip(optimizer.param_groups, members, strict=True):
+        fqns = tuple(_present(own))
         options = {
             name: encode(value, f"the option {name} of the optimiser's group of {fqns[0] if fqns else 'no parameter'}")
             for name, value in group.items()
@@ -148,7 +151,7 @@ def prepare_restore(
         raise WeightsError("the checkpoint has no optimiser's state\n  load it without optimizer=")
     if scheduler is not None and manifest.scheduler is None:
         raise WeightsError("the checkpoint has no scheduler's state\n  load it without scheduler=")
-    groups: list[tuple[dict[str, Any], list[str]]] = []
+    groups: list[tuple[dict[str, Any], list[str | None]]] = []
     if optimizer is not None and record is not None:
         groups = _matched_groups(record, optimizer, named)
     if scheduler is not None:
@@ -157,11 +160,11 @@ def prepare_restore(
     def allocate() -> Restored:
         targets = {}
         if optimizer is not None:
-            own = {fqn for _, fqns in groups for fqn in fqns}
+            own = {fqn for _, fqns in groups for fqn in fqns if fqn is not None}
             targets = {
                 key: _target(entry, named[fqn])
                 for key, entry in manifest.state.items()
-                if (fqn := key.split("/")[1]) in own
+                if (fqn := parameter_of(key)[0]) in own
             }
 
         def finish() -> None:
@@ -175,41 +178,41 @@ def prepare_restore(
     return allocate
 
 
-def _fqns(optimizer: Optimizer, named: Parameters) -> dict[int, str]:
+def _members(optimizer: Optimizer, named: Parameters) -> list[list[str | None]]:
+    """Give the FQNs of each group's parameters; None for one without elements, which stands where a rank has none."""
     fqn_of = {id(parameter): fqn for fqn, parameter in named.items()}
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            if id(parameter) not in fqn_of:
+            if id(parameter) not in fqn_of and parameter.numel():
                 raise WeightsError(
                     f"group {index} of the optimiser holds a parameter {list(parameter.shape)} that is not of this "
-                    "pipeline\n  make the optimiser of pipe.parameters(), after materialize"
+                    "pipeline\n  make the optimiser by pipe.optimizer(...), or of pipe.parameters() after materialize"
                 )
-    return fqn_of
+    return [[fqn_of.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _present(fqns: Sequence[str | None]) -> list[str]:
+    return [fqn for fqn in fqns if fqn is not None]
 
 
 def _matched_groups(
     record: OptimizerRecord, optimizer: Optimizer, named: Parameters
-) -> list[tuple[dict[str, Any], list[str]]]:
+) -> list[tuple[dict[str, Any], list[str | None]]]:
     """Give for every group of the optimiser its saved options and its parameters' FQNs."""
     kind = type(optimizer).__qualname__
     if kind != record.kind:
         raise WeightsError(f"the checkpoint has the state of {record.kind}, not of {kind}\n  make a {record.kind}")
-    fqn_of = _fqns(optimizer, named)
+    members = _members(optimizer, named)
     place = {fqn: index for index, (_, fqns) in enumerate(record.groups) for fqn in fqns}
-    unknown = [
-        fqn_of[id(parameter)]
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if fqn_of[id(parameter)] not in place
-    ]
+    unknown = [fqn for own in members for fqn in _present(own) if fqn not in place]
     if unknown:
         raise WeightsError(
             f"the checkpoint's optimiser did not have {len(unknown)} of this one's parameters: {shown(unknown)}\n"
             "  give the optimiser the parameters it was saved with"
         )
     found = []
-    for index, group in enumerate(optimizer.param_groups):
-        fqns = [fqn_of[id(parameter)] for parameter in group["params"]]
+    for index, own in enumerate(members):
+        fqns = _present(own)
         saved: dict[str, str] = {}  # a parameter for each set of options
         for fqn in fqns:
             saved.setdefault(json.dumps(record.groups[place[fqn]][0], sort_keys=True), fqn)
@@ -219,7 +222,7 @@ def _matched_groups(
                 f"group {index} of the optimiser holds {one} and {other}, which were saved with different options\n"
                 "  make the groups as they were when the checkpoint was saved"
             )
-        found.append((decode(record.groups[place[fqns[0]]][0]) if fqns else {}, fqns))
+        found.append((decode(record.groups[place[fqns[0]]][0]) if fqns else {}, own))
     return found
 
 
@@ -229,8 +232,7 @@ def _check_scheduler(record: OptimizerRecord | None, optimizer: Optimizer | None
         return
     saved = record.scheduler_groups
     place = {fqn: index for index, (_, fqns) in enumerate(record.groups) for fqn in fqns}
-    fqn_of = _fqns(optimizer, named)
-    here = [{place.get(fqn_of[id(parameter)]) for parameter in group["params"]} for group in optimizer.param_groups]
+    here = [{place.get(fqn) for fqn in _present(own)} for own in _members(optimizer, named)]
     fits = len(here) == len(saved) and all(
         index is None or not own or own == {index} for own, index in zip(here, saved, strict=True)
     )
@@ -251,27 +253,29 @@ def _target(entry: Entry, parameter: torch.Tensor) -> torch.Tensor:
 
 def _give(
     optimizer: Optimizer,
-    groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]],
+    groups: Sequence[tuple[Mapping[str, Any], Sequence[str | None]]],
     tensors: Mapping[str, torch.Tensor],
     scalars: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Load the state, by torch's own way, which knows what goes to which device; then mend what it cast."""
     state: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
-        _, fqn, name = key.split("/", 2)
-        state.setdefault(fqn, {})[name] = tensor
+        owner, name = parameter_of(key)
+        state.setdefault(owner, {})[name] = tensor
     order = [fqn for _, fqns in groups for fqn in fqns]
     for fqn in order:
-        if fqn in scalars:
+        if fqn is not None and fqn in scalars:
             state.setdefault(fqn, {}).update({name: decode(value) for name, value in scalars[fqn].items()})
     before = optimizer.state_dict()["param_groups"]
     merged = [{**now, **options, "params": now["params"]} for now, (options, _) in zip(before, groups, strict=True)]
     indices = [index for group in merged for index in group["params"]]
-    numbered = {index: state[fqn] for index, fqn in zip(indices, order, strict=True) if fqn in state}
+    numbered = {
+        index: state[fqn] for index, fqn in zip(indices, order, strict=True) if fqn is not None and fqn in state
+    }
     optimizer.load_state_dict({"state": numbered, "param_groups": merged})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, fqn in zip(parameters, order, strict=True):
-        for name, value in state.get(fqn, {}).items():
+        for name, value in state.get(fqn or "", {}).items():
             held = optimizer.state[parameter][name]
             if isinstance(value, torch.Tensor) and held.dtype != value.dtype:
                 optimizer.state[parameter][name] = value.to(held.device)

@@ -66,7 +66,8 @@ def save_trainable(
             continue
         error = _attempt(error, lambda: _write(target.part / file, entries, tensors))  # noqa: B023 (called at once)
     target.agree(error)
-    target.finish(lambda directory: _configure(directory, configurations))
+    base = type(model.plain_root()[1])
+    target.finish(lambda directory: _configure(directory, configurations, base))
 
 
 def _is_kept(fqn: str, tensor: torch.Tensor, model: Model) -> bool:
@@ -103,11 +104,15 @@ def _of_adapters(
     return files, configurations
 
 
-def _configure(directory: Path, configurations: Sequence[tuple[Path, Any]]) -> None:
+def _configure(directory: Path, configurations: Sequence[tuple[Path, Any]], base: type) -> None:
+    """Write the configurations as ``PeftModel.save_pretrained`` does."""
     for folder, configuration in configurations:
-        was, configuration.inference_mode = configuration.inference_mode, True  # as peft writes it
+        was, configuration.inference_mode = configuration.inference_mode, True
+        mapping = None
+        if configuration.task_type is None:
+            mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
         try:
-            configuration.save_pretrained(directory / folder)
+            configuration.save_pretrained(directory / folder, auto_mapping_dict=mapping)
         except OSError as error:
             raise cannot_write(directory / folder, error) from error
         finally:

@@ -102,6 +102,16 @@ def optimizer_key(fqn: str, name: str) -> str:
     return f"optimizer/{fqn}/{name}"
 
 
+def parameter_of(key: str) -> tuple[str, str]:
+    """Give the FQN and the name of what ``optimizer_key`` named.
+
+    >>> parameter_of("optimizer/head.weight/exp_avg")
+    ('head.weight', 'exp_avg')
+    """
+    fqn, _, name = key.partition("/")[2].rpartition("/")
+    return fqn, name
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest: from now on the directory is a checkpoint.
 
