@@ -27,6 +27,7 @@ def pytest_xdist_auto_num_workers(config):
     return None if config.args == config.getini("testpaths") else 0
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep on one process what shares a launch of ranks: the tests of a file that use a fixture of their module."""
     for item in items:
