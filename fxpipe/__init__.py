@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ScheduleError,
         SpecError,
         TieError,
+        TorchVersionError,
         WeightsError,
     )
     from fxpipe.ir.graph import LayerGraph
@@ -57,6 +58,7 @@ __all__ = [
     "TieError",
     "TieGroup",
     "TiedLayerSpec",
+    "TorchVersionError",
     "Training",
     "WeightsError",
     "compile",
@@ -69,7 +71,7 @@ _HOMES = {
     "fxpipe.compiler": ("compile",),
     "fxpipe.errors": (
         *("CaptureError", "FxpipeError", "InfeasibleError", "MaterializeError", "MismatchError", "PartitionError"),
-        *("PlanError", "RankError", "ScheduleError", "SpecError", "TieError", "WeightsError"),
+        *("PlanError", "RankError", "ScheduleError", "SpecError", "TieError", "TorchVersionError", "WeightsError"),
     ),
     "fxpipe.ir.graph": ("LayerGraph",),
     "fxpipe.ir.hardware": ("Hardware", "Training"),

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -26,6 +26,10 @@ from torch.nn.modules._functions import BackwardHookFunction as BackwardHookFunc
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+import fxpipe._heard as heard
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
 
 def without_modes() -> AbstractContextManager[Any]:
     """Run torch calls for real, whatever modes are active."""
@@ -39,6 +43,22 @@ def without_functions() -> AbstractContextManager[Any]:
     return modes
 
 
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Leave the caller's modes, for a trial of a hook."""
+    with without_modes(), without_functions():
+        yield
+
+
+def _tried(trial: Callable[[Any], bool]) -> Callable[[Hook], Hook]:
+    """Try a hook at its first use."""
+
+    def decorate(hook: Hook) -> Hook:
+        return heard.tried(hook, trial, _apart)
+
+    return decorate
+
+
 def functorch_is_active() -> bool:
     """Tell whether the call is made inside ``vmap``, ``grad`` or another transform of ``torch.func``."""
     return bool(torch._C._are_functorch_transforms_active())
@@ -46,6 +66,12 @@ def functorch_is_active() -> bool:
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 """A matrix product per group of rows: what mixtures of experts compute with."""
+
+
+_real_apply = vars(torch._C._FunctionBase)["apply"]
+_REGION = "_checkpoint_without_reentrant_generator"  # what runs before, between and after a region and its forward
+if hasattr(torch.utils.checkpoint, f"{_REGION}_impl"):  # from 2.14
+    _REGION = f"{_REGION}_impl"
 
 
 def is_loss_module(module: torch.nn.Module) -> bool:
@@ -80,11 +106,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
+@_tried(heard.leaves_distributions_alone)
 def unvalidated_distributions() -> AbstractContextManager[None]:
     """Let ``torch.distributions`` take their arguments unseen, unless ``validate_args=True`` asks for a look."""
     return replaced(torch.distributions.Distribution, "_validate_args", False)
 
 
+@_tried(heard.hears_conversions)
 def module_conversions(convert: Callable[..., Any]) -> AbstractContextManager[None]:
     """Have ``convert(real, module, function)`` called for ``module.to()``, ``module.half()`` and the like."""
     real = torch.nn.Module._apply
@@ -95,6 +123,7 @@ def module_conversions(convert: Callable[..., Any]) -> AbstractContextManager[No
     return replaced(torch.nn.Module, "_apply", apply)
 
 
+@_tried(heard.hears_calls)
 @contextmanager
 def intercepted(
     function: Callable[[type, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any],
@@ -112,8 +141,11 @@ def intercepted(
     """
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        real = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
-        return function(cls, args, kwargs, real)
+        return function(cls, args, kwargs, _real_apply.__get__(None, cls))
+
+    def apply_itself(cls: type, *args: Any, **kwargs: Any) -> Any:
+        call = _real_apply.__get__(None, cls)
+        return call(*args, **kwargs) if functorch_is_active() else function(cls, args, kwargs, call)
 
     real_vmap = vars(_functorch_apis)["vmap_impl"]
 
@@ -126,7 +158,7 @@ def intercepted(
     def script_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return script(self, args, kwargs, real_call)
 
-    real_region = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    real_region = getattr(torch.utils.checkpoint, _REGION)
 
     def checkpoint_region(*args: Any, **kwargs: Any) -> Iterator[None]:
         inner = real_region(*args, **kwargs)
@@ -143,11 +175,11 @@ def intercepted(
 
     with ExitStack() as stack:
         stack.enter_context(replaced(_SingleLevelFunction, "apply", classmethod(apply)))
+        if vars(torch.autograd.Function)["apply"] is _real_apply:  # from 2.14: what was Python of the subclass is in C
+            stack.enter_context(replaced(torch.autograd.Function, "apply", classmethod(apply_itself)))
         stack.enter_context(replaced(_functorch_apis, "vmap_impl", vmap_impl))
         stack.enter_context(replaced(script_class, "__call__", script_call))
-        stack.enter_context(
-            replaced(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", checkpoint_region)
-        )
+        stack.enter_context(replaced(torch.utils.checkpoint, _REGION, checkpoint_region))
         yield
 
 
@@ -170,12 +202,14 @@ def negative_view(tensor: torch.Tensor) -> torch.Tensor:
     return torch._neg_view(tensor)
 
 
+@_tried(heard.hears_truncated_normals)
 def truncated_normals(record: Callable[..., Any]) -> AbstractContextManager[None]:
     """Have ``record(real, tensor, mean, std, a, b, generator)`` called for ``nn.init.trunc_normal_``."""
     real = torch.nn.init._no_grad_trunc_normal_
     return replaced(torch.nn.init, "_no_grad_trunc_normal_", functools.partial(record, real))
 
 
+@_tried(heard.hears_generators)
 def checked_generators(check: Callable[[torch.device], None]) -> AbstractContextManager[None]:
     """Have ``check(device)`` called before a ``torch.Generator`` is made."""
     real = torch.Generator
@@ -225,6 +259,7 @@ class WithoutMetadata:
         pass
 
 
+@_tried(lambda hook: heard.splits_backward(hook, backward_for_weights))
 def backward_for_inputs(
     roots: list[torch.Tensor], gradients: list[torch.Tensor], inputs: list[torch.Tensor], weights: list[Any]
 ) -> tuple[tuple[torch.Tensor | None, ...], list[Any]]:
@@ -306,6 +341,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
+@_tried(heard.sees_hooks)
 def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
     """Tell whether ``register_post_accumulate_grad_hook`` was called on a parameter."""
     return bool(parameter._post_accumulate_grad_hooks)
@@ -318,6 +354,7 @@ def default_store() -> Any:
     return _get_default_store()
 
 
+@_tried(heard.hears_checkpoints)
 @contextmanager
 def watched_checkpoints(
     called: Callable[[Callable[..., Any], bool], AbstractContextManager[Any] | None],
@@ -329,23 +366,31 @@ def watched_checkpoints(
             every recomputation of a call that is not.
     """
     module = torch.utils.checkpoint
-    real_function, real_region = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+    real_function, real_region = module.CheckpointFunction, getattr(module, _REGION)
 
     def apply(function: Callable[..., Any], *args: Any) -> Any:
         called(function, True)
         return real_function.apply(function, *args)  # type: ignore[no-untyped-call]
 
-    def region(function: Callable[..., Any], preserve: bool, contexts: Any, *args: Any, **kwargs: Any) -> Any:
+    def surrounded(function: Callable[..., Any], contexts: Any) -> Any:
         around = called(function, False)
         if around is None:
-            return real_region(function, preserve, contexts, *args, **kwargs)
+            return contexts
         forward, recompute = contexts()
         both = _Both(around, recompute)
-        return real_region(function, preserve, lambda: (forward, both), *args, **kwargs)
+        return lambda: (forward, both)
+
+    def region(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if "context_fn" in options:  # from 2.14: arguments and keyword arguments, then the options by name
+            return real_region(
+                function, *args, **{**options, "context_fn": surrounded(function, options["context_fn"])}
+            )
+        preserve, contexts, *rest = args
+        return real_region(function, preserve, surrounded(function, contexts), *rest, **options)
 
     with (
         replaced(module, "CheckpointFunction", SimpleNamespace(apply=apply)),
-        replaced(module, "_checkpoint_without_reentrant_generator", region),
+        replaced(module, _REGION, region),
     ):
         yield
 

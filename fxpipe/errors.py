@@ -53,5 +53,9 @@ class MismatchError(FxpipeError, AssertionError):
     """The pipeline's numbers differ from the unpartitioned model's."""
 
 
+class TorchVersionError(FxpipeError, RuntimeError):
+    """This version of torch does not do what fxpipe relies on; names the versions that do."""
+
+
 class RankError(FxpipeError, RuntimeError):
     """Another rank failed; names its rank, its stage and the cause."""

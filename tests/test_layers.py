@@ -29,7 +29,8 @@ TABLE = {
         "errors ir recipes planning.search planning.simulation pipeline compiler"
     ),  # for type checkers; loaded on first use
     "errors": Room(""),
-    "_torch": Room("errors", "torch"),
+    "_heard": Room("errors", "torch"),  # whether torch still calls what _torch puts in its place
+    "_torch": Room("errors _heard", "torch"),
     "ir": Room("errors", "networkx"),
     "program": Room("errors ir", "torch"),  # graphs and functions, alive: no value of ir
     "batch": Room("errors ir program _torch", "torch numpy"),

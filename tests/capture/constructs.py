@@ -394,7 +394,7 @@ def functional_call(self, x):
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # scripting is deprecated, and still in use
+    warnings.simplefilter("ignore")  # scripting is deprecated, and still in use
 
     @torch.jit.script
     def scripted(x: torch.Tensor) -> torch.Tensor:
