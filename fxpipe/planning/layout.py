@@ -88,36 +88,17 @@ def make_layout(graph: LayerGraph, estimate: Estimate, settings: Settings) -> La
     names = graph.layer_names
     activation = [memory.activation[layer] for layer in layers]
     edges = dict.fromkeys((node_of[a], node_of[b]) for a, b in graph.edges if a in node_of and b in node_of and a != b)
-    links = settings.near_link, settings.far_link
-    values = []
     for value, kept in zip(graph.values, memory.values, strict=True):
-        if value.producer not in node_of:
-            continue
-        source = node_of[value.producer]
-        activation[source] += kept.by_producer
-        readers = [node_of[layer] for layer in value.readers if layer in node_of and layer != value.producer]
-        edges.update(dict.fromkeys((source, reader) for reader in readers))
-        if readers:
-            meta = precision.meta(value.meta)
-            seconds = [transfer_s(meta, link) if estimate.is_time else 0.0 for link in links]
-            nodes = source, *dict.fromkeys(readers)
-            values.append(
-                TransferValue(
-                    seconds[0],
-                    nodes,
-                    seconds[1],
-                    sent_bytes=kept.sent,
-                    received_bytes=kept.received,
-                    sent_buffer_bytes=kept.sent_buffer,
-                    received_buffer_bytes=kept.received_buffer,
-                )
-            )
+        if value.producer in node_of:
+            activation[node_of[value.producer]] += kept.by_producer
+    values = _moved(graph, node_of, memory, precision, (settings.near_link, settings.far_link), timed=estimate.is_time)
+    edges.update(dict.fromkeys((value.nodes[0], reader) for value in values for reader in value.nodes[1:]))
     edges.update(_edges_to_last(graph, node_of, edges))
     groups = [tuple(node_of[layer] for layer in group if layer in node_of) for group in graph.groups]
     problem = PartitionProblem(
         seconds=tuple(estimate.costs[layer].seconds for layer in layers),
         edges=tuple(edges),
-        values=tuple(values),
+        values=values,
         memory=tuple(memory.static[layer] for layer in layers),
         activation=tuple(activation),
         groups=tuple(group for group in groups if len(group) > 1),
@@ -134,6 +115,30 @@ def make_layout(graph: LayerGraph, estimate: Estimate, settings: Settings) -> La
         graph, estimate.costs, settings, precision, memory, layers, blocks, problem, settings.placement, anchors,
         recomputed,
     )  # fmt: skip
+
+
+def _moved(
+    graph: LayerGraph,
+    node_of: Mapping[int, int],
+    memory: LayerMemory,
+    precision: Precision,
+    links: tuple[tuple[float, float], tuple[float, float]],
+    *,
+    timed: bool,
+) -> tuple[TransferValue, ...]:
+    """Give what may move between stages, its producer first: seconds over a near and a far link, and bytes kept."""
+    found = []
+    for value, kept in zip(graph.values, memory.values, strict=True):
+        readers = [node_of[layer] for layer in value.readers if layer in node_of and layer != value.producer]
+        if value.producer not in node_of or not readers:
+            continue
+        meta = precision.meta(value.meta)
+        near_s, far_s = (transfer_s(meta, link) if timed else 0.0 for link in links)
+        nodes = node_of[value.producer], *dict.fromkeys(readers)
+        found.append(
+            TransferValue(near_s, nodes, far_s, kept.sent, kept.received, kept.sent_buffer, kept.received_buffer)
+        )
+    return tuple(found)
 
 
 def _edges_to_last(

@@ -53,6 +53,7 @@ def recomputed_by_stage(graph: LayerGraph, stage_of: Sequence[int], num_stages: 
     return tuple(found)
 
 
+# Longer than others: a plan has many fields, each of which is said once, here.
 def make_plan(
     layout: Layout,
     stage_of_node: Sequence[int],
@@ -81,8 +82,7 @@ def make_plan(
     graph, settings = layout.graph, layout.settings
     stage_of = layout.stages(stage_of_node)
     measured = measure(layout.problem, stage_of_node, placement=layout.placement)
-    idle = replace(layout.problem, seconds=(0.0,) * len(layout.layers))
-    moved_s = measure(idle, stage_of_node, placement=layout.placement).loads
+    moved_s = _moved_s(layout, stage_of_node)
     repeats = recomputed_by_stage(graph, stage_of, settings.stages)
     opened = tuple(dict.fromkeys(block.fqn for block in layout.cut_blocks(stage_of_node)))
     units = _unit_names(layout, opened)
@@ -119,6 +119,12 @@ def make_plan(
         inputs=graph.inputs,
         notes=(*graph.notes, *notes),
     )
+
+
+def _moved_s(layout: Layout, stage_of_node: Sequence[int]) -> tuple[float, ...]:
+    """Give what each stage's load has of transfers and ties."""
+    idle = replace(layout.problem, seconds=(0.0,) * len(layout.layers))
+    return measure(idle, stage_of_node, placement=layout.placement).loads
 
 
 def _homes(

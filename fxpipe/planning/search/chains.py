@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,9 +236,19 @@ def fast_cuts(
         return int((far[cuts[1:]] - near[cuts[:-1]]).max())
 
     high = total + 1 if upper is None else min(upper, total + 1)
+    return _smallest(cuts_within, bottleneck, min(lower, high - 1), high, max(1, total >> 12))
+
+
+def _smallest(
+    cuts_within: Callable[[int], tuple[list[int] | None, int]],
+    bottleneck: Callable[[list[int]], int],
+    lower: int,
+    high: int,
+    step: int,
+) -> tuple[int, list[int]] | None:
+    """Look for the smallest limit from ``lower`` on and below ``high`` that cuts keep, in ever larger steps first."""
     best: list[int] | None = None
-    low = min(lower, high - 1) - 1  # what fits within low is of no interest
-    step = max(1, total >> 12)
+    low = lower - 1  # what fits within low is of no interest
     while low + 1 < high:
         middle = min(low + step, (low + high) // 2)
         found, change = cuts_within(middle)
@@ -250,6 +260,7 @@ def fast_cuts(
     return None if best is None else (high, best)
 
 
+# Longer than others: one sweep of a dynamic programme over arrays that belong together.
 def general_cuts(
     costs: OrderCosts, request: Request, upper: int, *, objective: str = "load"
 ) -> tuple[int, list[int]] | None:
@@ -284,31 +295,18 @@ def general_cuts(
     best = np.full((stages + 1, size + 1), unreachable, dtype=np.float64 if even else np.int64)
     best[stages if request.exactly else slice(None), size] = 0
     choice = np.zeros((stages, size + 1), dtype=np.int32)
-    first_stage, last_stage = _windows(base, costs.anchors, request, upper - 1)
-    ends = np.searchsorted(base, base + (upper - 1), side="right") - 1
-    if limit is not None:
-        first_fitting, last_fitting = _windows(memory_base, costs.anchors, request, limit)
-        first_stage, last_stage = np.maximum(first_stage, first_fitting), np.minimum(last_stage, last_fitting)
-        ends = np.minimum(ends, np.searchsorted(memory_base, memory_base + limit, side="right") - 1)
-    starts = np.arange(size + 1) + 1
-    if request.exactly:
-        starts = np.maximum(starts, np.searchsorted(costs.anchors, costs.anchors, side="right"))
-    first_list, last_list = first_stage.tolist(), last_stage.tolist()
-    start_list, end_list = starts.tolist(), ends.tolist()
+    bounds = [(base, upper - 1)] + ([] if limit is None else [(memory_base, limit)])
+    windows = _all_windows(costs, request, bounds)
     touch = _Touches(costs, 3 if needs_memory else 1)
     for left in range(size - 1, -1, -1):
         touch.extend_to(left)
-        low, high, start, end = first_list[left], last_list[left], start_list[left], end_list[left]
+        low, high, start, end = windows[left]
         if low > high or end < start:
             continue
         right = slice(start, end + 1)
         touched = touch.from_to(left, right)
         if needs_memory:
-            before, after = paid[low : high + 1, None], paid[low + 1 : high + 2, None]
-            alive = costs.activation[right] - costs.activation[left] + touched[1]
-            alive = alive + before * costs.crossing[RECEIVED, left] + after * costs.crossing[SENT, right]
-            memory = costs.static[right] - costs.static[left] + touched[2] + live[low : high + 1] * alive
-            memory += before * costs.crossing[RECEIVED_FIXED, left] + after * costs.crossing[SENT_FIXED, right]
+            memory = _memory(costs, paid[low : high + 2, None], live[low : high + 1], touched, left, right)
         if objective == "memory":
             cost = memory
         else:
@@ -320,12 +318,30 @@ def general_cuts(
         if limit is not None:
             candidate[memory > limit] = unreachable
         chosen = candidate.argmin(axis=1)
-        value = candidate[np.arange(len(chosen)), chosen]
-        best[low : high + 1, left] = value
+        best[low : high + 1, left] = candidate[np.arange(len(chosen)), chosen]
         choice[low : high + 1, left] = chosen + start
     if best[0, 0] == unreachable:
         return None
     return 0 if even else int(best[0, 0]), _trace(choice, size)
+
+
+def _memory(costs: OrderCosts, paid: Ints, live: Ints, touched: Sequence[Ints | int], left: int, right: slice) -> Ints:
+    """Give the memory of some stages in a row from one left cut to many right ones.
+
+    Args:
+        costs: Costs of the order.
+        paid: For the boundary before each of the stages and the one after the last, whether anything is kept there.
+        live: Live microbatches of each of the stages.
+        touched: What touching sets add.
+        left: The left cut.
+        right: The right cuts.
+    """
+    before, after = paid[:-1], paid[1:]
+    alive = costs.activation[right] - costs.activation[left] + touched[1]
+    alive = alive + before * costs.crossing[RECEIVED, left] + after * costs.crossing[SENT, right]
+    memory = costs.static[right] - costs.static[left] + touched[2] + live * alive
+    found: Ints = memory + before * costs.crossing[RECEIVED_FIXED, left] + after * costs.crossing[SENT_FIXED, right]
+    return found
 
 
 def _trace(choice: np.ndarray[tuple[int, int], np.dtype[np.int32]], size: int) -> list[int]:
@@ -333,6 +349,28 @@ def _trace(choice: np.ndarray[tuple[int, int], np.dtype[np.int32]], size: int) -
     while cuts[-1] < size:
         cuts.append(int(choice[len(cuts) - 1, cuts[-1]]))
     return cuts
+
+
+def _all_windows(
+    costs: OrderCosts, request: Request, bounds: Sequence[tuple[Ints, int]]
+) -> list[tuple[int, int, int, int]]:
+    """Give for each left cut the first and last stage that may start there, and the first and last cut it may end at.
+
+    Args:
+        costs: Costs of the order.
+        request: Stages.
+        bounds: Numbers per cut whose difference a stage has at least, and the most of them it may have.
+    """
+    size, count = costs.size, request.stages
+    first, last = np.zeros(size + 1, dtype=np.int64), np.full(size + 1, count)
+    starts, ends = np.arange(size + 1) + 1, np.full(size + 1, size)
+    for base, most in bounds:
+        first_fitting, last_fitting = _windows(base, costs.anchors, request, most)
+        first, last = np.maximum(first, first_fitting), np.minimum(last, last_fitting)
+        ends = np.minimum(ends, np.searchsorted(base, base + most, side="right") - 1)
+    if request.exactly:
+        starts = np.maximum(starts, np.searchsorted(costs.anchors, costs.anchors, side="right"))
+    return list(zip(first.tolist(), last.tolist(), starts.tolist(), ends.tolist(), strict=True))
 
 
 def _windows(base: Ints, anchors: Ints, request: Request, most: int) -> tuple[Ints, Ints]:

@@ -128,33 +128,15 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
     num_nodes = len(problem.seconds)
     merged_of, count = _merge(num_nodes, problem.edges, problem.groups)
     seconds = np.asarray(problem.seconds, dtype=np.float64)
-    columns = list(zip(*problem.values, strict=True)) or [()] * len(TransferValue._fields)
-    near, far = columns[0], columns[2]
-    links = np.empty((len(near), 2))
-    links[:, 0] = near
-    links[:, 1] = (
-        near if far.count(None) == len(far) else [n if f is None else f for n, f in zip(near, far, strict=True)]
-    )
+    sets, links, moved = _value_columns(problem.values)
     tie_seconds = np.asarray([tie.seconds for tie in problem.ties], dtype=np.float64)
     total = float(seconds.sum() + 2 * links.max(axis=1, initial=0).sum() + tie_seconds.sum())
     budget = LOAD_BUDGET if num_nodes <= MANY_NODES else LARGE_LOAD_BUDGET
     load_exponent, exact = _exponent(np.concatenate([seconds, links.ravel(), tie_seconds]), total, budget)
     static = np.asarray(problem.memory or (0,) * num_nodes, dtype=np.float64)
     activation = np.asarray(problem.activation or (0,) * num_nodes, dtype=np.float64)
-    moved = np.zeros((len(near), len(columns) - 3))
-    for kind, column in enumerate(columns[3:]):
-        if any(column):
-            moved[:, kind] = column
     shared = np.asarray([(tie.bytes, tie.live_bytes) for tie in problem.ties], dtype=np.float64).reshape(-1, 2)
-    most = float(
-        static.sum()
-        + shared[:, 0].sum()
-        + moved[:, 2:].sum()
-        + max(max_live, 1) * (activation.sum() + moved[:, :2].sum() + shared[:, 1].sum())
-    )
-    memory_exponent, _ = _exponent(
-        np.concatenate([static, activation, moved.ravel(), shared.ravel()]), most, MEMORY_BUDGET
-    )
+    memory_exponent = _memory_exponent(static, activation, moved, shared, max_live)
 
     index = np.asarray(merged_of, dtype=np.int64)
     anchors = np.zeros(num_nodes, dtype=np.int64)
@@ -167,7 +149,7 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
         np.column_stack([_whole(tie_seconds, load_exponent), _whole_up(shared, memory_exponent)]),
     )
     values, _ = _members(
-        columns[1],
+        sets,
         index,
         count,
         np.column_stack([_whole(links, load_exponent), _whole_up(moved, memory_exponent)]),
@@ -187,6 +169,37 @@ def make_instance(problem: PartitionProblem, max_live: int = 1) -> Instance:
         memory_exponent=memory_exponent,
         load_error=0 if exact else num_nodes + 2 * len(problem.values) + len(problem.ties),
     )
+
+
+def _memory_exponent(
+    static: NDArray[np.float64],
+    activation: NDArray[np.float64],
+    moved: NDArray[np.float64],
+    shared: NDArray[np.float64],
+    max_live: int,
+) -> int:
+    """Choose the power of two of bytes, so that what all ranks together may need stays within budget."""
+    alive = activation.sum() + moved[:, :2].sum() + shared[:, 1].sum()
+    most = float(static.sum() + shared[:, 0].sum() + moved[:, 2:].sum() + max(max_live, 1) * alive)
+    numbers = np.concatenate([static, activation, moved.ravel(), shared.ravel()])
+    return _exponent(numbers, most, MEMORY_BUDGET)[0]
+
+
+def _value_columns(
+    values: Sequence[TransferValue],
+) -> tuple[Sequence[tuple[int, ...]], NDArray[np.float64], NDArray[np.float64]]:
+    """Give the nodes of all values, their seconds on a near and a far link, and the bytes that stages keep for them."""
+    columns = list(zip(*values, strict=True)) or [()] * len(TransferValue._fields)
+    near, far = columns[0], columns[2]
+    links = np.empty((len(near), 2))
+    links[:, 0] = links[:, 1] = near
+    if far.count(None) < len(far):
+        links[:, 1] = [n if f is None else f for n, f in zip(near, far, strict=True)]
+    moved = np.zeros((len(near), len(columns) - 3))
+    for kind, column in enumerate(columns[3:]):
+        if any(column):
+            moved[:, kind] = column
+    return columns[1], links, moved
 
 
 def without_memory(instance: Instance) -> Instance:
@@ -259,19 +272,12 @@ def _merge(
     """Merge groups, then the cycles that makes; merged nodes are numbered by their first original node."""
     if not any(len(group) > 1 for group in groups):
         return tuple(range(num_nodes)), num_nodes
-    head = list(range(num_nodes))
-
-    def find(node: int) -> int:
-        while head[node] != node:
-            head[node] = head[head[node]]
-            node = head[node]
-        return node
-
-    for group in groups:  # groups may overlap
-        for node in group:
-            one, other = find(group[0]), find(node)
-            head[max(one, other)] = min(one, other)
-    heads = [find(node) for node in range(num_nodes)]
+    together: nx.Graph[int] = nx.Graph((group[0], node) for group in groups for node in group)  # groups may overlap
+    heads = list(range(num_nodes))
+    for component in nx.connected_components(together):
+        first = min(component)
+        for node in component:
+            heads[node] = first
     pairs = {(heads[before], heads[after]) for before, after in edges if heads[before] != heads[after]}
     if not _is_acyclic(num_nodes, pairs):
         graph: nx.DiGraph[int] = nx.DiGraph(sorted(pairs))

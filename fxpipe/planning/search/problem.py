@@ -247,35 +247,58 @@ def measure(
             alive[stage].append(problem.activation[node])
     for value in problem.values:
         places = sorted({stage_of[node] for node in value.nodes})
-        if len(places) < 2:
-            continue
-        if routing == "direct":
-            for stage in places:
-                loads[stage].append(value.seconds)
-                static[stage] += (value.sent_buffer_bytes, value.received_buffer_bytes)
-                alive[stage] += (value.sent_bytes, value.received_bytes)
-            continue
-        for stage in range(places[0], places[-1]):
-            if ranks[stage] != ranks[stage + 1]:
-                seconds = value.link_s(placement.far[stage])
-                loads[stage].append(seconds)
-                loads[stage + 1].append(seconds)
-                static[stage].append(value.sent_buffer_bytes)
-                static[stage + 1].append(value.received_buffer_bytes)
-                alive[stage].append(value.sent_bytes)
-                alive[stage + 1].append(value.received_bytes)
+        if len(places) > 1:
+            _pay(value, places, routing, placement, (loads, static, alive))
     for tie in problem.ties:
-        first_stage: dict[int, int] = {}
-        for stage in sorted({stage_of[node] for node in tie.nodes}):
-            alive[stage].append(tie.live_bytes)
-            first_stage.setdefault(ranks[stage], stage)
-        for stage in first_stage.values():
-            static[stage].append(tie.bytes)
-            if len(first_stage) > 1:
-                loads[stage].append(tie.seconds)
+        _hold(tie, sorted({stage_of[node] for node in tie.nodes}), ranks, (loads, static, alive))
     return _totals(
         placement, [math.fsum(t) for t in loads], [math.fsum(t) for t in static], [math.fsum(t) for t in alive]
     )
+
+
+def _pay(
+    value: TransferValue,
+    places: Sequence[int],
+    routing: str,
+    placement: Placement,
+    sums: tuple[list[list[float]], list[list[float]], list[list[float]]],
+) -> None:
+    """Add what a value costs the stages it passes to their loads, static and live bytes."""
+    loads, static, alive = sums
+    ranks = placement.rank_of_stage
+    if routing == "direct":
+        for stage in places:
+            loads[stage].append(value.seconds)
+            static[stage] += (value.sent_buffer_bytes, value.received_buffer_bytes)
+            alive[stage] += (value.sent_bytes, value.received_bytes)
+        return
+    for stage in range(places[0], places[-1]):
+        if ranks[stage] != ranks[stage + 1]:
+            seconds = value.link_s(placement.far[stage])
+            loads[stage].append(seconds)
+            loads[stage + 1].append(seconds)
+            static[stage].append(value.sent_buffer_bytes)
+            static[stage + 1].append(value.received_buffer_bytes)
+            alive[stage].append(value.sent_bytes)
+            alive[stage + 1].append(value.received_bytes)
+
+
+def _hold(
+    tie: TiedNodes,
+    places: Sequence[int],
+    ranks: Sequence[int],
+    sums: tuple[list[list[float]], list[list[float]], list[list[float]]],
+) -> None:
+    """Add what a tie costs the stages that use it to their loads, static and live bytes."""
+    loads, static, alive = sums
+    first_stage: dict[int, int] = {}
+    for stage in places:
+        alive[stage].append(tie.live_bytes)
+        first_stage.setdefault(ranks[stage], stage)
+    for stage in first_stage.values():
+        static[stage].append(tie.bytes)
+        if len(first_stage) > 1:
+            loads[stage].append(tie.seconds)
 
 
 def _totals(placement: Placement, loads: list[float], static: list[float], alive: list[float]) -> Measured:
