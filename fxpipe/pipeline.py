@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from fxpipe.comparison import Verification
 from fxpipe.errors import MaterializeError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
@@ -25,7 +26,7 @@ from fxpipe.runtime.run.prepare import RunOptions
 from fxpipe.runtime.run.timeline import StepTiming, write_trace
 from fxpipe.runtime.weights.disk.directory import weights_path
 from fxpipe.training import Trainer, Variants
-from fxpipe.verification import Verification, Verifier
+from fxpipe.verification import Verifier
 
 
 class Pipeline:
@@ -435,9 +436,11 @@ class Pipeline:
     # --- to check -------------------------------------------------------------------------------------------------
 
     def verify(self, *args: Any, target: Any = None, **kwargs: Any) -> Verification:
-        """Compare loss, gradients and outputs of one batch with the unpartitioned model's.
+        """Compare loss, gradients, outputs and buffers of one batch with the unpartitioned model's.
 
-        The model is built whole on rank 0. Where it does not fit there, every stage runs by itself instead, from the
+        The model is built whole on rank 0, and run microbatch by microbatch and on the whole batch at once; where these
+        differ by what the model itself couples (BatchNorm), the result says so. Errors are held against a control run
+        that is nudged by rounding. Where it does not fit there, every stage runs by itself instead, from the
         boundary tensors of the stage before, without a schedule. Parameters, buffers and gradients are left as they
         are.
 
@@ -453,9 +456,10 @@ class Pipeline:
             MismatchError: Names the worst tensor, its stage and its error. Every rank raises it.
         """
         running = self._materialized()
-        step = self._trainer.prepare(running, (args, kwargs, target), None)
+        batch = (args, kwargs, target)
+        step = self._trainer.prepare(running, batch, None)
         verifier = Verifier(running, self._trainer.variants)
-        return verifier.verify(step, seed=self._trainer.seed, step=self._trainer.num_steps)
+        return verifier.verify(step, batch, seed=self._trainer.seed, step=self._trainer.num_steps)
 
     @property
     def timings(self) -> tuple[StepTiming, ...]:

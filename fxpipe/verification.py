@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fxpipe.batch.dims import Microbatch
 from fxpipe.capture.capture import Capture
 from fxpipe.capture.record.outcome import find_loss
+from fxpipe.comparison import (
+    Difference,
+    Figures,
+    Verification,
+    check,
+    compare_figures,
+    named_output,
+    named_outputs,
+    nudged,
+)
 from fxpipe.errors import FxpipeError, MismatchError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tree import map_tree
@@ -24,196 +36,8 @@ from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.reduction import any_over
 from fxpipe.runtime.run.stepwise import StepwiseEngine
-from fxpipe.runtime.run.work import Job, Tensors
+from fxpipe.runtime.run.work import Job
 from fxpipe.training import Step, Variants
-
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest error relative to the largest entry of a tensor: what another order of additions may leave."""
-_NARROW = 5e-2
-_EXACT = 1e-12
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One tensor of the pipeline against the model's.
-
-    Attributes:
-        name: ``"loss"``, ``"output …"`` or the FQN of the parameter whose gradient it is.
-        stage: Stage that holds it.
-        error: Largest difference of an entry, relative to the largest entry of the model's tensor.
-        allowed: Largest error that another order of additions explains.
-    """
-
-    name: str
-    stage: int
-    error: float
-    allowed: float
-
-    @property
-    def severity(self) -> float:
-        """How many times the error is what is allowed."""
-        return self.error / self.allowed
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What was compared.
-
-    Attributes:
-        compared: Number of tensors.
-        worst: The one with the largest error relative to what is allowed.
-        reference: What the pipeline was held against, in words.
-    """
-
-    compared: int
-    worst: Difference
-    reference: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.compared} tensors equal {self.reference}; the largest error is {self.worst.error:.1e} "
-            f"({self.worst.name}, stage {self.worst.stage})"
-        )
-
-
-def compare(
-    name: str, stage: int, found: torch.Tensor | None, wanted: torch.Tensor | None, floor: float = 0.0
-) -> Difference:
-    """Compare one tensor; a missing one counts as zero.
-
-    Args:
-        name: What it is.
-        stage: Where it is.
-        found: The pipeline's.
-        wanted: The model's.
-        floor: The error is relative to this at least: entries that would cancel out exactly are noise.
-
-    >>> compare("loss", 0, torch.tensor(1.0), torch.tensor(1.0)).error
-    0.0
-    """
-    either = found if found is not None else wanted
-    assert either is not None
-    found = torch.zeros_like(either) if found is None else found
-    wanted = torch.zeros_like(either) if wanted is None else wanted
-    allowed = max(_allowed(found.dtype), _allowed(wanted.dtype))
-    wide = [_wide(found), _wide(wanted)]
-    if wide[0].shape != wide[1].shape:
-        return Difference(name, stage, float("inf"), allowed)
-    if not wide[0].numel():
-        return Difference(name, stage, 0.0, allowed)
-    both_nan = wide[0].isnan() & wide[1].isnan()
-    difference = (wide[0] - wide[1]).abs().masked_fill(both_nan, 0.0).nan_to_num(nan=float("inf"))
-    scale = wide[1].abs().nan_to_num().max().clamp(min=max(floor, torch.finfo(torch.float64).tiny))
-    return Difference(name, stage, float(difference.max() / scale), allowed)
-
-
-def _allowed(dtype: torch.dtype) -> float:
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return _EXACT
-    return _TOLERANCES.get(dtype.to_real(), _NARROW)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-    return dense.to("cpu", torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def check(differences: Sequence[Difference], reference: str) -> Verification:
-    """Give what was compared.
-
-    Raises:
-        MismatchError: A tensor differs by more than another order of additions explains; names the worst.
-    """
-    worst = max(differences, key=lambda difference: difference.severity)
-    if worst.severity > 1:
-        wrong = sum(difference.severity > 1 for difference in differences)
-        what = worst.name if worst.name.startswith(("loss", "output")) else f"the gradient of {worst.name}"
-        raise MismatchError(
-            f"{wrong} of {len(differences)} tensors differ from {reference}; the worst is {what} (stage "
-            f"{worst.stage}): relative error {worst.error:.2e}, at most {worst.allowed:.0e} expected\n"
-            "  name modules of that stage in leaves= to find the one that is captured wrongly"
-        )
-    return Verification(len(differences), worst, reference)
-
-
-def compare_gradients(
-    found: Mapping[str, torch.Tensor | None],
-    wanted: Mapping[str, torch.Tensor | None],
-    stage_of: Mapping[str, int],
-    largest: float,
-) -> list[Difference]:
-    """Compare gradients by FQN.
-
-    Args:
-        found: The pipeline's.
-        wanted: The model's.
-        stage_of: Stage of each.
-        largest: The largest entry of any gradient of the model. A bias before a normalisation has a gradient of zero
-            but for rounding, so errors are relative to a thousandth of this at least.
-    """
-    return [
-        compare(name, stage_of.get(name, 0), gradient, wanted.get(name), largest / 1_000)
-        for name, gradient in found.items()
-        if gradient is not None or wanted.get(name) is not None
-    ]
-
-
-def largest_entry(gradients: Iterable[torch.Tensor | None]) -> float:
-    """Give the largest finite entry of any gradient.
-
-    >>> largest_entry([torch.tensor([1.0, -3.0]), None])
-    3.0
-    """
-    wide = (_wide(gradient).abs().nan_to_num(posinf=0.0) for gradient in gradients if gradient is not None)
-    return max((float(gradient.max()) for gradient in wide if gradient.numel()), default=0.0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Reference:
-    """What a pipeline's numbers are held against.
-
-    Attributes:
-        loss: The batch's loss.
-        outputs: Every tensor of the model's output, by microbatch and place: ``"output logits of microbatch 0"``.
-        name: What computed it, in words.
-    """
-
-    loss: torch.Tensor
-    outputs: Mapping[str, torch.Tensor]
-    name: str
-
-
-def named_outputs(jobs: Sequence[Job], flat: Sequence[Tensors]) -> dict[str, torch.Tensor]:
-    """Name every tensor of the microbatches' outputs."""
-    found: dict[str, torch.Tensor] = {}
-    for index, (job, tensors) in enumerate(zip(jobs, flat, strict=True)):
-        found.update(_named(job.program.rebuild(tensors), index))
-    return found
-
-
-def _named(output: Any, microbatch: int) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-
-    def add(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            found[f"output {path or '·'} of microbatch {microbatch}"] = leaf.detach()
-        return leaf
-
-    map_tree(add, output)
-    return found
-
-
-def compare_outputs(
-    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], stage: int
-) -> list[Difference]:
-    """Compare outputs by name; one that either side lacks counts as wrong."""
-    names = dict.fromkeys((*wanted, *found))
-    return [
-        compare(name, stage, found[name], wanted[name])
-        if name in found and name in wanted
-        else Difference(name, stage, float("inf"), _EXACT)
-        for name in names
-    ]
 
 
 def fits_whole(tensors: Iterable[TensorInfo], device: torch.device) -> bool:
@@ -240,39 +64,72 @@ class WholeModel:
         (self.stage,) = build_stages(skeleton.module, [part], values, skeleton.aliases, device)
         self.plain = build_whole(skeleton.module, self.stage, skeleton.aliases)
 
-    def run(self, prepared: Step, jobs: Sequence[Job], output_jobs: Sequence[Job]) -> Reference:
+    def run(self, prepared: Step, jobs: Sequence[Job], output_jobs: Sequence[Job]) -> tuple[Figures, str]:
         """Run forward and backward of every microbatch.
 
         Args:
             prepared: The microbatches, for the whole model on one stage.
             jobs: They, with a loss.
             output_jobs: They, with the model's outputs.
+
+        Returns:
+            What they gave, and what computed it, in words.
         """
         draws = any(stage.draws for job in jobs for stage in job.program.stages)
         mixed = any(len(set(job.shares)) > 1 for job in jobs)
-        recorded = LocalEngine([self.stage])
         if draws or mixed:
-            outputs = recorded.infer(output_jobs)
-            return Reference(
-                recorded.train(jobs), named_outputs(output_jobs, outputs), "the recorded model on one rank"
-            )
-        losses, found = [], {}
-        for index, (inputs, job) in enumerate(zip(prepared.inputs, jobs, strict=True)):
-            tensors = {name: tensor.to(self._device) for name, tensor in inputs.tensors.items()}
-            args, kwargs, target = inputs.with_tensors(tensors)
-            output = self.plain(*args, **kwargs)
-            loss = self._capture.loss_fn(output, target) if self._capture.loss_fn else find_loss(output)
-            assert loss is not None
-            if job.shares[0]:
-                (loss * job.shares[0]).backward()
-            losses.append(loss.detach().double() * job.shares[0])
-            found.update(_named(output, index))
-        return Reference(torch.stack(losses).sum(), found, "the unpartitioned model")
+            recorded = LocalEngine([self.stage])
+            with kept_buffers([self.stage]):
+                outputs = named_outputs(output_jobs, recorded.infer(output_jobs))
+            with kept_buffers([self.stage]):
+                self.plain.zero_grad()
+                return self._figures(recorded.train(jobs), outputs), "the recorded model on one rank"
+        return self.run_plain(prepared, jobs), "the unpartitioned model"
 
-    def gradients(self) -> dict[str, torch.Tensor | None]:
-        """Give each parameter's gradient by first FQN."""
-        aliases = self._capture.skeleton.aliases
-        return {aliases[fqn]: parameter.grad for fqn, parameter in self.stage.named_parameters()}
+    def run_plain(self, prepared: Step, jobs: Sequence[Job]) -> Figures:
+        """Run forward and backward of every microbatch through the user's modules."""
+        losses, found = [], {}
+        with kept_buffers([self.stage]):
+            self.plain.zero_grad()
+            for index, (inputs, job) in enumerate(zip(prepared.inputs, jobs, strict=True)):
+                share = job.shares[0]
+                tensors = {name: tensor.to(self._device) for name, tensor in inputs.tensors.items()}
+                output, loss = self._computed(inputs.with_tensors(tensors))
+                if share:
+                    torch.autograd.backward(loss * share)
+                    losses.append(loss.detach().double() * share)
+                found.update(named_output(output, index))
+            return self._figures(torch.stack(losses).sum().to(loss.dtype), found)
+
+    def run_whole(self, batch: Microbatch) -> Figures:
+        """Run forward and backward of a batch at once."""
+        with kept_buffers([self.stage]):
+            self.plain.zero_grad()
+            _, loss = self._computed(_moved(batch, self._device))
+            torch.autograd.backward(loss)
+            return self._figures(loss.detach(), {})
+
+    def _computed(self, batch: Microbatch) -> tuple[Any, torch.Tensor]:
+        args, kwargs, target = batch
+        output = self.plain(*args, **kwargs)
+        loss = self._capture.loss_fn(output, target) if self._capture.loss_fn else find_loss(output)
+        assert loss is not None
+        return output, loss
+
+    def _figures(self, loss: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> Figures:
+        first = self._capture.skeleton.aliases
+        gradients = {first[fqn]: _on_cpu(parameter.grad) for fqn, parameter in self.stage.named_parameters()}
+        buffers = {first.get(fqn, fqn): buffer.clone().cpu() for fqn, buffer in self.stage.named_buffers()}
+        return Figures(loss, outputs, gradients, buffers)
+
+    def writers(self, batch: Microbatch) -> list[str]:
+        """Name the modules whose buffers a forward of the batch changes: they look at several samples at once."""
+        first = self._capture.skeleton.aliases
+        with kept_buffers([self.stage]), torch.no_grad():
+            before = {fqn: buffer.clone() for fqn, buffer in self.stage.named_buffers()}
+            self._computed(_moved(batch, self._device))
+            changed = [first.get(f, f) for f, b in self.stage.named_buffers() if not torch.equal(b, before[f])]
+        return list(dict.fromkeys(fqn.rpartition(".")[0] for fqn in changed))
 
 
 class Verifier:
@@ -287,42 +144,42 @@ class Verifier:
         self._running = running
         self._variants = variants
 
-    def verify(self, prepared: Step, *, seed: int, step: int) -> Verification:
-        """Compare loss, outputs and gradients of prepared microbatches.
+    def verify(self, prepared: Step, batch: Microbatch, *, seed: int, step: int) -> Verification:
+        """Compare loss, outputs and gradients of prepared microbatches, and the buffers they leave.
+
+        Args:
+            prepared: The microbatches.
+            batch: The batch that they were cut from.
+            seed: Of random numbers.
+            step: Which step it would be.
 
         Raises:
             MismatchError: On every rank.
         """
         shown = prepared.with_outputs(self._variants)
-        shown.install(self._running.stages)
-        jobs, output_jobs = self._jobs(self._running.stages, (prepared, shown), seed, step)
-        buffers = [(buffer, buffer.clone()) for stage in self._running.stages for buffer in stage.buffers()]
-        try:
+        stages = self._running.stages
+        shown.install(stages)
+        jobs, output_jobs = self._jobs(stages, (prepared, shown), seed, step)
+        with kept_buffers(stages):
             infos = self._variants.capture.skeleton.infos.values()
             whole = bool(self._first_of_all(fits_whole(infos, self._running.device)))
             groups = self._running.groups
             if groups is not None and groups.replicas is not None:
                 whole = not any_over(groups.everyone, [not whole])[0]
-            tensors = gather_tensors(self._running.names, self._running.stages, self._running.groups) if whole else {}
-            loss, gradients = self._tried(self._running.engine, jobs)
-            _write(buffers)
-            outputs = named_outputs(output_jobs, self._running.engine.infer(output_jobs) or ())
-            _write(buffers)
-            found = _Found(loss, outputs, gradients)
+            tensors = gather_tensors(self._running.names, stages, groups) if whole else {}
+            found = self._tried(self._running.engine, jobs, output_jobs)
             if whole:
-                differences, name = self._against_whole((prepared, shown), tensors, found, seed, step)
+                differences, name, note = self._against_whole((prepared, shown), batch, tensors, found, seed, step)
             else:
-                differences, name = self._against_stages(jobs, output_jobs, found)
-        finally:
-            _write(buffers)
+                differences, name, note = *self._against_stages(jobs, output_jobs, found), ""
         result: Verification | None = None
         error: FxpipeError | None = None
         gathered = self._of_all(differences)
         try:
-            result = check([difference for part in gathered for difference in part], name)
+            result = check([difference for part in gathered for difference in part], name, note)
         except FxpipeError as raised:
             error = raised
-        agree(self._running.groups, error, "the result")
+        agree(groups, error, "the result")
         assert result is not None
         return result
 
@@ -349,104 +206,138 @@ class Verifier:
         return everywhere
 
     def _tried(
-        self, engine: LocalEngine | DistributedEngine | StepwiseEngine, jobs: Sequence[Job]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-        """Run a step whose gradients are given back, and leave those that were there."""
+        self,
+        engine: LocalEngine | DistributedEngine | StepwiseEngine,
+        jobs: Sequence[Job],
+        output_jobs: Sequence[Job],
+    ) -> Figures:
+        """Run a step whose gradients are given back, and leave gradients and buffers as they were."""
         parameters = dict(self._running.named(nn.Module.named_parameters))
-        kept = [(parameter, parameter.grad) for parameter in parameters.values()]
-        try:
-            self._running.gradients.zero()
+        with self._running.gradients.set_aside(), kept_buffers(self._running.stages):
             self._running.gradients.begin()
             loss = engine.train(jobs)
             self._running.gradients.finish(last=True)
-            found = {fqn: _on_cpu(parameter.grad) for fqn, parameter in parameters.items()}
-        finally:
-            for parameter, gradient in kept:
-                parameter.grad = gradient
-        return loss, found
+            gradients = {fqn: _on_cpu(parameter.grad) for fqn, parameter in parameters.items()}
+            named = self._running.named(nn.Module.named_buffers)
+            buffers = {fqn: buffer.clone().cpu() for fqn, buffer in named}
+        with kept_buffers(self._running.stages):
+            outputs = named_outputs(output_jobs, engine.infer(output_jobs) or ())
+        return Figures(loss, outputs, gradients, buffers)
 
     def _against_whole(
         self,
         prepared: tuple[Step, Step],
+        batch: Microbatch,
         tensors: Mapping[str, torch.Tensor],
-        found: _Found,
+        found: Figures,
         seed: int,
         step: int,
-    ) -> tuple[list[Difference], str]:
-        """Compare on rank 0, which builds the model; other ranks only send their gradients."""
-        everywhere = self._of_all(found.gradients)
+    ) -> tuple[list[Difference], str, str]:
+        """Compare on rank 0, which builds the model; other ranks only send their gradients and buffers."""
+        sent = Figures(found.loss, {}, found.gradients, found.buffers)
+        everywhere = self._of_all(sent)
+        groups = self._running.groups
         error: FxpipeError | None = None
-        reference: Reference | None = None
-        wanted: dict[str, torch.Tensor | None] = {}
+        references: list[Figures] = []
+        name, note = "", ""
         try:
-            if self._running.groups is None or self._running.groups.position == 0:
-                whole = WholeModel(self._variants.capture, tensors, self._running.device)
+            if groups is None or groups.position == 0:
+                model = WholeModel(self._variants.capture, tensors, self._running.device)
                 alone = prepared[0].on_one_stage(), prepared[1].on_one_stage()
                 for each in alone:
-                    each.install([whole.stage])
-                reference = whole.run(alone[0], *self._jobs([whole.stage], alone, seed, step))
-                wanted = whole.gradients()
+                    each.install([model.stage])
+                jobs = self._jobs([model.stage], alone, seed, step)
+                wanted, name = model.run(alone[0], *jobs)
+                with nudged([model.stage]):
+                    control, _ = model.run(alone[0], *jobs)
+                references = [wanted, control]
+                note = self._of_the_batch(model, alone[0], batch, jobs[0])
         except FxpipeError as raised:
             error = raised
-        agree(self._running.groups, error, "the reference")
+        agree(groups, error, "the reference")
         differences: list[Difference] = []
-        if reference is not None:
-            loss, wanted = self._of_all_replicas(reference.loss, wanted)
+        if references:
+            if groups is not None and groups.replicas is not None:  # replicas have buffers of their own batches
+                everywhere = [replace(each, buffers={}) for each in everywhere]
+            wanted, control = (self._of_all_replicas(each) for each in references)
+            ranks = [replace(everywhere[0], outputs=found.outputs), *everywhere[1:]]
             last = len(self._running.placement) - 1
-            differences = [
-                compare("loss", last, found.loss, loss),
-                *compare_outputs(found.outputs, reference.outputs, last),
-            ]
-            largest = largest_entry(wanted.values())
-            for gradients in everywhere:
-                differences += compare_gradients(gradients, wanted, self._running.stage_of_tensor, largest)
-        return differences, str(self._first_of_all(reference.name if reference is not None else ""))
+            differences = compare_figures(ranks, wanted, control, self._running.stage_of_tensor, last)
+        name, note = self._first_of_all((name, note))
+        return differences, name, note
 
-    def _of_all_replicas(
-        self, loss: torch.Tensor, gradients: dict[str, torch.Tensor | None]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    def _of_the_batch(self, model: WholeModel, prepared: Step, batch: Microbatch, jobs: Sequence[Job]) -> str:
+        """Compare the whole batch at once with its microbatches, both through the untouched model.
+
+        Returns:
+            What the model itself couples; empty where nothing differs.
+
+        Raises:
+            MismatchError: They differ, and nothing of the model explains it.
+        """
+        captured = prepared.variants[0].captured
+        if self._variants.capture.loss_weight is not None:
+            return "the batch at once was not compared: loss_weight= says what its loss is"
+        if len(prepared.inputs) == 1:
+            return ""
+        if len({share for job in jobs for share in job.shares[1:]}) > 0 and len(captured.terms) > 1:
+            auxiliary = [term.what for term in captured.terms if term.auxiliary]
+            if auxiliary:
+                return f"the batch at once was not compared: {auxiliary[0]}"
+        shares = prepared.weighed(None).shares
+        local = [replace(job, shares=share) for job, share in zip(jobs, shares, strict=True)]
+        draws = any(stage.draws for job in jobs for stage in job.program.stages)
+        if not draws and self._same(model, prepared, batch, local):
+            return ""
+        names = ", ".join(model.writers(batch)[:3]) or "no buffer says which module"
+        with in_evaluation(model.plain):
+            if self._same(model, prepared, batch, local):
+                if draws:
+                    return "the batch at once was compared without its random draws"
+                return f"the batch at once gives other numbers in training mode: the model couples samples ({names})"
+        raise MismatchError(
+            "the batch as a whole gives another loss or other gradients than its microbatches, each through the "
+            "untouched model\n  something is split that every microbatch needs whole, or along another dimension: say "
+            "where the samples lie, batch_dims={'name': dimension or None} on fxpipe.compile"
+        )
+
+    def _same(self, model: WholeModel, prepared: Step, batch: Microbatch, jobs: Sequence[Job]) -> bool:
+        """Whether a batch at once gives the numbers of its microbatches."""
+        whole = model.run_whole(batch)
+        with nudged([model.stage]):
+            control = model.run_whole(batch)
+        parts = replace(model.run_plain(prepared, jobs), outputs={}, buffers={})
+        return all(each.severity <= 1 for each in compare_figures([parts], whole, control, {}, 0))
+
+    def _of_all_replicas(self, figures: Figures) -> Figures:
         """Add up what the model gave for each replica's batch, on the ranks that hold the first stages."""
         replicas = self._running.groups.replicas if self._running.groups is not None else None
         if replicas is None:
-            return loss, gradients
+            return figures
         everywhere: list[Any] = [None] * len(replicas.ranks)
-        own = loss.cpu(), {fqn: _on_cpu(gradient) for fqn, gradient in gradients.items()}
+        own = figures.loss.cpu(), dict(figures.gradients)
         dist.all_gather_object(everywhere, own, group=replicas.control)
-        total: dict[str, torch.Tensor | None] = dict.fromkeys(gradients)
+        total: dict[str, torch.Tensor | None] = dict.fromkeys(figures.gradients)
         for _, each in everywhere:
             for fqn, gradient in each.items():
                 before = total[fqn]
                 if gradient is not None:
                     total[fqn] = gradient if before is None else before + gradient
-        return torch.stack([loss for loss, _ in everywhere]).sum(), total
+        return replace(figures, loss=torch.stack([loss for loss, _ in everywhere]).sum(), gradients=total)
 
     def _against_stages(
-        self, jobs: Sequence[Job], output_jobs: Sequence[Job], found: _Found
+        self, jobs: Sequence[Job], output_jobs: Sequence[Job], found: Figures
     ) -> tuple[list[Difference], str]:
         """Compare on every rank what its own stages give by themselves."""
-        engine: LocalEngine | StepwiseEngine = LocalEngine(self._running.stages)
-        if self._running.groups is not None:
-            engine = StepwiseEngine(
-                self._running.stages, self._running.placement, self._running.groups, self._running.device
-            )
-        loss, gradients = self._tried(engine, jobs)
-        largest = max(self._of_all(largest_entry(gradients.values())))
-        last = len(self._running.placement) - 1
-        differences = [
-            compare("loss", last, found.loss, loss),
-            *compare_outputs(found.outputs, named_outputs(output_jobs, engine.infer(output_jobs)), last),
-            *compare_gradients(found.gradients, gradients, self._running.stage_of_tensor, largest),
-        ]
-        return differences, "the stages run one by one"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Found:
-    """What the pipeline gave: this rank's gradients by FQN, the loss, and the outputs."""
-
-    loss: torch.Tensor
-    outputs: Mapping[str, torch.Tensor]
-    gradients: Mapping[str, torch.Tensor | None]
+        running = self._running
+        engine: LocalEngine | StepwiseEngine = LocalEngine(running.stages)
+        if running.groups is not None:
+            engine = StepwiseEngine(running.stages, running.placement, running.groups, running.device)
+        wanted = self._tried(engine, jobs, output_jobs)
+        with nudged(running.stages):
+            control = self._tried(engine, jobs, output_jobs)
+        last = len(running.placement) - 1
+        return compare_figures([found], wanted, control, running.stage_of_tensor, last), "the stages run one by one"
 
 
 def _on_cpu(gradient: Any) -> torch.Tensor | None:
@@ -456,8 +347,33 @@ def _on_cpu(gradient: Any) -> torch.Tensor | None:
     return whole.cpu()
 
 
-def _write(buffers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Give buffers the values they had."""
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+def _moved(batch: Microbatch, device: torch.device) -> Microbatch:
+    def move(_: str, leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
+
+    args, kwargs, target = batch
+    return tuple(map_tree(move, each) for each in args), map_tree(move, dict(kwargs)), map_tree(move, target)
+
+
+@contextmanager
+def kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Give buffers the values that they had."""
+    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Switch a module to evaluation, and every part of it back to the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -61,8 +61,9 @@ TABLE = {
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
     "materialize": Room("errors ir batch capture runtime", "torch"),
     "training": Room("errors ir program batch capture runtime materialize", "torch"),
-    "verification": Room("errors ir capture runtime materialize training", "torch"),
-    "pipeline": Room("errors ir planning report runtime materialize training verification", "torch"),
+    "comparison": Room("errors ir runtime", "torch"),
+    "verification": Room("errors ir batch capture runtime materialize training comparison", "torch"),
+    "pipeline": Room("errors ir planning report runtime materialize training comparison verification", "torch"),
     "choosing": Room("errors ir batch planning capture", "torch tqdm"),
     "compiler": Room(
         "choosing errors ir batch recipes planning capture profiling materialize training pipeline", "torch"

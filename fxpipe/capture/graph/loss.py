@@ -22,7 +22,8 @@ from fxpipe.program import LossKind, LossTerm
 
 WAY_OUT = (
     "pass loss_weight='microbatch' (the batch's loss is then the plain mean of its microbatches' losses), a function "
-    "loss_weight(*args, **kwargs) that weighs a microbatch, or microbatches=1"
+    "loss_weight(*args, **kwargs) that weighs a microbatch, or microbatches=1; batch_dims= where an input is split "
+    "that every microbatch needs whole"
 )
 
 
@@ -36,6 +37,7 @@ class Term:
         count: As in ``LossTerm``.
         finish: As in ``LossTerm``.
         what: In words, for the report.
+        auxiliary: Whether it couples samples, and is weighed like the main term.
     """
 
     node: fx.Node
@@ -43,6 +45,7 @@ class Term:
     count: Callable[[Mapping[str, Any]], float] | None = None
     finish: Callable[[float], float] | None = None
     what: str = ""
+    auxiliary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,8 @@ def _decided(
         except Unsuited as unsuited:
             return _unproved(result, str(unsuited))
         node = _scaled_copy(twins, summand) if len(summands) > 1 else result
-        terms.append(Term(node, found.kind, count, found.finish if found.chain else None, found.what))
+        finish = found.finish if found.chain else None
+        terms.append(Term(node, found.kind, count, finish, found.what, verdict.candidate is None))
     return Loss(tuple(terms))
 
 

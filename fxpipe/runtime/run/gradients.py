@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,6 +125,24 @@ class Gradients:
             parameter.grad = None
         self._aside.clear()
         self._returned.clear()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Work on other gradients for a while; those of the steps so far are there again afterwards."""
+        state = self._aside, self._returned, self._is_open
+        kept = [(p, p.grad, p.grad_dtype) for _, p in self._parameters()]
+        self._aside, self._returned, self._is_open = {}, set(), False
+        try:
+            for parameter, *_ in kept:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient, dtype in kept:
+                parameter.grad = None
+                if parameter.grad_dtype != dtype:
+                    parameter.grad_dtype = dtype
+                parameter.grad = gradient
+            self._aside, self._returned, self._is_open = state
 
     def clip(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale the gradients of the whole model so that their norm is at most ``max_norm``.
