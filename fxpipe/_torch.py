@@ -106,6 +106,38 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
+@contextmanager
+def encoder_decisions(aligned: Callable[..., bool], decided: Callable[..., Any]) -> Iterator[None]:
+    """Hear how ``nn.TransformerEncoder`` decides about its fast path.
+
+    Args:
+        aligned: Called in the place of the look at a padding mask's values.
+        decided: Called where the fast path begins.
+    """
+    with (
+        replaced(torch, "_nested_tensor_from_mask_left_aligned", aligned),
+        replaced(torch, "_nested_tensor_from_mask", decided),
+        replaced(torch.overrides, "has_torch_function", lambda _: False),
+    ):
+        yield
+
+
+@contextmanager
+def flex_attention_anywhere() -> Iterator[None]:
+    """Let flex attention with a backward run on the CPU: no kernel has it there, fake tensors need none."""
+    module = sys.modules.get("torch.nn.attention.flex_attention")
+    if module is None:
+        yield
+        return
+    with replaced(module, "_validate_device", lambda *_: None):
+        yield
+
+
+def is_higher_order(func: Any) -> bool:
+    """Tell whether an operation takes functions, as flex attention does: it has no schema."""
+    return isinstance(func, torch._ops.HigherOrderOperator)
+
+
 @_tried(heard.leaves_distributions_alone)
 def unvalidated_distributions() -> AbstractContextManager[None]:
     """Let ``torch.distributions`` take their arguments unseen, unless ``validate_args=True`` asks for a look."""

@@ -243,3 +243,31 @@ def test_the_generator_state_has_the_layout_that_is_skipped_in():
     words = state[24 : 24 + 8 * 624].view(torch.int64)
     assert int(words[0]) == 7  # the first word of MT19937 is its seed
     assert int(words[1]) == (1812433253 * (7 ^ (7 >> 30)) + 1) % 2**32
+
+
+def test_an_encoder_decides_about_its_fast_path_where_it_is_heard():
+    heard = []
+    layer = torch.nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 1).eval()
+
+    def decided(*args, **kwargs):
+        heard.append("decided")
+        raise KeyError
+
+    def aligned(*args):
+        heard.append("aligned")
+        return True
+
+    with torch.no_grad(), _torch.encoder_decisions(aligned, decided), pytest.raises(KeyError):
+        encoder(torch.ones(1, 2, 4), src_key_padding_mask=torch.tensor([[False, True]]))
+    assert heard == ["aligned", "decided"]
+
+
+def test_flex_attention_looks_at_its_device_where_it_is_heard():
+    import torch.nn.attention.flex_attention as flex
+
+    real = flex._validate_device
+    with _torch.flex_attention_anywhere():
+        assert flex._validate_device is not real
+    assert flex._validate_device is real
+    assert _torch.is_higher_order(torch.ops.higher_order.flex_attention)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from fxpipe._torch import TorchDispatchMode, device_asked
+from fxpipe._torch import TorchDispatchMode, device_asked, is_higher_order
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.calls.watch import grouped_shape
 from fxpipe.ir.cost import OpCount, Phase
@@ -22,6 +22,7 @@ from fxpipe.ir.cost import OpCount, Phase
 class CountMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts aten operations while a phase is on."""
 
+    supports_higher_order_operators = True
     kept: list[torch.Tensor]
 
     def __init__(self) -> None:
@@ -46,6 +47,20 @@ class CountMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count one operation by hand."""
         self._ops.append(OpCount(name, self._phase, flops, size, str(dtype).removeprefix("torch.")))
 
+    def _higher_order(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Count an operation that takes functions; attention by the whole matrix of scores, whatever is masked."""
+        result = func(*args, **kwargs)
+        query, key, value, *_ = tensors = tensors_in(args, kwargs)
+        made, name = tensors_in(result), str(func.name() if callable(func.name) else func.name)
+        shapes = attention_shapes(query, key, value) if "attention" in name and query.dim() == 4 else ()
+        count = attention_backward_flops if name.endswith("backward") else attention_flops
+        flops = 0
+        if shapes:
+            grown = shapes[0][:-1] + shapes[2][-1:]
+            flops = count(grown, *shapes) if name.endswith("backward") else count(*shapes)
+        self.add(name, flops, sum(map(size_of, (*tensors, *made))), query.dtype)
+        return result
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -54,6 +69,8 @@ class CountMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if device is not None:
             return device
         kwargs = kwargs or {}
+        if is_higher_order(func):
+            return self._higher_order(func, args, kwargs)
         shape = grouped_shape(func, args, kwargs)
         result = args[0].new_empty(shape) if shape is not None else func(*args, **kwargs)
         name = func._schema.name.rpartition("::")[2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxpipe._torch import GROUPED_MM, TorchDispatchMode, device_asked
+from fxpipe._torch import GROUPED_MM, TorchDispatchMode, device_asked, is_higher_order
 
 RANDOM = frozenset(
     {
@@ -27,6 +27,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         trace: Operations with the shapes and dtypes of their tensors, while it is a list.
     """
 
+    supports_higher_order_operators = True
     drew: bool
     trace: list[Any] | None
 
@@ -43,6 +44,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if device is not None:
             return device
         kwargs = kwargs or {}
+        if is_higher_order(func):
+            self.note(func, torch.is_grad_enabled(), args, kwargs)
+            return func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
             self.drew = True
         if self.trace is not None:

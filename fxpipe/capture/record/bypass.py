@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 
 from fxpipe._torch import (
     BackwardHookFunction,
+    flex_attention_anywhere,
     functorch_is_active,
     intercepted,
     module_conversions,
@@ -23,6 +24,7 @@ from fxpipe._torch import (
     without_modes,
 )
 from fxpipe.capture.calls.blocked import Blocked, user_line
+from fxpipe.capture.calls.encoders import padded_encoders
 from fxpipe.capture.calls.values import Same
 from fxpipe.capture.model.skeleton import named_tensors
 from fxpipe.capture.record.calls import record_whole
@@ -57,6 +59,8 @@ class Bypasses:
                         stack.enter_context(replaced(owner, name, self._drawing(function)))
             stack.enter_context(intercepted(self._function, self._vmap, self._script, self._checkpoint))
             stack.enter_context(module_conversions(self._converted))
+            stack.enter_context(padded_encoders(lambda: self._forward.passes))
+            stack.enter_context(flex_attention_anywhere())
             stack.enter_context(unvalidated_distributions())  # they look at values, to complain and for nothing else
             yield
 
