@@ -6,7 +6,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -122,15 +122,10 @@ def encoder_decisions(aligned: Callable[..., bool], decided: Callable[..., Any])
         yield
 
 
-@contextmanager
-def flex_attention_anywhere() -> Iterator[None]:
+def flex_attention_anywhere() -> AbstractContextManager[None]:
     """Let flex attention with a backward run on the CPU: no kernel has it there, fake tensors need none."""
     module = sys.modules.get("torch.nn.attention.flex_attention")
-    if module is None:
-        yield
-        return
-    with replaced(module, "_validate_device", lambda *_: None):
-        yield
+    return replaced(module, "_validate_device", lambda *_: None) if module is not None else nullcontext()
 
 
 def is_higher_order(func: Any) -> bool:
