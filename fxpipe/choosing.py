@@ -19,6 +19,7 @@ from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import schedule_named
 from fxpipe.planning.configurations import (
     Configuration,
+    Cuts,
     Outcome,
     explain_choice,
     fewest_stages,
@@ -119,6 +120,7 @@ class Chooser:
         self._hardware, self._training = hardware, training
         self._counter = LayerCounter(capture.skeleton, fused_attention=hardware.device != "cpu")
         self._cost_name = self._cost if isinstance(self._cost, str) else "given"
+        self._cuts: Cuts = {}
         self._known: dict[int, tuple[LayerGraph, Estimate]] = {}
         self._dims = dims
         self.batch = dims.layout(example, split=False).size
@@ -132,7 +134,7 @@ class Chooser:
             inputs = self._capture.inputs(*cut.first, cut.layout)
             captured = self._capture.capture(inputs, grain="block", counter=self._counter, weigh=False)
             graph = self._capture.layer_graph(captured, batch_size=cut.layout.size)
-            training = replace(self._training, recompute=_fixed(self._training))
+            training = replace(self._training, recompute=None)
             self._known[num_microbatches] = graph, estimate_costs(graph, self._cost, self._hardware, training)
         return self._known[num_microbatches]
 
@@ -178,7 +180,8 @@ class Chooser:
             training = self._training
             wanted += [Configuration(stages, ranks, schedule, count, training) for count in counts]
         bar = tqdm(wanted, desc="simulating configurations", leave=False, disable=not sys.stderr.isatty())
-        return [outcome(configuration, self.offer, self._hardware, limit, self._cost_name) for configuration in bar]
+        offer, hardware, cost = self.offer, self._hardware, self._cost_name
+        return [outcome(configuration, offer, hardware, limit, cost, self._cuts) for configuration in bar]
 
     def _count(self, stages: int, ranks: int, schedule: str, asked: int) -> list[int]:
         try:
@@ -193,10 +196,6 @@ class Chooser:
         except ScheduleError:
             return []
         return [cut.number]
-
-
-def _fixed(training: Training) -> str | tuple[str, ...] | None:
-    return None if training.recompute == "auto" else training.recompute
 
 
 def _nothing(asked: Asked, batch: int) -> str:

@@ -135,7 +135,7 @@ def _tokens(inputs: tuple[str, ...]) -> int | None:
     >>> _tokens(("input_ids int64[2, 1024]",)), _tokens(("images float32[2, 3, 8, 8]",))
     (1024, None)
     """
-    found = (re.fullmatch(r".* int\d+\[\d+, (\d+)\]", text) for text in inputs)
+    found = (re.search(r"\bint\d+\[\d+, (\d+)\]", text) for text in inputs)
     return next((int(match[1]) for match in found if match), None)
 
 
@@ -168,7 +168,7 @@ def _table(found: list[Spent], tokens: int | None) -> str:
     rows = []
     for each in found:
         row = _row(each, tokens)
-        recomputed = f"{row['recompute']} modules" if row["recompute"] else "–"
+        recomputed = str(row["recompute"]) if row["recompute"] else "–"
         notes = ["sharded"] if row["sharded"] else []
         notes += ["" if row["fits"] else "does not fit"]
         notes += [each.nodes.partition(" of ")[0] + " in a node"] if row["data"] > 1 and row["pipeline"] > 1 else []

@@ -15,11 +15,12 @@ from fxpipe.ir.cost import PHASES
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.plan import PipelinePlan
-from fxpipe.ir.schedule import fits_microbatches
+from fxpipe.ir.schedule import fits_microbatches, schedule_named
 from fxpipe.ir.tensor import dtype_bytes
-from fxpipe.planning.configurations import Configuration, Offer, Outcome, gibibytes, outcome, shapes
+from fxpipe.planning.configurations import Configuration, Cuts, Offer, Outcome, gibibytes, outcome, shapes
 from fxpipe.planning.simulation.simulate import simulate
 
+KEPT = 12  # configurations of which the slowest must be within reach of one that is tried
 MOST_PIPELINE = 64  # ranks of a pipeline that are tried
 NEAR = "replicas of a stage in a node"
 FAR = "stages of a pipeline in a node"
@@ -115,12 +116,19 @@ def spend(
         PlanError: No configuration divides the budget.
     """
     found: list[Spent] = []
-    for configuration, size in configurations(budget, training, schedule):
+    cuts: Cuts = {}
+    wanted = list(configurations(budget, training, schedule))
+    # The promising ones first: what cannot come near the best of them is left out.
+    wanted.sort(key=lambda each: _least_s(each[0], each[1], offers))
+    for configuration, size in wanted:
+        kept = sorted(each.step_s for each in found if each.outcome.fits)[:KEPT]
+        if len(kept) == KEPT and _least_s(configuration, size, offers) > kept[-1]:
+            continue
         if configuration.training.fsdp and not _shards_matter(found, configuration):
             continue
         first, *others = _layouts(budget, configuration)
         device = replace(hardware, node_size=_node_size(budget, configuration, first))
-        done = outcome(configuration, offers[size], device, limit)
+        done = outcome(configuration, offers[size], device, limit, cuts=cuts)
         if done.plan is None:
             continue
         graph = offers[size](configuration.num_microbatches)[0]
@@ -131,6 +139,14 @@ def spend(
             moved = replace(done, plan=plan, step_s=simulate(plan).step_s)
             found.append(_spent(budget, moved, size, nodes, hardware, graph))
     return sorted(found, key=lambda each: (not each.outcome.fits, each.step_s, each.outcome.peak_bytes))
+
+
+def _least_s(configuration: Configuration, size: int, offers: dict[int, Offer]) -> float:
+    """Give seconds that no plan of a configuration is below: even stages, free links, the bubble of its schedule."""
+    count, ranks = configuration.num_microbatches, configuration.ranks
+    total = math.fsum(cost.seconds for cost in offers[size](count)[1].costs)
+    fill = 0 if schedule_named(configuration.schedule).splits_backward else (ranks - 1) * ranks / configuration.stages
+    return (count + fill) * total / ranks
 
 
 def _shards_matter(found: Sequence[Spent], configuration: Configuration) -> bool:

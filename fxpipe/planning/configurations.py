@@ -12,15 +12,22 @@ from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.schedule import SCHEDULES, fits_microbatches, placement, schedule_named
 from fxpipe.planning.costs.estimate import Estimate
-from fxpipe.planning.planner import bare_plan
+from fxpipe.planning.costs.recompute import recomputed_modules
+from fxpipe.planning.fit import choices_of, lay_out
+from fxpipe.planning.plan import make_plan
+from fxpipe.planning.recut import recut
 from fxpipe.planning.settings import Settings
 from fxpipe.planning.simulation.simulate import simulate
+from fxpipe.planning.solve import solve
 
 SHOWN = 4  # runners-up in one line
 MOST_COUNTS = 6  # numbers of microbatches that are tried
 
 Offer = Callable[[int], tuple[LayerGraph, Estimate]]
 """Gives the counted graph and its seconds, without recomputation, for a number of microbatches."""
+
+Cuts = dict[tuple[object, ...], tuple[int, ...]]
+"""Stage of each node, by graph and number of stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +78,18 @@ class Outcome:
 
 
 def outcome(
-    configuration: Configuration, offer: Offer, hardware: Hardware, limit: int | None, cost: str = "roofline"
+    configuration: Configuration,
+    offer: Offer,
+    hardware: Hardware,
+    limit: int | None,
+    cost: str = "roofline",
+    cuts: Cuts | None = None,
 ) -> Outcome:
     """Plan a configuration at block grain and simulate its step.
 
     First without a limit; where that is too much, under the limit, with recomputation if that may be chosen. Where
-    nothing fits, the outcome is the plan that does not.
+    nothing fits, the outcome is the plan that does not. Ranks of several stages get the cut of as many ranks, which is
+    near the best and takes no time: what is chosen is planned again with all care.
 
     Args:
         configuration: What to try.
@@ -84,28 +97,60 @@ def outcome(
         hardware: What it would run on.
         limit: Bytes of each rank.
         cost: Name of the cost model.
+        cuts: Cuts known from other configurations of the same offers; new ones are added.
     """
+    found = Outcome(configuration, limit=limit)
     try:
-        free = Settings.of(
-            stages=configuration.stages,
-            ranks=configuration.ranks,
-            schedule=configuration.schedule,
-            num_microbatches=configuration.num_microbatches,
-            hardware=hardware,
-            training=configuration.training,
-            cost=cost,
-            grain="block",
-        )
+        settings = _settings(configuration, configuration.schedule, configuration.ranks, hardware, cost)
         graph, estimate = offer(configuration.num_microbatches)
-        found = _outcome(configuration, bare_plan(graph, estimate, free), limit)
-    except (ScheduleError, PartitionError) as error:
-        return Outcome(configuration, limit=limit, problem=str(error).splitlines()[0])
-    if found.fits:
-        return found
-    try:
-        return _outcome(configuration, bare_plan(graph, estimate, replace(free, memory_limit=limit)), limit)
+        stage_of = _cut(graph, estimate, configuration, hardware, cost, {} if cuts is None else cuts)
+        choice = configuration.training.recompute
+        modules = recomputed_modules(graph, choice)
+        layout = lay_out(graph, estimate, settings, modules)
+        found = _outcome(configuration, make_plan(layout, stage_of), limit)
+        if found.fits or limit is None:
+            return found
+        if choice == "auto":
+            again = recut(choices_of(graph, estimate, settings), limit, [stage_of])
+            return (
+                found
+                if again is None
+                else _outcome(configuration, make_plan(again.fitted.layout, again.stage_of), limit)
+            )
+        if configuration.ranks == configuration.stages:
+            tight = replace(layout, settings=replace(layout.settings, memory_limit=limit))
+            found = _outcome(configuration, make_plan(tight, solve(tight).partition.stage_of), limit)
     except InfeasibleError:
         return found
+    except (ScheduleError, PartitionError) as error:
+        return Outcome(configuration, limit=limit, problem=str(error).splitlines()[0])
+    return found
+
+
+def _settings(configuration: Configuration, schedule: str, ranks: int, hardware: Hardware, cost: str) -> Settings:
+    return Settings.of(
+        stages=configuration.stages,
+        ranks=ranks,
+        schedule=schedule,
+        num_microbatches=configuration.num_microbatches,
+        hardware=hardware,
+        training=configuration.training,
+        cost=cost,
+        grain="block",
+    )
+
+
+def _cut(
+    graph: LayerGraph, estimate: Estimate, configuration: Configuration, hardware: Hardware, cost: str, cuts: Cuts
+) -> tuple[int, ...]:
+    """Cut without a limit, as if every stage had a rank of its own; the same cut serves all schedules."""
+    replicas, choice = configuration.training.data_parallel, configuration.training.recompute
+    key = id(graph), configuration.stages, replicas, hardware, None if choice == "auto" else choice
+    if key not in cuts:
+        settings = _settings(configuration, "GPipe", configuration.stages, hardware, cost)
+        layout = lay_out(graph, estimate, settings, recomputed_modules(graph, choice))
+        cuts[key] = solve(layout).partition.stage_of
+    return cuts[key]
 
 
 def _outcome(configuration: Configuration, plan: PipelinePlan, limit: int | None) -> Outcome:
