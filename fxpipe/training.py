@@ -141,7 +141,8 @@ class Variants:
     def _spec(self, inputs: Inputs, with_loss: bool) -> Any:
         if not self._mode:
             self.mode_changed()
-        return inputs.signature, with_loss, self._mode, Ambient.now().autocast, self.capture.dtype
+        now = Ambient.now()
+        return inputs.signature, with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
 
     def _variant(self, captured: Captured, spec: Any) -> Variant:
         read, guards = captured.guards()

@@ -251,6 +251,21 @@ def test_the_grad_and_autocast_state_of_every_call_is_restored():
     assert stage.source("a").count("with ") == 2
 
 
+def test_attention_takes_the_kernels_of_its_call():
+    allowed = []
+
+    def note(x):
+        allowed.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+        return x + 1
+
+    made = handmade.Draft(Bag(), 1, x=torch.ones(2))
+    x = made.call(0, note, made.x, meta={"context": CallContext(attention=("MATH",))})
+    _, (stage,) = prepare(Bag(), made, outputs=[made.call(0, note, x)])
+    allowed.clear()
+    stage("a", (), {"x": torch.ones(2)})
+    assert allowed == [(False, True), (True, True)]
+
+
 def test_devices_constants_and_odd_arguments_survive_the_way_through_source():
     def odd(x, *, pairs, window, choice, limits, kind, text):
         assert isinstance(pairs, tuple)

@@ -1,10 +1,11 @@
-"""The state around a call: gradient mode, inference mode and autocast, and what a call has that the forward had not."""
+"""The state around a call: gradients, inference, autocast, attention, and what a call has that the forward had not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,16 +14,17 @@ from fxpipe.program import AutocastState, CallContext
 
 @dataclass(frozen=True, slots=True)
 class Ambient:
-    """Gradient, inference and autocast state around the forward."""
+    """Gradient, inference and autocast state around the forward, and the kernels that attention may take."""
 
     grad_enabled: bool
     inference: bool
     autocast: tuple[AutocastState, ...]
+    attention: tuple[str, ...]
 
     @classmethod
     def now(cls) -> Ambient:
         """Read the current state."""
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast())
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast(), _attention())
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -41,7 +43,8 @@ class Ambient:
             return None
         changed = tuple(state for state in now.autocast if state not in self.autocast)
         grad = None if now.grad_enabled == self.grad_enabled else now.grad_enabled
-        return CallContext(grad, now.inference and not self.inference, changed)
+        attention = None if now.attention == self.attention else now.attention
+        return CallContext(grad, now.inference and not self.inference, changed, attention)
 
 
 def _autocast() -> tuple[AutocastState, ...]:
@@ -51,6 +54,18 @@ def _autocast() -> tuple[AutocastState, ...]:
         enabled = torch.is_autocast_enabled(device_type)
         states.append(AutocastState(name, enabled, dtype, torch.is_autocast_cache_enabled()))
     return tuple(states)
+
+
+def _attention() -> tuple[str, ...]:
+    """Name the kernels that ``torch.nn.attention.sdpa_kernel`` allows."""
+    asked: Any = torch.backends.cuda
+    allowed = {
+        "FLASH_ATTENTION": asked.flash_sdp_enabled(),
+        "EFFICIENT_ATTENTION": asked.mem_efficient_sdp_enabled(),
+        "MATH": asked.math_sdp_enabled(),
+        "CUDNN_ATTENTION": asked.cudnn_sdp_enabled(),
+    }
+    return tuple(name for name, enabled in allowed.items() if enabled)
 
 
 @contextmanager

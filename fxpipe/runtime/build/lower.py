@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxpipe.program import BoundaryTensor, CallContext, StageProgram, run_info
 from fxpipe.runtime.build.boundary import conform
@@ -184,6 +185,9 @@ class _Writer:
                 f"{self._value(torch.autocast, 'autocast')}({device_type!r}, "
                 f"{self._value(getattr(torch, state.dtype), state.dtype)}, {state.enabled}, {state.cache_enabled})"
             )
+        if context.attention is not None:
+            kernels = [self._value(getattr(SDPBackend, name), name) for name in context.attention]
+            managers.append(f"{self._value(sdpa_kernel, 'sdpa_kernel')}([{', '.join(kernels)}])")
         return managers
 
     def _expression(self, argument: Any) -> str:
