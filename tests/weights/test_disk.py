@@ -269,3 +269,69 @@ def test_no_file_of_a_checkpoint_is_a_pickle(checkpoint):
         else:
             with safe_open(file, framework="pt") as opened:
                 assert opened.keys()
+
+
+class Grown(torch.nn.Module):
+    """Counts what it saw, keeps a buffer that grows, and saves more than tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(2))
+        self.scale = {"amax": torch.ones(3), "format": ("e4m3", 2)}
+
+    def forward(self, x):
+        return self.linear(x) + self.seen.sum()
+
+    def get_extra_state(self):
+        return self.scale
+
+    def set_extra_state(self, state):
+        self.scale = state
+
+
+def test_what_modules_save_beside_tensors_is_kept_without_a_pickle(tmp_path):
+    def pipeline(stages):
+        model = torch.nn.Sequential(*(Grown() for _ in range(4)))
+        batch = {"target": torch.zeros(4, 4)}
+        loss = torch.nn.functional.mse_loss
+        pipe = fxpipe.compile(
+            model, stages, (torch.zeros(4, 4),), batch, loss_fn=loss, microbatches=4, schedule="GPipe"
+        )
+        return pipe.materialize()
+
+    with pipeline(2) as pipe:
+        held = dict(pipe.stage_modules[1].named_modules())["3"]
+        held.scale = {"amax": torch.full((3,), 7.0), "format": ("e5m2", 5)}
+        pipe.save(tmp_path / "one")
+        held.scale = {1, 2}
+        with pytest.raises(WeightsError, match=r"3\._extra_state is a builtins\.set"):
+            pipe.save(tmp_path / "two")
+    with pipeline(4) as pipe:
+        pipe.load(tmp_path / "one")
+        found = pipe.state_dict()["3._extra_state"]
+        assert torch.equal(found["amax"], torch.full((3,), 7.0))
+        assert found["format"] == ("e5m2", 5)
+    manifest = tmp_path / "one" / "fxpipe.json"
+    data = json.loads(manifest.read_text())
+    del data["modules"]["0._extra_state"]
+    manifest.write_text(json.dumps(data))
+    with pipeline(4) as pipe, pytest.raises(WeightsError, match=r"1 missing: 0\._extra_state"):
+        pipe.load(tmp_path / "one")
+
+
+def test_a_buffer_that_grew_is_loaded_by_the_size_it_has(tmp_path):
+    def pipeline():
+        model = torch.nn.Sequential(*(Grown() for _ in range(2)))
+        batch = {"target": torch.zeros(4, 4)}
+        loss = torch.nn.functional.mse_loss
+        pipe = fxpipe.compile(model, 2, (torch.zeros(4, 4),), batch, loss_fn=loss, microbatches=4, schedule="GPipe")
+        pipe.materialize()
+        dict(pipe.stage_modules[0].named_modules())["0"].seen = torch.arange(5.0)
+        return pipe
+
+    with pipeline() as pipe:
+        pipe.save(tmp_path / "grown")
+    with pipeline() as pipe:
+        pipe.load(tmp_path / "grown")
+        assert torch.equal(pipe.state_dict()["0.seen"], torch.arange(5.0))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.runtime.build.extra_state import load_extra_states, missing_extra_states
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors, write_state
 from fxpipe.runtime.ranks.agreement import agree
@@ -19,8 +20,9 @@ from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.weights.conversions import Source
 from fxpipe.runtime.weights.disk.directory import Listing, list_path
 from fxpipe.runtime.weights.disk.files import StoredTensor, stored
+from fxpipe.runtime.weights.disk.manifest import MODULE
 from fxpipe.runtime.weights.disk.plain import decode
-from fxpipe.runtime.weights.matching import Match, Rename, Wanted, match
+from fxpipe.runtime.weights.matching import Match, Rename, Wanted, match, shown
 from fxpipe.runtime.weights.model import Model
 from fxpipe.runtime.weights.optimizer_state import Restored, prepare_restore
 from fxpipe.runtime.weights.reading import read_into, read_tensors, shown_progress
@@ -79,9 +81,11 @@ def load(
     error: FxpipeError | None = None
     try:
         listing = list_path(path)
-        found = match(listing, model, Wanted(rename, dtype, strict, prefix, added))
+        own = {first: stored(first, tensor) for first, tensor in held.items() if first in model.names.tensors}
+        found = match(listing, model, Wanted(rename, dtype, strict, prefix, added, own))
         prepared = _Prepared(listing, found, held)
         prepared.compare_twins()
+        prepared.check_modules(model, stages, strict)
         named = {fqn: tensor for fqn, tensor in held.items() if isinstance(tensor, torch.nn.Parameter)}
         prepared.check_optimizer(optimizer, scheduler, named)
     except FxpipeError as raised:
@@ -91,6 +95,7 @@ def load(
     loaded: Loaded | None = None
     try:
         loaded = prepared.apply()
+        load_extra_states(model.names.extra, stages, prepared.modules())
     except FxpipeError as raised:
         error = raised
     agree(groups, error, "what was loaded")
@@ -129,6 +134,25 @@ class _Prepared:
                     f"{one} and {other} of {self.listing.path} differ, and are one tensor ({first}) of the model\n"
                     "  untie them in the model, or leave one of them out by rename=; nothing was changed"
                 )
+
+    def check_modules(self, model: Model, stages: Sequence[StageModule], strict: bool) -> None:
+        """See that a checkpoint has what this rank's modules save beside tensors."""
+        manifest = self.listing.manifest
+        if manifest is None or manifest.step is None or not strict:
+            return
+        if missing := missing_extra_states(model.names.extra, stages, manifest.modules):
+            raise WeightsError(
+                f"{self.listing.path} does not fit {model.name}: {len(missing)} missing: {shown(missing)}\n"
+                "  give a checkpoint of this model; nothing was changed"
+            )
+
+    def modules(self) -> dict[str, Any]:
+        """Read what modules saved beside tensors; of all ranks, since the model's copy gets it too."""
+        manifest = self.listing.manifest
+        if manifest is None or not manifest.modules:
+            return {}
+        kept = read_tensors((key for key in manifest.state if key.startswith(MODULE)), manifest.state)
+        return {key: decode(value, kept) for key, value in manifest.modules.items()}
 
     def check_optimizer(self, optimizer: Optimizer | None, scheduler: Any, named: Mapping[str, torch.Tensor]) -> None:
         """See that optimiser and scheduler fit."""

@@ -31,6 +31,7 @@ class Wanted:
         strict: Whether unexpected and missing names are faults.
         prefix: Put before the file's names.
         also: Tensors added to stages after they were made, by name; never missing.
+        held: The tensors that this rank holds, by first FQN: a buffer may have grown since it was captured.
     """
 
     rename: Rename = None
@@ -38,6 +39,7 @@ class Wanted:
     strict: bool = True
     prefix: str | None = None
     also: Mapping[str, StoredTensor] = field(default_factory=dict)
+    held: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,10 +165,13 @@ class _Resolver:
             return (names.first[name],)
         return (name,) if name in self._wanted.also else ()
 
-    def expected(self, first: str) -> StoredTensor:
-        """Give what the model has."""
-        if first in self._wanted.also:
-            return self._wanted.also[first]
+    def expected(self, first: str) -> StoredTensor | None:
+        """Give what the model has; None for a buffer of another rank, which may have grown there."""
+        known_here = self._wanted.also.get(first) or self._wanted.held.get(first)
+        if known_here is not None:
+            return known_here
+        if first not in self._model.names.parameters:
+            return None
         known = self._model.names.tensors[first]
         return StoredTensor(first, known.dtype, known.shape)
 
@@ -285,7 +290,9 @@ def _prefixed(source: Source, start: str) -> Source:
     )
 
 
-def _misfits(made: StoredTensor, expected: StoredTensor, dtype: str, source: Source) -> list[str]:
+def _misfits(made: StoredTensor, expected: StoredTensor | None, dtype: str, source: Source) -> list[str]:
+    if expected is None:
+        return []
     name = made.name if source.convert is not None else source.reads[0]
     faults = []
     if made.shape != expected.shape:

@@ -11,7 +11,14 @@ import torch
 from torch.optim import Optimizer
 
 from fxpipe.errors import WeightsError
-from fxpipe.runtime.weights.disk.manifest import Entry, Manifest, OptimizerRecord, optimizer_key, parameter_of
+from fxpipe.runtime.weights.disk.manifest import (
+    OPTIMIZER,
+    Entry,
+    Manifest,
+    OptimizerRecord,
+    optimizer_key,
+    parameter_of,
+)
 from fxpipe.runtime.weights.disk.plain import decode, encode
 from fxpipe.runtime.weights.matching import shown
 
@@ -164,7 +171,7 @@ def prepare_restore(
             targets = {
                 key: _target(entry, named[fqn])
                 for key, entry in manifest.state.items()
-                if (fqn := parameter_of(key)[0]) in own
+                if key.startswith(OPTIMIZER) and (fqn := parameter_of(key)[0]) in own
             }
 
         def finish() -> None:

@@ -13,11 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.runtime.build.extra_state import own_extra_states
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.weights.disk.files import stored
-from fxpipe.runtime.weights.disk.manifest import Manifest, write_manifest
+from fxpipe.runtime.weights.disk.manifest import MODULE, OPTIMIZER, Manifest, write_manifest
 from fxpipe.runtime.weights.disk.plain import encode
 from fxpipe.runtime.weights.model import Model
 from fxpipe.runtime.weights.optimizer_state import (
@@ -30,7 +31,8 @@ from fxpipe.runtime.weights.ranks import Everyone
 from fxpipe.runtime.weights.target import Target
 from fxpipe.runtime.weights.writing import WritePlan, plan_writing
 
-_STATE = "optimizer/"
+_APART = (OPTIMIZER, MODULE)
+"""How the names of tensors begin that are no weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +46,7 @@ class Snapshot:
         step: Steps made.
         seed: Seed of the random numbers.
         extra: The user's values, encoded.
+        modules: What this rank's modules save beside tensors, encoded, by its key in the model's ``state_dict``.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -52,6 +55,7 @@ class Snapshot:
     step: int
     seed: int
     extra: Any
+    modules: Mapping[str, Any]
 
     def copied(self) -> Snapshot:
         """Give a copy on the CPU, which training does not change any more."""
@@ -83,9 +87,17 @@ def take_snapshot(
     own = own_optimizer_state(optimizer, named) if optimizer is not None else None
     state = own_scheduler_state(scheduler) if scheduler is not None else None
     tensors = {**kept, **(own.tensors if own is not None else {})}
+
+    def keep(value: Any, place: str) -> str | None:
+        if isinstance(value, torch.Tensor):
+            tensors[MODULE + place] = value.detach()
+            return MODULE + place
+        return None
+
+    modules = {key: encode(value, key, keep=keep) for key, value in own_extra_states(model.names.extra, stages).items()}
     for name, tensor in tensors.items():
         stored(name, tensor)
-    return Snapshot(tensors, own, state, step, seed, encode(extra, "extra", strict=True))
+    return Snapshot(tensors, own, state, step, seed, encode(extra, "extra", strict=True), modules)
 
 
 class Saver:
@@ -153,9 +165,9 @@ class Saver:
         self, snapshot: Snapshot, everyone: Everyone
     ) -> tuple[WritePlan | None, Manifest | None, FxpipeError | None]:
         own = snapshot.optimizer
-        parts = everyone.gather(None if own is None else (own.kind, own.scalars, own.groups))
+        parts = everyone.gather((None if own is None else (own.kind, own.scalars, own.groups), snapshot.modules))
         try:
-            record = join_states(parts)
+            record = join_states([state for state, _ in parts])
             plan = plan_writing(snapshot.tensors, everyone)
         except WeightsError as error:
             return None, None, error
@@ -164,11 +176,12 @@ class Saver:
             step=snapshot.step,
             seed=snapshot.seed,
             files={},
-            tensors={name: entry for name, entry in plan.entries.items() if not name.startswith(_STATE)},
-            state={name: entry for name, entry in plan.entries.items() if name.startswith(_STATE)},
+            tensors={name: entry for name, entry in plan.entries.items() if not name.startswith(_APART)},
+            state={name: entry for name, entry in plan.entries.items() if name.startswith(_APART)},
             optimizer=record,
             scheduler=snapshot.scheduler,
             extra=snapshot.extra,
+            modules={key: value for _, modules in parts for key, value in modules.items()},
         )
         return plan, manifest, None
 

@@ -13,6 +13,8 @@ from fxpipe.runtime.weights.disk.files import write_json
 
 NAME = "fxpipe.json"
 """Name of the file."""
+OPTIMIZER, MODULE = "optimizer/", "module/"
+"""How the names of tensors begin that belong to the optimiser, and to what a module saves beside its own."""
 FORMAT = 1
 """Changes when an older fxpipe could not read it any more."""
 
@@ -76,10 +78,11 @@ class Manifest:
         seed: Seed of its random numbers.
         files: Bytes of each file, by name.
         tensors: Weights by first FQN.
-        state: Tensors of the optimiser, by ``optimizer_key``.
+        state: Tensors of the optimiser, by ``optimizer_key``, and of what modules save besides.
         optimizer: The rest of it; None: none was saved.
         scheduler: A scheduler's state, encoded; None: none was saved.
         extra: The user's own values.
+        modules: What modules save beside tensors, encoded, by its key in the model's ``state_dict``.
     """
 
     model: str
@@ -91,6 +94,7 @@ class Manifest:
     optimizer: OptimizerRecord | None = None
     scheduler: Any = None
     extra: Any = None
+    modules: Mapping[str, Any] = field(default_factory=dict)
 
 
 def optimizer_key(fqn: str, name: str) -> str:
@@ -99,7 +103,7 @@ def optimizer_key(fqn: str, name: str) -> str:
     >>> optimizer_key("head.weight", "exp_avg")
     'optimizer/head.weight/exp_avg'
     """
-    return f"optimizer/{fqn}/{name}"
+    return f"{OPTIMIZER}{fqn}/{name}"
 
 
 def parameter_of(key: str) -> tuple[str, str]:
@@ -127,6 +131,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
             "step": manifest.step,
             "seed": manifest.seed,
             "extra": manifest.extra,
+            "modules": dict(manifest.modules),
             "scheduler": manifest.scheduler,
             "optimizer": optimizer
             and {
@@ -200,6 +205,7 @@ def _manifest(directory: Path, data: Mapping[str, Any]) -> Manifest:
         ),
         scheduler=data["scheduler"],
         extra=data["extra"],
+        modules=data["modules"],
     )
 
 
