@@ -48,4 +48,5 @@ def test_a_rank_reads_its_quarter_and_holds_no_more(tmp_path):
     for result in results:
         found = json.loads(result.stdout)
         assert found["asked"] <= 1.05 * found["own"], found
+        assert 0.5 * found["own"] <= found["peak"], found  # else nothing was measured
         assert found["peak"] <= 1.15 * found["own"] + largest, found
