@@ -17,6 +17,7 @@ from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.materialize import Running, Source, materialize, tied_names
+from fxpipe.planning.explain import Explanation, explain
 from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.table import render
 from fxpipe.runtime.build.state import full_state, load_state, own_state
@@ -27,6 +28,8 @@ from fxpipe.runtime.run.timeline import StepTiming, write_trace
 from fxpipe.runtime.weights.disk.directory import weights_path
 from fxpipe.training import Trainer, Variants
 from fxpipe.verification import Verifier
+
+EXPLAINED = 20_000  # stages times microbatches up to which every report is explained: that takes a dozen simulations
 
 
 class Pipeline:
@@ -63,7 +66,20 @@ class Pipeline:
             PlanError: The format is none of these.
         """
         compared = self._source.baselines() if baselines else ()
-        return render(self.plan, format, compared, simulation=simulate(self.plan))
+        done = simulate(self.plan)
+        said: list[str] = []
+        if self.plan.num_stages * self.plan.num_microbatches <= EXPLAINED:
+            found = explain(self.plan, done)
+            said = [found.line, *(f"{change.what}: {100 * change.gain:.1f} % faster." for change in found.changes)]
+        return render(self.plan, format, compared, simulation=done, advice=said)
+
+    def explain(self) -> Explanation:
+        """Say what limits a step and which changes would help, each with its simulated gain; ``str`` of it is text.
+
+        >>> pipe.explain().changes[0].gain  # doctest: +SKIP
+        0.12
+        """
+        return explain(self.plan)
 
     def print_report(self) -> None:
         """Print the text report, on rank 0 only."""

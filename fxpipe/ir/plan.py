@@ -45,6 +45,9 @@ class StagePlan:
         duplicated: Layers run here as well as elsewhere instead of being sent (masks, rotary tables).
         recompute: FQNs of the modules whose activations are not kept: each runs its forward once more in the backward.
             A block that a cut crosses is recomputed as far as it lies in the stage.
+        recompute_s: The part of the backward that runs those forwards once more.
+        head: Of the last stage, the largest layer behind the model's last block: its LM head, or the loss.
+        head_s: Forward and backward of all that lies there.
     """
 
     index: int
@@ -65,6 +68,9 @@ class StagePlan:
     sends: tuple[TensorMeta, ...] = ()
     duplicated: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
+    recompute_s: float = 0.0
+    head: str = ""
+    head_s: tuple[float, ...] = ()
 
     @property
     def send_bytes(self) -> int:

@@ -13,7 +13,7 @@ from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.planning.costs.blocks import block_names
 from fxpipe.planning.costs.memory import gradient_bytes, parameter_bytes
 from fxpipe.planning.costs.precision import Precision
-from fxpipe.planning.costs.recompute import modules_of_layers
+from fxpipe.planning.costs.recompute import checkpoints, modules_of_layers
 from fxpipe.planning.layout import Layout, tie_seconds
 from fxpipe.planning.search.problem import Measured, measure
 
@@ -92,6 +92,7 @@ def make_plan(
         _stage_plan(index, layout, home, repeats[index], units, whole, stage_of, measured, moved_s[index])
         for index in range(settings.stages)
     )
+    stages = _with_parts(layout, stages, stage_of)
     ties = tuple(_tie_group(layout, tie, home, repeats) for tie in graph.ties)
     bottleneck = max(measured.rank_loads)
     return PipelinePlan(
@@ -119,6 +120,25 @@ def make_plan(
         inputs=graph.inputs,
         notes=(*graph.notes, *notes),
     )
+
+
+def _with_parts(layout: Layout, stages: tuple[StagePlan, ...], stage_of: Sequence[int]) -> tuple[StagePlan, ...]:
+    """Add what part of the backwards recomputes, and what lies behind the last block."""
+    again: list[list[float]] = [[] for _ in stages]
+    for layer in checkpoints(layout.graph, layout.recomputed):
+        again[stage_of[layer]].append(layout.costs[layer].forward_s)
+    made = [replace(stage, recompute_s=math.fsum(more)) for stage, more in zip(stages, again, strict=True)]
+    blocks = [
+        layer for node in layout.blocks if node.is_repeated for layer in map(layout.layers.__getitem__, node.layers)
+    ]
+    behind = [layer for layer in layout.layers if blocks and layer > max(blocks) and stage_of[layer] == len(stages) - 1]
+    if behind:
+        largest = max(behind, key=lambda layer: layout.costs[layer].seconds)
+        forward_s, backward_s = (
+            math.fsum(getattr(layout.costs[layer], part) for layer in behind) for part in ("forward_s", "backward_s")
+        )
+        made[-1] = replace(made[-1], head=layout.graph.layer_names[largest], head_s=(forward_s, backward_s))
+    return tuple(made)
 
 
 def _moved_s(layout: Layout, stage_of_node: Sequence[int]) -> tuple[float, ...]:

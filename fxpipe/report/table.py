@@ -33,6 +33,7 @@ def render(
     baselines: Sequence[Baseline] = (),
     *,
     simulation: Simulation | None = None,
+    advice: Sequence[str] = (),
 ) -> str:
     """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"`` (or ``"md"``), ``"html"`` or ``"json"``.
 
@@ -44,6 +45,7 @@ def render(
         baselines: The same model cut by others' rules, to stand beside the plan; in JSON the plan is then the entry
             ``"plan"`` beside ``"baselines"``.
         simulation: The plan's step, simulated: what the step and the bubble are read from; without it neither is shown.
+        advice: What limits the step, in one line, and then what would help, the best first.
 
     Raises:
         PlanError: The format is none of these.
@@ -53,25 +55,28 @@ def render(
     >>> print(render(PipelinePlan("GPT", "", stages, num_ranks=2)).splitlines()[0])
     GPT · 2 stages · 1F1B · 1 microbatch · h100 · cost: roofline
     """
-    renderers: dict[str, Callable[[PipelinePlan, Sequence[Baseline], Simulation | None], str]] = {
+    renderers: dict[str, Callable[[PipelinePlan, Sequence[Baseline], Simulation | None, Sequence[str]], str]] = {
         "text": _text,
         "markdown": _markdown,
-        "html": render_page,
+        "html": lambda plan, rows, done, said: render_page(plan, rows, done, said[1:]),
         "json": _json,
     }
     format = "markdown" if format == "md" else format
     if format not in renderers:
         raise PlanError(f"unknown report format {format!r}\n  known: {', '.join(renderers)}")
-    return renderers[format](plan, baselines, simulation)
+    return renderers[format](plan, baselines, simulation, advice)
 
 
-def _text(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
+def _text(
+    plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None, advice: Sequence[str]
+) -> str:
     lines = textwrap.wrap(headline(plan), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     lines += _paragraph("inputs", ", ".join(plan.inputs)) if plan.inputs else []
     lines += ["", _stage_table(plan, "plain"), ""]
     if plan.ties:
         lines += [_tie_table(plan, "plain"), ""]
     lines += _pieces(_summary(plan, simulation))
+    lines += _paragraph("step", advice[0]) if advice else []
     lines += _paragraph("opened", ", ".join(plan.opened)) if plan.opened else []
     for note in notes(plan):
         lines += _paragraph("note", note)
@@ -80,14 +85,16 @@ def _text(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulat
     return "\n".join(lines)
 
 
-def _markdown(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
+def _markdown(
+    plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None, advice: Sequence[str]
+) -> str:
     parts = [f"**{headline(plan)}**"]
     if plan.inputs:
         parts.append("Inputs of one microbatch: " + ", ".join(f"`{text}`" for text in plan.inputs))
     parts.append(_stage_table(plan, "github"))
     if plan.ties:
         parts.append(_tie_table(plan, "github"))
-    parts.append("  \n".join(_summary(plan, simulation)))
+    parts.append("  \n".join([*_summary(plan, simulation), *advice[:1]]))
     if plan.opened:
         parts.append("Opened, because a cut crosses them: " + ", ".join(f"`{name}`" for name in plan.opened))
     parts += [f"> {note}" for note in notes(plan)]
@@ -95,7 +102,9 @@ def _markdown(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Sim
     return "\n\n".join(parts)
 
 
-def _json(plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None) -> str:
+def _json(
+    plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None, advice: Sequence[str]
+) -> str:
     if not baselines:
         return plan.to_json()
     rows = [dataclasses.asdict(row) for row in baselines]
