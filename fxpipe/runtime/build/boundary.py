@@ -22,7 +22,7 @@ _ALIGNMENT = 16  # bytes; the widest dtype, complex128, needs as much
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class MessageLayout:
     """How the tensors of a boundary lie in messages.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout:
 
 
 @lru_cache(maxsize=4096)
-def message_layout(tensors: tuple[BoundaryTensor, ...]) -> Layout:
+def message_layout(tensors: tuple[BoundaryTensor, ...]) -> MessageLayout:
     """Decide which tensors share a message: the smallest ones, up to ``PACKED_BYTES`` together.
 
     >>> from fxpipe.ir.tensor import TensorMeta
@@ -62,7 +62,7 @@ def message_layout(tensors: tuple[BoundaryTensor, ...]) -> Layout:
             break
         chosen.add(index)
     if sum(tensors[index].meta.nbytes > 0 for index in chosen) < 2:
-        return Layout(tensors, (None,) * len(tensors), 0)
+        return MessageLayout(tensors, (None,) * len(tensors), 0)
     offsets: list[int | None] = []
     end = 0
     for index, tensor in enumerate(tensors):
@@ -71,16 +71,16 @@ def message_layout(tensors: tuple[BoundaryTensor, ...]) -> Layout:
             continue
         offsets.append(_aligned(end))
         end = _aligned(end) + tensor.meta.nbytes
-    return Layout(tensors, tuple(offsets), end)
+    return MessageLayout(tensors, tuple(offsets), end)
 
 
 @lru_cache(maxsize=4096)
-def gradient_layout(tensors: tuple[BoundaryTensor, ...]) -> Layout:
+def gradient_layout(tensors: tuple[BoundaryTensor, ...]) -> MessageLayout:
     """Lay out the gradients that come back: those of the tensors a gradient flows through."""
     return message_layout(tuple(tensor for tensor in tensors if tensor.meta.requires_grad))
 
 
-def pack(layout: Layout, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def pack(layout: MessageLayout, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Turn tensors, in their declared strides, into messages; a message of one tensor shares its memory."""
     messages = []
     packed = None
@@ -98,7 +98,7 @@ def pack(layout: Layout, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return messages
 
 
-def receive_buffers(layout: Layout, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def receive_buffers(layout: MessageLayout, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Allocate what a boundary is received in.
 
     Returns:

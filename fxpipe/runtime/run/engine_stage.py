@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from fxpipe._torch import WithoutMetadata
 from fxpipe.program import StageProgram
-from fxpipe.runtime.build.boundary import Layout, gradient_layout, message_layout, pack, receive_buffers
+from fxpipe.runtime.build.boundary import MessageLayout, gradient_layout, message_layout, pack, receive_buffers
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.gradients import accumulators
 from fxpipe.runtime.run.refusals import watch_checkpoints
@@ -171,14 +171,14 @@ class EngineStage(WithoutMetadata, PipelineStage):
     def _program(self, index: int) -> StageProgram:
         return self.jobs[index].program.stages[self.stage_index]
 
-    def _receive(self, layout: Layout, kept: dict[int, Tensors], index: int, stage: int) -> list[dist.P2POp]:
+    def _receive(self, layout: MessageLayout, kept: dict[int, Tensors], index: int, stage: int) -> list[dist.P2POp]:
         if not 0 <= stage < self.num_stages or not layout.tensors:
             return []
         messages, tensors = receive_buffers(layout, self.device)
         kept[index] = tuple(tensors)
         return [self._operation(dist.irecv, message, stage) for message in messages]
 
-    def _send(self, layout: Layout, tensors: Tensors, stage: int) -> list[dist.P2POp]:
+    def _send(self, layout: MessageLayout, tensors: Tensors, stage: int) -> list[dist.P2POp]:
         if stage < 0:
             return []
         return [self._operation(dist.isend, message, stage) for message in pack(layout, tensors)]
