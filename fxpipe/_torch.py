@@ -79,7 +79,7 @@ def is_loss_module(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.modules.loss._Loss)
 
 
-def device_asked(func: Any, args: tuple[Any, ...]) -> torch.device | None:
+def device_asked(func: Any, args: Sequence[Any]) -> torch.device | None:
     """Answer a fake tensor's question for its device, more than half of what a dispatch mode sees; None for others."""
     if func is not torch.ops.prim.device.default or not isinstance(args[0], FakeTensor):
         return None

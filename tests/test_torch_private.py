@@ -271,3 +271,18 @@ def test_flex_attention_looks_at_its_device_where_it_is_heard():
         assert flex._validate_device is not real
     assert flex._validate_device is real
     assert _torch.is_higher_order(torch.ops.higher_order.flex_attention)
+
+
+def test_a_fake_mode_asks_its_dispatch_for_every_operation():
+    class Counting(_torch.FakeTensorMode):
+        seen = 0
+
+        def dispatch(self, func, types, args=(), kwargs=None):
+            self.seen += 1
+            return super().dispatch(func, types, args, kwargs)
+
+    with Counting() as mode:
+        tensor = torch.ones(2)
+    inside = mode.seen
+    tensor.mul_(2)  # its tensors lead back to it
+    assert 0 < inside < mode.seen

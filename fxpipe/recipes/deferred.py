@@ -17,8 +17,6 @@ from fxpipe.recipes.replay import BLANK, OTHER_BLANK, Replay, holds_blanks, repl
 from fxpipe.recipes.tape import Region
 
 _active: list[RecordingMode] = []
-_DEEPCOPY: Any = torch.Tensor.__deepcopy__
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _FARTHEST = 9.0
 """Normal samples lie nearer than so many standard deviations: they are made of uniform ones of at most 53 bits."""
 
@@ -66,7 +64,8 @@ def deferred_init(seed: int | None = 0) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(checked_generators(_refuse_generator))
         stack.enter_context(truncated_normals(_truncated(mode)))
-        stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(_Questions(mode))
         stack.callback(mode.recorder.finish)
         stack.enter_context(mode)
@@ -161,30 +160,44 @@ class _Questions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _VALUES and is_recorded(args[0]):
-            value = self._mode.values(args[0])
-            if func is not torch.Tensor.tolist:
-                value.requires_grad_(args[0].requires_grad)
-            result = func(value, *args[1:], **kwargs)
-            if func is not torch.Tensor.tolist and not kwargs.get("force"):
-                result.flags.writeable = False  # writes would be lost
-            return result
-        if func in _ADDRESSES and is_recorded(args[0]):
-            raise MaterializeError(
-                f"Tensor.{func.__name__} is asked for in deferred_init, where tensors have no memory\n"
-                "  fill tensors by torch operations, or build this model without deferred_init"
-            )
-        if func is _SET_DATA and is_recorded(args[0]) and not isinstance(args[1], FakeTensor):
-            args = (args[0], self._mode.lift(args[1]))
-        if func == _DEEPCOPY and is_recorded(args[0]):
-            with deepcopied_quietly():
-                return func(*args, **kwargs)
+        answer = _ANSWERS.get(func)
+        if answer is None or not is_recorded(args[0]):
+            return func(*args, **(kwargs or {}))
+        return answer(self._mode, func, args, kwargs or {})
+
+
+def _value(mode: RecordingMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value = mode.values(args[0])
+    if func is torch.Tensor.tolist:
+        return value.tolist()
+    result = func(value.requires_grad_(args[0].requires_grad), *args[1:], **kwargs)
+    if not kwargs.get("force"):
+        result.flags.writeable = False  # writes would be lost
+    return result
+
+
+def _address(mode: RecordingMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise MaterializeError(
+        f"Tensor.{func.__name__} is asked for in deferred_init, where tensors have no memory\n"
+        "  fill tensors by torch operations, or build this model without deferred_init"
+    )
+
+
+def _set_data(mode: RecordingMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(args[0], args[1] if isinstance(args[1], FakeTensor) else mode.lift(args[1]))
+
+
+def _deepcopy(mode: RecordingMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with deepcopied_quietly():
         return func(*args, **kwargs)
 
 
-_VALUES = (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist)
-_ADDRESSES = (torch.Tensor.data_ptr, torch.Tensor.share_memory_, torch.Tensor.__dlpack__)
+_ANSWERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist), _value),
+    **dict.fromkeys((torch.Tensor.data_ptr, torch.Tensor.share_memory_, torch.Tensor.__dlpack__), _address),
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.__deepcopy__: _deepcopy,
+}
 
 
 def _truncated(mode: RecordingMode) -> Callable[..., Any]:

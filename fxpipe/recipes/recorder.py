@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from fxpipe._torch import (
     FakeTensor,
     FakeTensorMode,
     OpOverload,
+    device_asked,
     forget_conversions,
     negative_view,
     storage_key,
@@ -54,6 +56,14 @@ _FILLS: frozenset[Any] = frozenset(
 _SECRETLY_WRITTEN = ("running_mean", "running_var")
 """Arguments of batch norms, which update them without saying so in their schema."""
 
+_PLAIN_FILLS: frozenset[Any] = frozenset({aten.normal_.default, aten.uniform_.default, aten.zero_.default})
+"""Those of them that most of a model is made of."""
+
+_FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
+_NOTHING: frozenset[int] = frozenset()
+_NO_ARGUMENTS: Mapping[str, Any] = {}
+
 _READS: frozenset[Any] = frozenset({aten._local_scalar_dense.default, aten.item.default, aten.equal.default})
 """Operations that give Python a value."""
 
@@ -70,11 +80,13 @@ class RecordingMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self.recorder = Recorder(self)
         self._busy = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        call = super().__torch_dispatch__
-        if self._busy:  # what a fake does to find out the shape of its result
+    def dispatch(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Do one operation; what a fake does by itself to find out the shape of a result is not recorded."""
+        device = device_asked(func, args)
+        if device is not None:
+            return device
+        call = super().dispatch
+        if self._busy:
             return call(func, types, args, kwargs or {})
         self._busy = True
         try:
@@ -217,11 +229,14 @@ class Recorder:
                 "  build this model without deferred_init"
             )
         about = _about(func)
+        if about.is_view and self.is_own(args[0]):
+            return call(args, kwargs)
+        if func in _PLAIN_FILLS and self._is_plain(args, kwargs):
+            self._write_fill(func, about, args, kwargs)
+            return args[0]  # there is nothing that a fake could add: its shape stays
+        is_meta = self.streams.marking and self._to_cpu(func, kwargs)
         given = leaves((args, kwargs))
         is_fake = [self.is_own(tensor) for tensor in given]
-        if about.is_view and all(is_fake):
-            return call(args, kwargs)
-        is_meta = self.streams.marking and self._to_cpu(func, kwargs)
         if func is aten.lift_fresh.default and not is_fake[0]:
             return self.lift(args[0])
         if (given and not any(is_fake)) or func in _READS:
@@ -250,6 +265,18 @@ class Recorder:
         self._write_down(func, args, kwargs, about, found, outputs, known, written)
         return result
 
+    def _is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether a fill cannot fail: a floating-point tensor of this recording, and numbers in range."""
+        tensor, numbers = args[0], args[1:]
+        return (
+            self.is_own(tensor)
+            and tensor.dtype in _FLOATS
+            and 0 not in tensor.stride()
+            and kwargs.keys() <= {"generator"}
+            and all(isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers[1:])
+            and (len(numbers) < 2 or numbers[0] <= numbers[1] or numbers[0] <= 0)
+        )
+
     def call(self, function: Callable[..., Any], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Write down a whole function that fills a tensor with random numbers, however many it takes.
 
@@ -277,12 +304,10 @@ class Recorder:
     ) -> None:
         replaces = {region.storage for _, region in outputs}
         replaces |= self._filled(func, about, args, kwargs)
-        device, position = _CPU, None
+        device, stream, position = _CPU, None, None
         if about.is_random:
             device = (found or leaves(args))[0].device
-            named = _generator(args, kwargs)
-            on_meta = named is None and self.streams.marking and not self._on_meta.isdisjoint(written | replaces)
-            stream = self._meta if on_meta else GeneratorStream(self.streams, named or default_generator(device))
+            stream = self._stream(_generator(args, kwargs), device, written | replaces)
             position = stream.locate()
         args, kwargs = map_tensors((args, kwargs), self.region)
         entry = Operation(
@@ -297,11 +322,47 @@ class Recorder:
             device,
             torch.get_default_dtype(),
         )
+        self._append(entry, stream, found[0] if found else None)
+
+    def _write_fill(self, func: Any, about: _About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Write down what most of a recording is made of: as ``_write_down``, without looking for tensors."""
+        tensor = args[0]
+        writes = frozenset((self.number(tensor),))
+        is_whole = self._is_whole(tensor)
+        stream = self._stream(kwargs.get("generator"), tensor.device, writes) if about.is_random else None
+        entry = Operation(
+            func,
+            (self.region(tensor), *args[1:]),
+            _NO_ARGUMENTS,
+            (),
+            _NOTHING if is_whole else writes,
+            writes,
+            writes if is_whole else _NOTHING,
+            stream.locate() if stream is not None else None,
+            tensor.device,
+            torch.get_default_dtype(),
+        )
+        self._append(entry, stream, tensor)
+
+    def _append(
+        self, entry: Operation, stream: GeneratorStream | MetaStream | None, filled: torch.Tensor | None
+    ) -> None:
+        """Write down an operation, and move the stream it draws from."""
         self.tape.append(entry)
-        if position is not None:
-            at = position
-            draws = count_draws(func, found[0], lambda: self.streams.has_cached_normal(at)) if found else None
+        if stream is not None and entry.position is not None:
+            at = entry.position
+            draws = None
+            if filled is not None:
+                draws = count_draws(entry.function, filled, lambda: self.streams.has_cached_normal(at))
             stream.move(self._found_out(entry) if draws is None else Position(at.base, at.draws + draws))
+
+    def _stream(
+        self, named: torch.Generator | None, device: torch.device, written: Set[int]
+    ) -> GeneratorStream | MetaStream:
+        """Give the stream that an operation draws from."""
+        if named is None and self.streams.marking and not self._on_meta.isdisjoint(written):
+            return self._meta
+        return GeneratorStream(self.streams, named or default_generator(device))
 
     def _written(self, about: _About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         values = [args[place] if place < len(args) else kwargs.get(name) for place, name in about.written]
@@ -312,9 +373,25 @@ class Recorder:
         if not (func in _FILLS or about.is_out):
             return set()
         written = self._written(about, args, kwargs)
-        filled = {self.number(t) for t in written if t.numel() * t.element_size() == self.size(self.number(t))}
+        filled = {self.number(tensor) for tensor in written if self._is_whole(tensor)}
+        if not filled:
+            return filled
         others = [t for t in leaves((args, kwargs)) if all(t is not target for target in written)]
         return filled - {self.number(tensor) for tensor in others}
+
+    def _is_whole(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor covers its storage."""
+        if tensor.numel() * tensor.element_size() != self.size(self.number(tensor)):
+            return False
+        if tensor.is_contiguous():
+            return True
+        expected = 1
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if size != 1:
+                if stride != expected:
+                    return False
+                expected *= size
+        return True
 
     def _to_cpu(self, func: Any, kwargs: dict[str, Any]) -> bool:
         """Let what asks for meta get the CPU; tell whether it did. Refuse devices that are not there."""

@@ -47,6 +47,7 @@ class Streams:
         positions: What each mark means.
         generators: Those that hold a mark, by ``id``.
         is_drawn: Whether anything drew from the default generator.
+        marks: The mark that was made last, by the index of its base.
     """
 
     bases: list[torch.Tensor] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Streams:
     positions: list[Position] = field(default_factory=list)
     generators: dict[int, torch.Generator] = field(default_factory=dict)
     is_drawn: bool = False
+    marks: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def locate(self, generator: torch.Generator) -> Position:
         """Find where a generator stands, also after it was reseeded."""
@@ -79,10 +81,13 @@ class Streams:
         if not self.marking or generator.device.type != "cpu":
             generator.set_state(self.state(position))
             return
-        mark = self.bases[position.base].clone()  # code that asks for the seed gets the right one
-        rewind_words(mark)
-        words = words_of(mark)
-        words[0], words[1], words[2] = _MARK[0], _MARK[1] ^ self.serial, len(self.positions)
+        mark = self.marks.get(position.base)
+        if mark is None:
+            mark = self.bases[position.base].clone()  # code that asks for the seed gets the right one
+            rewind_words(mark)
+            words_of(mark)[:2] = _MARK[0], _MARK[1] ^ self.serial
+            self.marks = {position.base: mark}
+        words_of(mark)[2] = len(self.positions)
         self.positions.append(position)
         self.generators[id(generator)] = generator
         generator.set_state(mark)

@@ -196,13 +196,20 @@ def _named(value: Any, items: list[Any]) -> Any:
 
 def leaves(value: Any, kinds: type | tuple[type, ...] = torch.Tensor) -> list[Any]:
     """List the tensors in the arguments or results of an operation."""
+    found: list[Any] = []
+    _gather(value, kinds, found)
+    return found
+
+
+def _gather(value: Any, kinds: type | tuple[type, ...], found: list[Any]) -> None:
     if isinstance(value, kinds):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [found for item in value for found in leaves(item, kinds)]
+        found.append(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _gather(item, kinds, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _gather(item, kinds, found)
 
 
 def last_uses(entries: Iterable[tuple[int, Entry]]) -> dict[int, int]:
