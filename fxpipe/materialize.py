@@ -23,6 +23,7 @@ from fxpipe.ir.canonical import import_path
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
 from fxpipe.ir.profile import Profile
+from fxpipe.ir.source import WeightSource
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages
 from fxpipe.runtime.build.state import StateNames, state_names
@@ -254,6 +255,56 @@ def _join(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device) -> 
     return groups, started
 
 
+def weight_sources(
+    source: Source, graph: LayerGraph, plan: PipelinePlan, seed: int, init: Init, loaded: Mapping[str, str]
+) -> list[WeightSource]:
+    """Say where every tensor's first value comes from, as ``materialize`` goes about it.
+
+    Args:
+        source: The live objects behind the plan.
+        graph: The model's layers.
+        plan: Which stage holds what.
+        seed: As in ``materialize``.
+        init: As in ``materialize``; before it was called None.
+        loaded: What this rank's tensors were read from since.
+
+    Returns:
+        All parameters and buffers of the model, in its order.
+    """
+    skeleton = source.capture.skeleton
+    layers = _layers_by_name(graph)
+    stages: dict[str, dict[int, None]] = {}
+    for stage in plan.stages:
+        for fqn in _wanted(skeleton.aliases, [_parts(source.capture, plan, layers, stage)]):
+            stages.setdefault(fqn, {})[stage.index] = None
+    found = []
+    for fqn, info in skeleton.infos.items():
+        origin = skeleton.origins[fqn]
+        if origin == "none" and _is_built(skeleton.module, fqn):
+            origin = "built"
+        words = loaded.get(fqn) or _words(origin, info.persistent, seed, init)
+        found.append(WeightSource(fqn, info.nbytes, words, tuple(sorted(stages.get(fqn, ())))))
+    return found
+
+
+def _is_built(model: nn.Module, fqn: str) -> bool:
+    """Tell whether a tensor belongs to a layer that a hand-written sequence builds."""
+    return isinstance(model, SpecSequential) and isinstance(model.specs[int(fqn.partition(".")[0])], LayerSpec)
+
+
+def _words(origin: str, persistent: bool, seed: int, init: Init) -> str:
+    if origin == "real":
+        return "the model's own value"
+    recorded = {"recorded": "recorded", "built": f"constructor, seed {seed}"}
+    if origin in recorded and (init is None or (init == "empty" and not persistent)):
+        return recorded[origin]
+    if init is None:
+        return "none: give init= or load"
+    if init == "empty":
+        return "init='empty': to be loaded" if persistent else "init='empty'"
+    return f"init={init!r}" if isinstance(init, str) else "init= function"
+
+
 def tied_names(capture: Capture) -> dict[str, str]:
     """Give, for a hand-written sequence, the FQN of the module first built for each key; empty for other models."""
     model = capture.skeleton.module
@@ -320,15 +371,21 @@ def _parts(
     return StageParts(stage.index, tuple(modules), tuple(attributes))
 
 
+def _wanted(aliases: Mapping[str, str], parts: Sequence[StageParts]) -> dict[str, None]:
+    """Give the first FQNs of the tensors that some stages hold."""
+    wanted: dict[str, None] = {}
+    for part in parts:
+        prefixes = tuple(f"{fqn}." for fqn in part.modules)
+        inside = (fqn for fqn in aliases if fqn.startswith(prefixes))
+        wanted.update(dict.fromkeys(aliases[fqn] for fqn in (*inside, *part.attributes)))
+    return wanted
+
+
 def _build(
     capture: Capture, parts: Sequence[StageParts], device: torch.device, seed: int, init: Init
 ) -> tuple[list[StageModule], set[str]]:
     skeleton = capture.skeleton
-    wanted: dict[str, None] = {}
-    for part in parts:
-        prefixes = tuple(f"{fqn}." for fqn in part.modules)
-        inside = (fqn for fqn in skeleton.aliases if fqn.startswith(prefixes))
-        wanted.update(dict.fromkeys(skeleton.aliases[fqn] for fqn in (*inside, *part.attributes)))
+    wanted = _wanted(skeleton.aliases, parts)
     sequence = skeleton.module if isinstance(skeleton.module, SpecSequential) else None
     values = initial_values(
         skeleton.module,

@@ -16,9 +16,10 @@ from fxpipe.errors import MaterializeError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.profile import Profile
-from fxpipe.materialize import Running, Source, materialize, tied_names
+from fxpipe.materialize import Init, Running, Source, materialize, tied_names, weight_sources
 from fxpipe.planning.explain import Explanation, explain
 from fxpipe.planning.simulation.simulate import simulate
+from fxpipe.report.sources import with_sources
 from fxpipe.report.table import render
 from fxpipe.runtime.build.state import full_state, load_state, own_state
 from fxpipe.runtime.ranks.place import is_first
@@ -51,16 +52,19 @@ class Pipeline:
         self.plan = plan
         self._source = source
         self._running: Running | None = None
+        self._start: tuple[int, Init] = (plan.seed, None)  # seed and init of the first values
+        self._loaded: dict[str, str] = {}  # what this rank read since, and from where
         self._trainer = Trainer(variants, source, plan.seed)
 
     # --- to read --------------------------------------------------------------------------------------------------
 
-    def report(self, format: str = "text", *, baselines: bool = False) -> str:
+    def report(self, format: str = "text", *, baselines: bool = False, weights: bool = False) -> str:
         """Give the plan as a person reads it.
 
         Args:
             format: ``"text"``, ``"markdown"``, ``"html"`` or ``"json"`` (the plan itself).
             baselines: Whether to add how DeepSpeed, torchtitan, Megatron and torchgpipe would cut the same model.
+            weights: Whether to add where the first value of each tensor comes from, and which stages hold it.
 
         Raises:
             PlanError: The format is none of these.
@@ -71,7 +75,11 @@ class Pipeline:
         if self.plan.num_stages * self.plan.num_microbatches <= EXPLAINED:
             found = explain(self.plan, done)
             said = [found.line, *(f"{change.what}: {100 * change.gain:.1f} % faster." for change in found.changes)]
-        return render(self.plan, format, compared, simulation=done, advice=said)
+        text = render(self.plan, format, compared, simulation=done, advice=said)
+        if not weights:
+            return text
+        sources = weight_sources(self._source, self.graph, self.plan, *self._start, self._loaded)
+        return with_sources(text, format, sources)
 
     def explain(self) -> Explanation:
         """Say what limits a step and which changes would help, each with its simulated gain; ``str`` of it is text.
@@ -149,16 +157,19 @@ class Pipeline:
         if self._running is not None:
             raise MaterializeError("this pipeline is materialized already\n  compile again for another device or dtype")
         path = weights_path(init)
+        words = "empty" if path is not None or isinstance(init, os.PathLike) else init
+        seed = self.plan.seed if seed is None else seed
         self._running = materialize(
             self._source,
             self.graph,
             self.plan,
             device=device,
             dtype=dtype,
-            seed=self.plan.seed if seed is None else seed,
+            seed=seed,
             options=RunOptions(parallelize, compile, keep_wide, timings),
-            init="empty" if path is not None or isinstance(init, os.PathLike) else init,
+            init=words,
         )
+        self._start = (seed, words)
         if path is not None:
             self.load(path)
         return self
@@ -394,6 +405,7 @@ class Pipeline:
             scheduler=scheduler,
         )
         self._trainer.resume(loaded.step, loaded.seed)
+        self._loaded.update(dict.fromkeys(loaded.filled, f"file {os.path.basename(os.path.normpath(path))}"))
         return loaded.extra
 
     def save(

@@ -29,6 +29,7 @@ def add(commands: Any) -> None:
     add_budget(parser)
     parser.set_defaults(schedule=None)
     parser.add_argument("--baselines", action="store_true", help="also cut as DeepSpeed, torchtitan and torchgpipe do")
+    parser.add_argument("--weights", action="store_true", help="also where each tensor's first value comes from")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the plan; without FILE, print it")
     parser.add_argument("--html", metavar="FILE", help="write the report as a page")
     parser.add_argument("--markdown", metavar="FILE", help="write the report as Markdown")
@@ -46,9 +47,9 @@ def _run(options: argparse.Namespace) -> None:
         raise PlanError("neither --stages nor --devices is given\n  give --stages 8, --stages auto or --devices 64")
     pipe = compiled(options)
     if options.json == "-":
-        print(pipe.report("json"))
+        print(pipe.report("json", weights=options.weights))
     else:
-        print(pipe.report(baselines=options.baselines))
+        print(pipe.report(baselines=options.baselines, weights=options.weights))
     for path, format in ((options.json, "json"), (options.html, "html"), (options.markdown, "markdown")):
         if path and path != "-":
-            write(path, pipe.report(format))
+            write(path, pipe.report(format, weights=options.weights))

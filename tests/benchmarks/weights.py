@@ -1,13 +1,13 @@
-"""Measure what giving a model its first values takes: seconds and memory, each in a process of its own.
+"""Measure what giving a model its first values takes: processor time and memory, each in a process of its own.
 
     python -m tests.benchmarks weights [gpt2-medium llama-1.3b] [--stages 1 2 4 8] [--record] [--skip]
 
 For each model: an eager build; the stages of each number of stages as ``materialize`` fills them after
 ``fxpipe.deferred_init`` (peak memory above a rank that has captured and joined its group, against the bytes it owns;
-seconds, against the eager build); and the middle stage of the largest number as DeepSpeed's pipeline module does it,
-where each rank builds the layers it owns (with other numbers than an eager build). ``--record``: how long recording a
-Llama of 405 billion parameters takes against building it on fake tensors, side by side, and what it keeps. ``--skip``:
-how long it takes to skip ever longer pieces of the random stream.
+processor seconds of one thread, against the eager build); and the middle stage of the largest number as DeepSpeed's
+pipeline module does it, where each rank builds the layers it owns (with other numbers than an eager build).
+``--record``: how long recording a Llama of 405 billion parameters takes against building it on fake tensors, side by
+side, and what it keeps. ``--skip``: how long it takes to skip ever longer pieces of the random stream.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ VOCABULARY = 32000
 
 @contextlib.contextmanager
 def measured() -> Iterator[dict[str, float]]:
-    """Give seconds, and the highest resident memory in bytes above what it was before."""
+    """Give seconds of one processor, and the highest resident memory in bytes above what it was before."""
     gc.collect()
     found: dict[str, float] = {}
     before = psutil.Process().memory_info().rss
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts again from here
-    start = time.perf_counter()
+    start = time.process_time()
     yield found
-    found["seconds"] = time.perf_counter() - start
+    found["seconds"] = time.process_time() - start
     with open("/proc/self/status") as file:
         mark = next(line for line in file if line.startswith("VmHWM"))
     found["peak"] = int(mark.split()[1]) * 1024 - before
@@ -113,7 +113,8 @@ def stages(name: str, number: int, wanted: Sequence[int]) -> list[dict[str, floa
     for index in wanted:
         capture, layers = pipe._source.capture, _layers_by_name(pipe.graph)
         with measured() as found:
-            built, _ = _build(capture, [_parts(capture, pipe.plan, layers, pipe.plan.stages[index])], "cpu", 0, None)
+            parts = [_parts(capture, pipe.plan, layers, pipe.plan.stages[index])]
+            built, _ = _build(capture, parts, torch.device("cpu"), 0, None)
         own = size_of([*built[0].parameters(), *built[0].buffers()])
         results.append({**found, "own": own, "recording": recording["seconds"], "index": index})
         del built
@@ -142,10 +143,9 @@ def record() -> dict[str, float]:
     from fxpipe._torch import FakeTensorMode
 
     def plainly() -> float:
-        start = time.perf_counter()
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with measured() as found, FakeTensorMode(allow_non_fake_inputs=True):
             llama_405b()
-        return time.perf_counter() - start
+        return found["seconds"]
 
     def recorded() -> tuple[float, float, nn.Module]:
         with measured() as found, fxpipe.deferred_init(seed=0):

@@ -1,6 +1,7 @@
 """Weights from recorded constructors, through the whole street, and what stays in memory after it."""
 
 import gc
+import json
 import os
 import warnings
 import weakref
@@ -134,6 +135,91 @@ def test_compile_inside_of_the_block_is_refused():
         fxpipe.deferred_init(),
     ):
         fxpipe.compile(Net(), 2, example_kwargs=batch())
+
+
+# --- where values come from ---
+
+
+def sources(pipe):
+    rows = json.loads(pipe.report("json", weights=True))["weights"]
+    return {row["fqn"]: (row["source"], tuple(row["stages"])) for row in rows}
+
+
+def test_the_report_says_where_each_tensor_comes_from():
+    model = recorded()
+    model.blocks[1].bias = nn.Parameter(torch.zeros(WIDTH))
+    model.blocks[2].bias = nn.Parameter(torch.zeros(WIDTH, device="meta"))
+    pipe = fxpipe.compile(model, 2, example_kwargs=batch())
+    found = sources(pipe)
+    assert list(found) == [fqn for fqn, _ in (*_in_order(model),)]
+    assert found["embedding.weight"] == ("recorded", (0, 1))  # tied to the head
+    assert found["blocks.1.bias"][0] == "the model's own value"
+    assert found["blocks.2.bias"][0] == "none: give init= or load"
+    with pytest.raises(fxpipe.MaterializeError, match=r"no value for 1 tensor of Net: blocks\.2\.bias"):
+        pipe.materialize()
+    pipe.materialize(init="empty")
+    found = sources(pipe)
+    assert found["scale"][0] == "recorded"
+    assert found["classes"][0] == "init='empty': to be loaded"
+    assert found["blocks.1.bias"][0] == "the model's own value"
+    assert "the model's own value 32 B" in pipe.report(weights=True)
+
+
+def test_what_was_read_from_a_file_is_named_after_it(tmp_path):
+    pipe = fxpipe.compile(recorded(), 2, example_kwargs=batch()).materialize()
+    pipe.save(tmp_path / "saved")
+    pipe = fxpipe.compile(recorded(seed=5), 2, example_kwargs=batch()).materialize(init=tmp_path / "saved")
+    found = sources(pipe)
+    assert found["blocks.0.weight"][0] == "file saved"
+    assert found["scale"][0] == "recorded"
+    assert torch.equal(pipe.state_dict()["blocks.0.weight"], plain().blocks[0].weight)
+
+
+def _in_order(model):
+    for prefix, part in model.named_modules():
+        for leaf, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            fqn = f"{prefix}.{leaf}" if prefix else leaf
+            if fqn != "head.weight":
+                yield fqn, tensor
+
+
+def test_the_report_names_explicit_inits_and_constructors():
+    specs = [fxpipe.LayerSpec(nn.Linear, 4, 4), torch.relu, nn.Linear(4, 4)]
+
+    def loss(output, target):
+        return nn.functional.mse_loss(output, target)
+
+    example = {"target": torch.rand(4, 4)}
+    pipe = fxpipe.compile(specs, 2, (torch.rand(4, 4),), example, loss_fn=loss, seed=3)
+    assert [source for source, _ in sources(pipe).values()] == ["constructor, seed 3"] * 2 + [
+        "the model's own value"
+    ] * 2
+    pipe.materialize(init="reset", seed=4)
+    assert sources(pipe)["0.weight"] == ("init='reset'", (0,))
+    pipe = fxpipe.compile(recorded(), 1, example_kwargs=batch())
+    pipe.materialize(init=lambda module: [nn.init.ones_(t.data) for t in _direct(module)])
+    assert {source for source, _ in sources(pipe).values()} == {"init= function"}
+
+
+def _direct(module):
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def test_the_command_line_plans_a_recorded_model_and_shows_its_sources(tmp_path, capsys):
+    from fxpipe.cli.main import main
+
+    file = tmp_path / "factory_of_a_recording.py"
+    file.write_text(
+        "import fxpipe, torch\n"
+        "from tests.end_to_end.test_weights import Net, batch\n"
+        "def build():\n"
+        "    with fxpipe.deferred_init(seed=3):\n"
+        "        model = Net()\n"
+        "    return model, (), batch()\n"
+    )
+    assert main(["plan", f"{file}:build", "--stages", "2", "--weights"]) == 0
+    text = capsys.readouterr().out
+    assert any(line.split()[:4] == ["blocks.3.bias", "32", "B", "recorded"] for line in text.splitlines())
 
 
 # --- what stays in memory ---
