@@ -83,6 +83,9 @@ class Replay:
         if isinstance(entry, Constant):
             self.memory[entry.storage] = entry.value.clone().untyped_storage()
             return
+        made = {region.storage for _, region in entry.outputs}
+        for storage in entry.replaces - made - self.memory.keys():
+            self._allocate(storage, None)
         args, kwargs = map_tensors((entry.args, entry.kwargs), self.view, Region)
         if entry.position is not None:
             self._seek(entry.device, entry.position)
@@ -97,11 +100,14 @@ class Replay:
     def view(self, region: Region) -> torch.Tensor:
         """Give the tensor that lies in a region; its memory is there from now on."""
         if region.storage not in self.memory:
-            flat = torch.empty(self.sizes(region.storage), dtype=torch.uint8, device="cpu")
-            if self.blank is not None:
-                flat.fill_(self.blank)
-            self.memory[region.storage] = flat.untyped_storage()
+            self._allocate(region.storage, self.blank)
         return view_of(self.memory[region.storage], region)
+
+    def _allocate(self, storage: int, blank: int | None) -> None:
+        flat = torch.empty(self.sizes(storage), dtype=torch.uint8, device="cpu")
+        if blank is not None:
+            flat.fill_(blank)
+        self.memory[storage] = flat.untyped_storage()
 
     def _take(self, storage: int) -> torch.UntypedStorage:
         if storage not in self.memory:

@@ -32,6 +32,7 @@ def assert_equal(plain, recorded):
         assert_same_bits(value, plain[name])
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # torch, once, when one is copied
 @pytest.mark.parametrize(
     "after",
     [
