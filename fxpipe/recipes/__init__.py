@@ -6,5 +6,5 @@ and the values of any few of them, bit for bit those of a plain build.
 What must never break: a value that was replayed equals the eager one, or there is an error; nobody draws the numbers of
 tensors that were not asked for; the global generators stand afterwards where a plain build leaves them.
 
-Floors, top down: deferred, recorder, replay, streams, then draws over mersenne, and tape.
+Floors, top down: deferred, recorder, replay, streams, then draws over mersenne, operations, and tape.
 """

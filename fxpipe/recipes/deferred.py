@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from fxpipe._torch import FakeTensor, checked_generators, deepcopied_quietly, truncated_normals
 from fxpipe.errors import MaterializeError
-from fxpipe.recipes.recorder import Recorder, RecordingMode, is_there
+from fxpipe.recipes.operations import is_there
+from fxpipe.recipes.recorder import Recorder, RecordingMode
 from fxpipe.recipes.replay import BLANK, OTHER_BLANK, Replay, holds_blanks, replaying, view_of
 from fxpipe.recipes.tape import Region
 

@@ -25,47 +25,26 @@ from fxpipe._torch import (
 )
 from fxpipe.errors import MaterializeError
 from fxpipe.recipes.draws import count_draws
+from fxpipe.recipes.operations import (
+    EMPTY,
+    FILLS,
+    FLOATS,
+    PLAIN_FILLS,
+    READS,
+    About,
+    about_operation,
+    generator_of,
+    is_there,
+    spelled,
+)
 from fxpipe.recipes.replay import Replay, replaying, view_of
 from fxpipe.recipes.streams import GeneratorStream, MetaStream, Position, Streams, default_generator
 from fxpipe.recipes.tape import Constant, Operation, Region, Tape, leaves, map_tensors
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
-_EMPTY: frozenset[Any] = frozenset(
-    {
-        aten.empty.memory_format,
-        aten.empty_strided.default,
-        aten.empty_like.default,
-        aten.new_empty.default,
-        aten.new_empty_strided.default,
-        aten.empty_permuted.default,
-    }
-)
-"""Operations that give memory and leave it as it is."""
-
-_FILLS: frozenset[Any] = frozenset(
-    {
-        *(aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor),
-        *(aten.copy_.default, aten.random_.default, getattr(aten.random_, "from"), aten.random_.to),
-        *(aten.exponential_.default, aten.bernoulli_.float, aten.log_normal_.default, aten.cauchy_.default),
-        *(aten.geometric_.default,),
-    }
-)
-"""Operations that write every element of their first argument and read none."""
-
-_SECRETLY_WRITTEN = ("running_mean", "running_var")
-"""Arguments of batch norms, which update them without saying so in their schema."""
-
-_PLAIN_FILLS: frozenset[Any] = frozenset({aten.normal_.default, aten.uniform_.default, aten.zero_.default})
-"""Those of them that most of a model is made of."""
-
-_FLOATS = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
-
 _NOTHING: frozenset[int] = frozenset()
 _NO_ARGUMENTS: Mapping[str, Any] = {}
-
-_READS: frozenset[Any] = frozenset({aten._local_scalar_dense.default, aten.item.default, aten.equal.default})
-"""Operations that give Python a value."""
 
 
 class RecordingMode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -120,43 +99,6 @@ class RecordingMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self._busy = before
-
-
-@dataclass(frozen=True, slots=True)
-class _About:
-    """What the schema of an operation says.
-
-    Attributes:
-        written: Positions and names of the arguments that it writes.
-        is_out: Whether these only take the result.
-        is_random: Whether it draws.
-        changes_shape_only: Whether it changes where a tensor looks, and not what is there.
-        is_view: Whether all it gives are views of what it gets, or it only asks for a device.
-    """
-
-    written: tuple[tuple[int, str], ...]
-    is_out: bool
-    is_random: bool
-    changes_shape_only: bool
-    is_view: bool = False
-
-
-@functools.cache
-def _about(func: Any) -> _About:
-    arguments = func._schema.arguments
-    returned = [value.alias_info for value in func._schema.returns]
-    written = tuple(
-        (place, argument.name)
-        for place, argument in enumerate(arguments)
-        if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in _SECRETLY_WRITTEN
-    )
-    return _About(
-        written,
-        bool(written) and all(arguments[place].is_out for place, _ in written),
-        torch.Tag.nondeterministic_seeded in func.tags,
-        torch.Tag.inplace_view in func.tags or func in (aten.set_.source_Tensor, aten.resize_.default),
-        func is torch.ops.prim.device.default or (bool(returned) and all(a and not a.is_write for a in returned)),
-    )
 
 
 @dataclass(slots=True, eq=False)
@@ -228,10 +170,10 @@ class Recorder:
                 f"{func} runs inside of deferred_init, which does not know what it changes\n"
                 "  build this model without deferred_init"
             )
-        about = _about(func)
+        about = about_operation(func)
         if about.is_view and self.is_own(args[0]):
             return call(args, kwargs)
-        if func in _PLAIN_FILLS and self._is_plain(args, kwargs):
+        if func in PLAIN_FILLS and self._is_plain(args, kwargs):
             self._write_fill(func, about, args, kwargs)
             return args[0]  # there is nothing that a fake could add: its shape stays
         is_meta = self.streams.marking and self._to_cpu(func, kwargs)
@@ -239,7 +181,7 @@ class Recorder:
         is_fake = [self.is_own(tensor) for tensor in given]
         if func is aten.lift_fresh.default and not is_fake[0]:
             return self.lift(args[0])
-        if (given and not any(is_fake)) or func in _READS:
+        if (given and not any(is_fake)) or func in READS:
             return self.really(func, args, kwargs)
         if not all(is_fake):
             if any(not self.is_own(tensor) for tensor in self._written(about, args, kwargs)):
@@ -260,7 +202,7 @@ class Recorder:
         made = {region.storage for _, region in outputs}
         if is_meta or not self._on_meta.isdisjoint(known | written):
             self._on_meta.update(made | written)
-        if func in _EMPTY or not (written or made):
+        if func in EMPTY or not (written or made):
             return result
         self._write_down(func, args, kwargs, about, found, outputs, known, written)
         return result
@@ -270,7 +212,7 @@ class Recorder:
         tensor, numbers = args[0], args[1:]
         return (
             self.is_own(tensor)
-            and tensor.dtype in _FLOATS
+            and tensor.dtype in FLOATS
             and 0 not in tensor.stride()
             and kwargs.keys() <= {"generator"}
             and all(isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers[1:])
@@ -286,7 +228,7 @@ class Recorder:
         """
         storage = self.number(tensor)
         self._write_down(
-            function, (tensor, *args), kwargs, _About(((0, ""),), False, True, False), [], (), {storage}, {storage}
+            function, (tensor, *args), kwargs, About(((0, ""),), False, True, False), [], (), {storage}, {storage}
         )
         torch.autograd.graph.increment_version(tensor)
         return tensor
@@ -296,7 +238,7 @@ class Recorder:
         func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        about: _About,
+        about: About,
         found: list[torch.Tensor],
         outputs: tuple[tuple[int, Region], ...],
         known: set[int],
@@ -307,7 +249,7 @@ class Recorder:
         device, stream, position = _CPU, None, None
         if about.is_random:
             device = (found or leaves(args))[0].device
-            stream = self._stream(_generator(args, kwargs), device, written | replaces)
+            stream = self._stream(generator_of(args, kwargs), device, written | replaces)
             position = stream.locate()
         args, kwargs = map_tensors((args, kwargs), self.region)
         entry = Operation(
@@ -324,7 +266,7 @@ class Recorder:
         )
         self._append(entry, stream, found[0] if found else None)
 
-    def _write_fill(self, func: Any, about: _About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _write_fill(self, func: Any, about: About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Write down what most of a recording is made of: as ``_write_down``, without looking for tensors."""
         tensor = args[0]
         writes = frozenset((self.number(tensor),))
@@ -364,13 +306,13 @@ class Recorder:
             return self._meta
         return GeneratorStream(self.streams, named or default_generator(device))
 
-    def _written(self, about: _About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    def _written(self, about: About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         values = [args[place] if place < len(args) else kwargs.get(name) for place, name in about.written]
         return leaves(values)
 
-    def _filled(self, func: Any, about: _About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+    def _filled(self, func: Any, about: About, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
         """Give the storages of which an operation writes every byte and reads none."""
-        if not (func in _FILLS or about.is_out):
+        if not (func in FILLS or about.is_out):
             return set()
         written = self._written(about, args, kwargs)
         filled = {self.number(tensor) for tensor in written if self._is_whole(tensor)}
@@ -404,7 +346,7 @@ class Recorder:
             return True
         if not is_there(device):
             raise MaterializeError(
-                f"{_spelled(func)} asks for {device}, and there is no such device here\n"
+                f"{spelled(func)} asks for {device}, and there is no such device here\n"
                 "  build the model on the CPU: materialize moves each rank's tensors to its device"
             )
         return False
@@ -458,11 +400,11 @@ class Recorder:
         """Do an operation on values, and keep what it gives: numbers for Python, or tensors as constants."""
         fakes = list({id(t): t for t in leaves((args, kwargs)) if self.is_own(t)}.values())
         twins = dict(zip(map(id, fakes), self.values(fakes), strict=True)) if fakes else {}
-        about = _about(func)
+        about = about_operation(func)
         given = leaves((args, kwargs))
         generator, position = None, None
         if about.is_random:
-            generator = _generator(args, kwargs) or default_generator(given[0].device)
+            generator = generator_of(args, kwargs) or default_generator(given[0].device)
             position = self.streams.locate(generator)
         with without_modes(), without_functions():
             if generator is not None and position is not None:
@@ -503,24 +445,5 @@ class Recorder:
         self._lifted.clear()
 
 
-def _generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:
-    return next(iter(leaves((args, kwargs), torch.Generator)), None)
-
-
-def _nothing(_generator: Any) -> None:
+def _nothing(generator_of: Any) -> None:
     return None
-
-
-@functools.cache
-def is_there(device: torch.device) -> bool:
-    """Tell whether this process can use a device."""
-    if device.type in ("cpu", "meta"):
-        return True
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or accelerator.type != device.type:
-        return False
-    return device.index is None or device.index < torch.accelerator.device_count()
-
-
-def _spelled(func: Any) -> str:
-    return f"torch.{str(func).removeprefix('aten.').partition('.')[0]}"
