@@ -7,10 +7,9 @@ import replicas_worker
 
 @pytest.fixture(scope="module")
 def said():
-    return launch.launch_cases("end_to_end/replicas_worker.py", replicas_worker.RANKS, timeout_s=400)
+    return launch.launch_cases("end_to_end/replicas_worker.py", replicas_worker.RANKS)
 
 
-@pytest.mark.timeout(460)
 @pytest.mark.parametrize("case", replicas_worker.cases())
 def test_over_replicas(case, said):
     launch.passed(said, case, replicas_worker.RANKS)

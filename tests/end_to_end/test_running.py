@@ -310,3 +310,66 @@ def test_a_batch_of_ever_new_lengths_fills_no_memory():
             assert len(pipe._trainer.variants.keys) == 3
             kept = [name for name in linecache.cache if name.startswith("<fxpipe stage")]
             assert len(kept) <= 8 + len(before_lines)
+
+
+def test_autocast_gives_the_loss_of_one_stage_bit_by_bit():
+    """Gradients of ties and of contiguous copies may be added up in another order: 2 ulp of the largest entry."""
+    model, batch = gpt2(), models.causal_batch()
+    runs = []
+    for stages in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16), pipe_of(model, batch, stages).materialize() as pipe:
+            runs.append((pipe.step(**batch), gradients(pipe)))
+    (loss, wanted), (again, found) = runs
+    assert torch.equal(loss, again)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = models.token_loss(model(batch["input_ids"]), batch["target"])
+    torch.testing.assert_close(loss.double(), plain.detach().double(), rtol=2e-2, atol=0)
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    assert all(float((found[fqn] - gradient).abs().max()) <= 2**-7 * largest for fqn, gradient in wanted.items())
+
+
+class Moving(nn.Module):
+    """Statistics that a forward moves: running means, and the vectors of a spectral norm."""
+
+    def __init__(self):
+        super().__init__()
+        parts = (
+            nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.BatchNorm1d(8)) for _ in range(4)
+        )
+        self.layers = nn.ModuleList(parts)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("recompute", [None, "block"])
+def test_statistics_move_once_per_microbatch(recompute):
+    torch.manual_seed(0)
+    model = Moving().double()
+    batch = {"x": torch.randn(8, 8).double(), "target": torch.randn(8, 8).double()}
+    plain = copy.deepcopy(model)
+    for x, target in zip(batch["x"].split(2), batch["target"].split(2), strict=True):
+        (F.mse_loss(plain(x), target) / 4).backward()
+    training = fxpipe.Training(recompute=recompute)
+    with pipe_of(model, batch, loss_fn=F.mse_loss, training=training).materialize() as pipe:
+        pipe.step(**batch)
+        for fqn, buffer in pipe.named_buffers():
+            torch.testing.assert_close(buffer, plain.get_buffer(fqn), rtol=1e-12, atol=1e-12)
+        for fqn, parameter in pipe.named_parameters():
+            torch.testing.assert_close(parameter.grad, plain.get_parameter(fqn).grad, rtol=1e-10, atol=1e-12)
+
+
+def test_hooks_on_blocks_are_called_once_per_microbatch():
+    model, batch = tower()
+    called = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: called.append(output.shape) or output * 2)
+    plain = copy.deepcopy(model).eval()
+    with pipe_of(model, batch, loss_fn=F.mse_loss, training=fxpipe.Training(recompute="block")).materialize() as pipe:
+        pipe.eval()
+        pipe.step(**batch)  # captures, which calls them too
+        called.clear()
+        loss = pipe.step(**batch)
+        assert called == [(2, 8)] * 4
+        torch.testing.assert_close(loss, F.mse_loss(plain(batch["x"]), batch["target"]).detach())

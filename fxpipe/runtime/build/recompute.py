@@ -44,31 +44,37 @@ def recompute(
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _OtherBuffers(modules)
+        return nullcontext(), _EarlierBuffers(modules)
 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts, **kwargs)
 
 
-class _OtherBuffers:
-    """Lets modules run again on copies of their buffers: what moves in a forward (running statistics) moves once.
+class _EarlierBuffers:
+    """Lets modules run again on copies of their buffers, as these were before the first forward.
 
-    Which buffers move cannot be told: the kernels of batch norm leave no trace in a tensor's version.
+    What moves in a forward (running statistics, the vectors of a spectral norm) then moves once, and the second forward
+    computes what the first one did. Which buffers move cannot be told: the kernels of batch norm leave no trace in a
+    tensor's version.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        self._kept: list[tuple[nn.Module, str, torch.Tensor]] = []
+        copies: dict[int, torch.Tensor] = {}
+        self._earlier = [
+            (part, name, copies.setdefault(id(buffer), buffer.detach().clone()))
+            for module in modules
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        self._now: list[tuple[nn.Module, str, torch.Tensor | None]] = []
 
     def __enter__(self) -> None:
-        copies: dict[int, torch.Tensor] = {}
-        for module in self._modules:
-            for part in module.modules():
-                for name, buffer in part._buffers.items():
-                    if buffer is not None:
-                        self._kept.append((part, name, buffer))
-                        part._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+        copies: dict[int, torch.Tensor] = {}  # there may be another recomputation
+        for part, name, earlier in self._earlier:
+            self._now.append((part, name, part._buffers[name]))
+            part._buffers[name] = copies.setdefault(id(earlier), earlier.clone())
 
     def __exit__(self, *error: Any) -> None:
-        kept, self._kept = self._kept, []
-        for part, name, buffer in reversed(kept):
+        now, self._now = self._now, []
+        for part, name, buffer in now:
             part._buffers[name] = buffer
