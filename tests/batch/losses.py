@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxpipe
+
 SAMPLES, LENGTH, CLASSES = 8, 5, 7
 Loss = Callable[[Any, Any], torch.Tensor]
 CLASS_WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.25, 1.5, 3.0, 0.75], dtype=torch.float64)
@@ -260,3 +262,23 @@ class Chain(nn.Module):
         for layer in self.layers:
             x = layer(x).tanh()
         return x
+
+
+def inputs(seed: int = 1) -> torch.Tensor:
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randn(SAMPLES, LENGTH, CLASSES, generator=drawn, dtype=torch.float64)
+
+
+def compiled(model: nn.Module, loss: Loss | None, x: Any, target: Any = None, **options: Any) -> fxpipe.Pipeline:
+    kwargs = {} if target is None else {"target": target}
+    options = {"microbatches": 4, "schedule": "GPipe", **options}
+    return fxpipe.compile(model, 2, (x,), kwargs, loss_fn=loss, **options)
+
+
+def check_equal(pipe: fxpipe.Pipeline, plain: nn.Module, loss: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Loss and every gradient within 1e-12 of the largest."""
+    assert abs(float(loss) - float(wanted)) <= 1e-12 * max(abs(float(wanted)), 1e-3)
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values() if gradient is not None)
+    for name, parameter in pipe.named_parameters():
+        assert float((parameter.grad - gradients[name]).abs().max()) <= 1e-12 * largest, name

@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-import fxpipe
-from tests.batch.losses import (
-    CLASSES,
+from losses import (
     COUPLED,
     LENGTH,
     NOT_RECORDED,
@@ -20,30 +16,16 @@ from tests.batch.losses import (
     SEPARATE,
     Chain,
     Loss,
+    check_equal,
+    compiled,
     entropy,
+    inputs,
     per_token,
     sequence,
 )
+from torch import nn
 
-
-def inputs(seed: int = 1) -> torch.Tensor:
-    drawn = torch.Generator().manual_seed(seed)
-    return torch.randn(SAMPLES, LENGTH, CLASSES, generator=drawn, dtype=torch.float64)
-
-
-def compiled(model: nn.Module, loss: Loss | None, x: Any, target: Any = None, **options: Any) -> fxpipe.Pipeline:
-    kwargs = {} if target is None else {"target": target}
-    options = {"microbatches": 4, "schedule": "GPipe", **options}
-    return fxpipe.compile(model, 2, (x,), kwargs, loss_fn=loss, **options)
-
-
-def check_equal(pipe: fxpipe.Pipeline, plain: nn.Module, loss: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Loss and every gradient within 1e-12 of the largest."""
-    assert abs(float(loss) - float(wanted)) <= 1e-12 * max(abs(float(wanted)), 1e-3)
-    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values() if gradient is not None)
-    for name, parameter in pipe.named_parameters():
-        assert float((parameter.grad - gradients[name]).abs().max()) <= 1e-12 * largest, name
+import fxpipe
 
 
 def check_step(loss: Loss, **options: Any) -> fxpipe.Pipeline:

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import Chain, compiled, entropy, inputs, sequence
 from torch import nn
 
 import fxpipe
 from fxpipe.runtime.run.local import LocalEngine
-from tests.batch.losses import Chain, entropy, sequence
-from tests.batch.test_losses import compiled, inputs
 
 
 def running(model: nn.Module, *args: Any, target: Any = None, **options: Any) -> fxpipe.Pipeline:

@@ -30,11 +30,13 @@ class Kind:
     Attributes:
         floats: One of ``FLOATS``: what the blocks hand out, and inputs without values.
         integers: One of ``INTEGERS``: the example's values and what may be ignored, the example's alone, 0 and 1, 0.
+        masks: Whether a mask of which the example has all ones may have zeros.
         major: Whether samples come first where several rows belong to each.
     """
 
     floats: str = "normal"
     integers: str = "wide"
+    masks: bool = True
     major: bool = True
 
 
@@ -158,7 +160,7 @@ class Given:
             found = torch.tensor(
                 sorted({self.sizes.identify(int(value)) for value in torch.unique(known)[:4096].tolist()})
             )
-        if kind.integers == "wide" and set(found.tolist()) <= {0, 1}:
+        if kind.masks and set(found.tolist()) <= {0, 1}:
             found = found.new_tensor([0, 1])
         if set(found.tolist()) == {0, 1} and kind.integers != "zero":
             special = found.new_tensor([each for each in self._special if each < 0])

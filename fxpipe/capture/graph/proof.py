@@ -306,11 +306,12 @@ class _Proof:
 def _kinds(tail: Tail) -> Iterator[Kind]:
     """Yield the kinds of values to try, the likeliest first."""
     has_integers = any(n.op == "placeholder" and "float" not in tensor_of(n).dtype for n in tail.sources)
-    for integers in INTEGERS if has_integers else INTEGERS[:1]:
-        for floats in FLOATS:
-            yield Kind(floats, integers)
-            if _has_turns(tail):
-                yield Kind(floats, integers, major=False)
+    for masks in (True, False):
+        for integers in INTEGERS if has_integers else INTEGERS[:1]:
+            for floats in FLOATS:
+                yield Kind(floats, integers, masks)
+                if _has_turns(tail):
+                    yield Kind(floats, integers, masks, major=False)
 
 
 def _has_turns(tail: Tail) -> bool:
