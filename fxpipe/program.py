@@ -212,6 +212,8 @@ class Program:
         drawing: FQNs of the modules whose own forward draws random numbers: ``"once"`` where it makes one drawing
             call and no module inside draws, else ``"each"``.
         draw_names: Names (``__name__``) of the torch functions that draw random numbers in this model, sorted.
+        overwritten: FQNs of buffers that each forward writes to and whose value its backward needs: forwards of several
+            microbatches must not run before the first one's backward.
     """
 
     stages: tuple[StageProgram, ...]
@@ -221,3 +223,4 @@ class Program:
     constants: Mapping[str, Any]
     drawing: Mapping[str, Literal["once", "each"]]
     draw_names: tuple[str, ...]
+    overwritten: tuple[str, ...] = ()

@@ -238,6 +238,20 @@ class Step:
         return jobs
 
 
+def check_overlap(program: Program) -> None:
+    """Refuse a model whose forward changes what the backward of the microbatch before still needs.
+
+    Raises:
+        ScheduleError: Names the buffers.
+    """
+    if program.overwritten:
+        raise ScheduleError(
+            f"each forward writes in place to {', '.join(program.overwritten)}, whose value its backward needs: the "
+            "forward of the next microbatch would change it first\n"
+            "  let the forward read a copy (buffer.clone()), or use one rank"
+        )
+
+
 class Trainer:
     """Runs the batches of a pipeline: the same call on every rank, agreed before anything is exchanged.
 
@@ -348,6 +362,8 @@ class Trainer:
         found = tuple(self.variants.find(each, with_loss=True) for each in inputs)
         for variant in found if len(parts) > 1 else ():
             variant.captured.check_separates()
+            if running.groups is not None and running.plan.num_ranks > 1:
+                check_overlap(variant.program)
         return Step(inputs, found, sizes, self._counts(found, inputs, sizes, parts))
 
     def _counts(

@@ -52,6 +52,7 @@ def make_program(
         constants={name: observation.recorder.constants[name] for stage in stages for name in stage.constants},
         drawing=observation.frames.drawing(draw_names),
         draw_names=draw_names,
+        overwritten=observation.overwritten,
     )
 
 

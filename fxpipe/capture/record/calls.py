@@ -296,6 +296,7 @@ def finish_call(
     known.random = any(info(read).random for read in node.all_input_nodes) or is_random(frame.functions[position])
     forward.counts.add(node, func, args, kwargs, trace, tuple(forward.attention))
     with without_functions():
+        forward.counts.note_buffers(func, args, kwargs, result)
         forward.recorder.emit(result, node)
 
 

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.counting import LayerCounter, fused_attention_calls
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
+from fxpipe.capture.calls.values import storage_of, tensors_in
 from fxpipe.capture.calls.zero_inputs import counts_on_zeros
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import info, is_setting
+from fxpipe.capture.record.recorder import Storage
 from fxpipe.ir.tree import map_tree
 
 
@@ -31,6 +34,17 @@ class _Uncounted:
     nodes: list[fx.Node] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _BufferRead:
+    """A differentiable call that reads buffers of the model's, to be made again."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    ambient: Ambient
+    storages: tuple[int, ...]
+
+
 class Counts:
     """The calls of one forward that are still to be counted.
 
@@ -43,6 +57,37 @@ class Counts:
         self.counter = counter
         self._skeleton = skeleton
         self._uncounted: dict[Any, _Uncounted] = {}
+        self._buffer_reads: list[_BufferRead] = []
+        named = ((storage_of(tensor), fqn) for fqn, tensor in skeleton.module.named_buffers())
+        self._buffers = {key: fqn for key, fqn in named if key is not None}
+
+    def note_buffers(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> None:
+        """Remember a call that reads buffers and takes a gradient: its backward may need what they hold.
+
+        Args:
+            func: What was called.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            result: What it gave.
+        """
+        if not any(tensor.requires_grad for tensor in tensors_in(result)):
+            return
+        own = func.buffers() if isinstance(func, nn.Module) else ()
+        keys = tuple(key for each in (*tensors_in(args, kwargs), *own) if (key := storage_of(each)) in self._buffers)
+        if keys:
+            args, kwargs = map_tree(_kept, (args, dict(kwargs)))
+            self._buffer_reads.append(_BufferRead(func, args, kwargs, Ambient.now(), keys))
+
+    def saved_buffers(self, storages: Mapping[int, Storage]) -> tuple[str, ...]:
+        """Give the buffers that some call writes to and some backward needs: the next microbatch would change them."""
+        found: dict[str, None] = {}
+        for read in self._buffer_reads:
+            written = {key for key in read.storages if key in storages and storages[key].writers}
+            if written:
+                found.update((self._buffers[key], None) for key in _saved_by(read) if key in written)
+        return tuple(found)
 
     def add(
         self,
@@ -90,6 +135,23 @@ class Counts:
                     counts = counts_on_zeros(self.counter, *given)
             for node in call.nodes:
                 info(node).counts = counts
+
+
+def _saved_by(read: _BufferRead) -> list[int]:
+    """Make a call again and give the storages of what it saves for its backward."""
+    saved: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        key = storage_of(tensor)
+        saved.extend(() if key is None else (key,))
+        return tensor
+
+    with read.ambient.entered(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        try:
+            read.func(*read.args, **read.kwargs)
+        except (*UNKNOWN_VALUES, RuntimeError):  # values that are not known, transforms that take no such hooks
+            return []
+    return saved
 
 
 def _kept(_: str, leaf: Any) -> Any:

@@ -139,6 +139,8 @@ class ModuleCalls:
         else:
             info(node).counts = counts
         with without_functions():
+            if counts is None:
+                forward.counts.note_buffers(module, args, kwargs, result)
             forward.recorder.emit(result, node)
             plain = not (written or counts or forward.has_read or forward.has_drawn)
             if plain and reads is not None and not any(forward.attributes.changes(frame.fqn)):

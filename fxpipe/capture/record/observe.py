@@ -55,6 +55,7 @@ class Observation:
         results: By ``id`` of a tensor that is returned: the node that hands it out, where it is not its owner.
         left: Attributes that the forward left behind in opened modules; the next forward may read them.
         notes: What the report should say.
+        overwritten: Buffers that it writes to and whose value its backward needs.
     """
 
     leaves: Leaves
@@ -66,6 +67,7 @@ class Observation:
     results: Mapping[int, fx.Node]
     left: tuple[Change, ...]
     notes: tuple[str, ...]
+    overwritten: tuple[str, ...]
 
     def result_node(self, tensor: torch.Tensor) -> fx.Node:
         """Give the node whose value a returned tensor is."""
@@ -131,6 +133,7 @@ def observe(
         outcome.results,
         outcome.left,
         outcome.notes,
+        outcome.overwritten,
     )
 
 

@@ -27,11 +27,13 @@ class Outcome:
         results: By ``id`` of a tensor that is returned: the node that hands it out, where it is not its owner.
         left: Attributes that it left behind in opened modules; the next forward may read them.
         notes: What the report should say.
+        overwritten: Buffers that it writes to and whose value its backward needs.
     """
 
     results: Mapping[int, fx.Node]
     left: tuple[Change, ...]
     notes: tuple[str, ...]
+    overwritten: tuple[str, ...]
 
 
 def loss_of(forward: Forward, output: Any, target: Any, loss_fn: Callable[..., Any] | None) -> torch.Tensor | None:
@@ -79,13 +81,14 @@ def finish(forward: Forward, returned: Any) -> Outcome:
         forward.recorder.refresh()
     forward.counting = True
     forward.counts.make_all()
+    overwritten = forward.counts.saved_buffers(forward.recorder.storages)
     forward.counting = False
     notes = [
         f"the forward sets {change.path}; the stages of a pipeline do not hand it out"
         for change in left
         if has_tensor(change.now)
     ]
-    return Outcome(results, tuple(left), tuple(dict.fromkeys(notes)))
+    return Outcome(results, tuple(left), tuple(dict.fromkeys(notes)), overwritten)
 
 
 def _written_back(forward: Forward, change: Change) -> bool:
