@@ -130,10 +130,7 @@ def observe(
         tuple(forward.guards),
         output,
         loss,
-        outcome.results,
-        outcome.left,
-        outcome.notes,
-        outcome.overwritten,
+        *(outcome.results, outcome.left, outcome.notes, outcome.overwritten),
     )
 
 
