@@ -27,8 +27,13 @@ def compiled(model, stages=2):
     return fxpipe.compile(model, stages, (), FAMILY.batch(), microbatches=4, schedule="GPipe")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("init", ["huggingface", "empty"])
+ORDINARY = [("lora", "huggingface"), ("copy", "empty"), ("ia3", "huggingface")]
+OTHERS = [(kind, init) for kind in KINDS for init in ("huggingface", "empty") if (kind, init) not in ORDINARY]
+
+
+@pytest.mark.parametrize(
+    ("kind", "init"), [*ORDINARY, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
+)
 def test_an_adapter_changes_nothing_at_first(kind, init, tmp_path):
     """Whatever the kind: the wrapped model computes what the plain one does, and what it trains is not all zero."""
     FAMILY.build("cpu").save_pretrained(tmp_path)
