@@ -113,7 +113,9 @@ def _fewest_opened(layout: Layout) -> tuple[Solution, Solution | None]:
             chunks += [chunk[half:], chunk[:half]]
     names = [block.name for block in best.opened]
     polished = _tried(layout, layout.grouped(names), best)
-    if isinstance(polished, Solution) and polished.bottleneck <= best.bottleneck:
+    # A search that stopped at its bound evens nothing out; one that goes on may give a rank more for the sake of that.
+    more = EVENNESS if _has_several_per_rank(layout) else 0.0
+    if isinstance(polished, Solution) and polished.bottleneck <= best.bottleneck * (1 + more):
         best = polished
     return _bounded(best, fine.partition.lower_bound, fine), whole if isinstance(whole, Solution) else None
 
