@@ -129,7 +129,9 @@ class DistributedEngine:
     def _let_go(self, error: Exception) -> None:
         forget_exchanges(error)
         for stage in self._stages:
-            stage.group = None
+            for name, value in list(vars(stage).items()):
+                if isinstance(value, dist.ProcessGroup):  # torch keeps one, or from 2.14 one per direction too
+                    setattr(stage, name, None)
             stage.clear_runtime_states()
         self._schedules.clear()
 
