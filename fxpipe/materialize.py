@@ -41,6 +41,8 @@ from fxpipe.runtime.weights.checkpoints import Checkpoints
 from fxpipe.runtime.weights.model import Model
 
 Init = Callable[[nn.Module], Any] | str | None
+FIRST_CHECKED, CHECKED_EVERY = 8, 32
+"""Steps in which ranks compare their batches: of the first ones all, since loaders are wrong from the start."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +86,7 @@ class Running:
         started: Whether the process group is fxpipe's own.
         checkpoints: Reads and writes the stages.
         recorder: Keeps what this rank does when; None for nothing.
+        check_batches: As in ``RunOptions``.
     """
 
     plan: PipelinePlan
@@ -99,6 +102,13 @@ class Running:
     started: bool
     checkpoints: Checkpoints
     recorder: Recorder | None = None
+    check_batches: bool | str = "auto"
+
+    def checks_batch(self, step: int) -> bool:
+        """Whether ranks compare checksums of their batches in a step."""
+        if self.check_batches == "auto":
+            return step < FIRST_CHECKED or step % CHECKED_EVERY == 0
+        return bool(self.check_batches)
 
     @property
     def placement(self) -> list[int]:
@@ -213,12 +223,7 @@ def materialize(
     if dtype is not None:
         capture.cast(dtype)
     layers = _layers_by_name(graph)
-    own = [stage for stage in plan.stages if groups is None or stage.rank == groups.position]
-    parts = [_parts(capture, plan, layers, stage) for stage in own]
-    stages, unfilled = _build(capture, parts, where, seed, init)
-    capture.release()
-    for stage, planned in zip(stages, own, strict=True):
-        options.apply(stage, planned.recompute, capture.blocks)
+    stages, unfilled = _build_own(capture, plan, layers, groups, where, seed, init, options)
     gradients = Gradients(stages, plan.ties, [s.rank for s in plan.stages], groups, keep_wide=options.keep_wide)
     engine = _engine(plan, stages, groups, where, gradients)
     model = Model(capture.skeleton.module, state_names(capture.skeleton.module, capture.skeleton.aliases))
@@ -236,7 +241,35 @@ def materialize(
         started,
         Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching),
         options.recorder(engine, where),
+        options.check_batches,
     )
+
+
+def _build_own(
+    capture: Capture,
+    plan: PipelinePlan,
+    layers: Mapping[str, Sequence[LayerSpec]],
+    groups: Groups | None,
+    device: torch.device,
+    seed: int,
+    init: Init,
+    options: RunOptions,
+) -> tuple[list[StageModule], set[str]]:
+    """Build this rank's stages, and let go of every other tensor of the model; every rank goes on, or none."""
+    own = [stage for stage in plan.stages if groups is None or stage.rank == groups.position]
+    stages: list[StageModule] = []
+    unfilled: set[str] = set()
+    error: Exception | None = None
+    try:
+        parts = [_parts(capture, plan, layers, stage) for stage in own]
+        stages, unfilled = _build(capture, parts, device, seed, init)
+        capture.release()
+        for stage, planned in zip(stages, own, strict=True):
+            options.apply(stage, planned.recompute, capture.blocks)
+    except Exception as found:  # whatever it is, an initialiser's or memory, the other ranks must not wait for this one
+        error = found
+    agree(groups, error, "the stages", within={"the seed": seed, "check_batches": options.check_batches})
+    return stages, unfilled
 
 
 def _engine(

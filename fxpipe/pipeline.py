@@ -54,6 +54,7 @@ class Pipeline:
         self._running: Running | None = None
         self._start: tuple[int, Init] = (plan.seed, None)  # seed and init of the first values
         self._loaded: dict[str, str] = {}  # what this rank read since, and from where
+        self._closed = False
         self._trainer = Trainer(variants, source, plan.seed)
 
     # --- to read --------------------------------------------------------------------------------------------------
@@ -127,6 +128,7 @@ class Pipeline:
         parallelize: Callable[[nn.Module], Any] | None = None,
         compile: str | Mapping[str, Any] | None = None,
         keep_wide: bool = False,
+        check_batches: bool | str = "auto",
         timings: bool = False,
     ) -> Self:
         """Allocate and initialise this rank's stages; all of them outside torchrun.
@@ -144,6 +146,8 @@ class Pipeline:
                 ``"stage"``, or a mapping of its options, for the blocks; with ``"of": "stage"`` for the stage.
             keep_wide: Whether gradients of bfloat16 and float16 parameters stay in float32, in which they accumulate,
                 for optimisers with master weights; else they are rounded once, to the parameter's dtype.
+            check_batches: Whether ranks compare checksums of their batches before they exchange anything: True, False,
+                or ``"auto"``: in the first steps, and then in some. Only tensors on the host are read.
             timings: Whether ``step`` records what each rank does when, for ``timings`` and ``trace``.
 
         Returns:
@@ -154,6 +158,9 @@ class Pipeline:
             PlanError: Another rank holds another plan.
             ScheduleError: There are more or fewer processes than ranks.
         """
+        # Long: its words say what each of the many ways of running means.
+        if self._closed:
+            raise MaterializeError("this pipeline was closed\n  compile again: the plan and its report are still here")
         if self._running is not None:
             raise MaterializeError("this pipeline is materialized already\n  compile again for another device or dtype")
         path = weights_path(init)
@@ -166,7 +173,7 @@ class Pipeline:
             device=device,
             dtype=dtype,
             seed=seed,
-            options=RunOptions(parallelize, compile, keep_wide, timings),
+            options=RunOptions(parallelize, compile, keep_wide, timings, check_batches),
             init=words,
         )
         self._start = (seed, words)
@@ -249,6 +256,8 @@ class Pipeline:
         return self._trainer.infer(self._materialized(), (args, kwargs, None), microbatches, gather=gather)
 
     def _materialized(self) -> Running:
+        if self._closed:
+            raise MaterializeError("this pipeline was closed\n  compile again: the plan and its report are still here")
         if self._running is None:
             raise MaterializeError(
                 "the pipeline has no parameters yet\n  call pipe.materialize(init=...) first; until then it is a plan"
@@ -485,7 +494,7 @@ class Pipeline:
         """
         running = self._materialized()
         batch = (args, kwargs, target)
-        step = self._trainer.prepare(running, batch, None)
+        step = self._trainer.prepare(running, batch, None, "verify")
         verifier = Verifier(running, self._trainer.variants)
         return verifier.verify(step, batch, seed=self._trainer.seed, step=self._trainer.num_steps)
 
@@ -516,8 +525,9 @@ class Pipeline:
     # --- to end ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the pipeline's process groups; the stages stay."""
+        """End the pipeline: frees its stages and groups. Later calls raise; the plan and its report stay."""
         running, self._running = self._running, None
+        self._closed = self._closed or running is not None
         if running is not None:
             running.close()
 

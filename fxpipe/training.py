@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fxpipe.batch.digest import digest_inputs
 from fxpipe.batch.dims import Microbatch
 from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.merge import merge_outputs
@@ -22,12 +23,12 @@ from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, 
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
-from fxpipe.errors import CaptureError, FxpipeError, ScheduleError
+from fxpipe.errors import CaptureError, ScheduleError
 from fxpipe.materialize import Running, Source
 from fxpipe.program import Program
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.agreement import TENSORS, agree
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.reduction import sum_over
 from fxpipe.runtime.run.work import Job
@@ -295,7 +296,7 @@ class Trainer:
 
     def infer(self, running: Running, batch: Microbatch, num_microbatches: int, *, gather: bool) -> Any:
         """Run the model forward; see ``Pipeline.infer``."""
-        step = self._agreed(running, lambda: self._for_inference(running, batch, num_microbatches))
+        step = self._agreed(running, lambda: self._for_inference(running, batch, num_microbatches), "infer")
         jobs = self.jobs(running, step)
         flat = running.engine.infer(jobs, gather=gather)
         if flat is None:
@@ -303,14 +304,14 @@ class Trainer:
         outputs = [job.program.rebuild(tensors) for job, tensors in zip(jobs, flat, strict=True)]
         return merge_outputs(outputs, step.sizes, step.output_dims)
 
-    def prepare(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> Step:
+    def prepare(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None, what: str = "step") -> Step:
         """Check a batch, cut it and find its variants; every rank goes on, or all raise the same error."""
-        return self._agreed(running, lambda: self._for_training(running, batch, ready)).weighed(running.groups)
+        return self._agreed(running, lambda: self._for_training(running, batch, ready), what).weighed(running.groups)
 
     def evaluate(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> torch.Tensor:
         """Compute the loss of a batch alone; see ``Pipeline.evaluate``."""
         with torch.no_grad():
-            step = self._agreed(running, lambda: self._for_training(running, batch, ready)).weighed(running.groups)
+            step = self.prepare(running, batch, ready, "evaluate")
         return running.engine.evaluate(self.jobs(running, step))
 
     def jobs(self, running: Running, step: Step, scale: torch.Tensor | None = None) -> list[Job]:
@@ -320,16 +321,29 @@ class Trainer:
             running.stages, running.device, seed=self.seed, step=self.num_steps, replica=replica, scale=scale
         )
 
-    def _agreed(self, running: Running, make: Callable[[], Step]) -> Step:
+    def _held(self, running: Running, step: Step, what: str) -> dict[str, object]:
+        """Give what must be the same on all ranks of a pipeline before a batch is exchanged."""
+        held: dict[str, object] = {
+            "the call": what,
+            "steps since materialize": self.num_steps,
+            "the microbatches": (step.keys, step.sizes if step.counts else ()),
+            "the seed": self.seed,
+            "the weights of the loss": step.counts,
+        }
+        if running.groups is not None and running.checks_batch(self.num_steps):
+            held[TENSORS] = digest_inputs(step.inputs)
+        return held
+
+    def _agreed(self, running: Running, make: Callable[[], Step], what: str) -> Step:
         step: Step | None = None
-        error: FxpipeError | None = None
+        error: Exception | None = None
         try:
             step = make()
             step.install(running.stages)
-        except FxpipeError as found:
+        except Exception as found:  # whatever it is, the other ranks must not wait for this one
             error = found
         number = (len(step.inputs) if step.counts else 0,) if step else ()  # replicas may infer at their own pace
-        within = (step.keys, step.sizes if step.counts else ()) if step else ()
+        within = self._held(running, step, what) if step is not None else None
         agree(running.groups, error, "the batch", *number, within=within)
         assert step is not None
         for stage in running.stages:

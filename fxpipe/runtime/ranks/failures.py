@@ -19,7 +19,7 @@ _LOST = ("Connection", "connection", "gloo", "NCCL", "timed out", "Timed out", "
 class Failures:
     """What this rank does when it, or another one, fails."""
 
-    def __init__(self, groups: Groups, let_go: Callable[[Exception], None], patience_s: float = 0.5) -> None:
+    def __init__(self, groups: Groups, let_go: Callable[[BaseException], None], patience_s: float = 0.5) -> None:
         """Store what to do.
 
         Args:
@@ -47,14 +47,14 @@ class Failures:
             raise RankError(f"the pipeline ended earlier: {self._cause}\n  start the script again")
         try:
             yield
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             stage = failed_stage()
             raised = self._fail(error, stage)
             if raised is error:
                 raise
             raise raised from error
 
-    def _fail(self, error: Exception, stage: int | None) -> Exception:
+    def _fail(self, error: BaseException, stage: int | None) -> BaseException:
         rank = self._groups.ranks[self._groups.position]
         lost = stage is None and (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST))
         record = self._read(self._patience_s if lost else 0.0)
@@ -65,7 +65,7 @@ class Failures:
             where = f"rank {rank}" if stage is None else f"rank {rank} (stage {stage})"
             record = {"rank": rank, "text": f"{where} failed: {type(error).__name__}: {error}"}
             self._write(record)
-        self._cause = str(record["text"])
+        self._cause = self._groups.cause = str(record["text"])
         # Whoever waits for this rank learns of it by its closed connection, and reads the record.
         self._let_go(error)
         self._groups.close()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from fxpipe.errors import ScheduleError
 
@@ -46,6 +49,7 @@ class Groups:
         members: Global ranks of all pipelines that go together.
         everyone: For tensors on the CPU, and objects, of all of them.
         replicas: This rank's data-parallel replicas; None where there are none.
+        cause: Why the pipeline ended, where a rank failed; None otherwise.
     """
 
     ranks: tuple[int, ...]
@@ -56,6 +60,7 @@ class Groups:
     members: tuple[int, ...]
     everyone: dist.ProcessGroup
     replicas: Replicas | None = None
+    cause: str | None = None
 
     @property
     def replica(self) -> int:
@@ -98,14 +103,31 @@ def start_process_group(device: torch.device, timeout: datetime.timedelta = TIME
     """
     if dist.is_initialized():
         return False
+    store, rank, world = _fresh_store(timeout)
     if device.type == "cuda":
         # Named at the start, so that the communicator is made now and not at the first exchange.
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     atexit.register(stop_process_group)
     return True
+
+
+_meetings: list[tuple[Store, int, int]] = []  # where this process met the others, once
+_starts = itertools.count()
+
+
+def _fresh_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
+    """Give a store without keys of an earlier process group, this process's rank, and the number of ranks.
+
+    A second group on the first one's keys would take its addresses for those of the new one, and wait for ever. The
+    store itself stays: the rank that keeps it could not open its port again at once.
+    """
+    if not _meetings:
+        _meetings.append(next(rendezvous("env://", timeout=timeout)))
+    store, rank, world = _meetings[0]
+    return PrefixStore(f"fxpipe/{next(_starts)}", store), rank, world
 
 
 def stop_process_group() -> None:

@@ -126,7 +126,7 @@ class DistributedEngine:
             )
         return self._schedules[num_microbatches]
 
-    def _let_go(self, error: Exception) -> None:
+    def _let_go(self, error: BaseException) -> None:
         forget_exchanges(error)
         for stage in self._stages:
             for name, value in list(vars(stage).items()):

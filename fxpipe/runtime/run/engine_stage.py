@@ -158,7 +158,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         """Note that an error is this stage's own, and not a lost connection."""
         try:
             yield
-        except Exception:
+        except (Exception, KeyboardInterrupt, SystemExit):
             self.failed = True
             raise
 

@@ -28,12 +28,15 @@ class RunOptions:
         compile: ``"blocks"``, ``"stage"``, a mapping of ``torch.compile``'s options, or None.
         keep_wide: Whether gradients of 16-bit parameters stay float32.
         timings: Whether it is recorded what each rank does when.
+        check_batches: Whether ranks compare checksums of their batches: always, never, or (``"auto"``) in the first
+            steps and then now and again.
     """
 
     parallelize: Callable[[nn.Module], Any] | None = None
     compile: str | Mapping[str, Any] | None = None
     keep_wide: bool = False
     timings: bool = False
+    check_batches: bool | str = "auto"
 
     def check(self, schedule: str) -> None:
         """Refuse what cannot be run.
@@ -42,6 +45,8 @@ class RunOptions:
             MaterializeError: ``compile`` is none of the known forms.
             ScheduleError: The schedule splits the backward, which compiled modules cannot.
         """
+        if self.check_batches not in (True, False, "auto"):
+            raise MaterializeError(f"check_batches={self.check_batches!r} is unknown\n  pass 'auto', True or False")
         if self.compile is None:
             return
         if self._compiled()[0] not in _SCOPES:
