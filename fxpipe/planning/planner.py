@@ -55,7 +55,9 @@ def plan_pipeline(
     if not needs_hint(made):
         return made
     try:
-        fitting: PipelinePlan | PartitionError = bare_plan(graph, estimate, settings_that_fit(settings), learned)
+        tight = settings_that_fit(settings)
+        layout, solution = _with_recomputation(graph, estimate, tight, learned or Learned(), helped=False)
+        fitting: PipelinePlan | PartitionError = plan_of(layout, solution, estimate)
     except PartitionError as error:
         fitting = error
     return replace(made, notes=(*made.notes, memory_hint(made, fitting)))
@@ -96,7 +98,7 @@ def solve_pipeline(
 
 
 def _with_recomputation(
-    graph: LayerGraph, estimate: Estimate, settings: Settings, learned: Learned
+    graph: LayerGraph, estimate: Estimate, settings: Settings, learned: Learned, *, helped: bool = True
 ) -> tuple[Layout, Solution]:
     """Choose what is recomputed together with the cut; nothing where all fits as it is."""
     plain = replace(lay_out(graph, estimate, settings), learned=learned)
@@ -119,7 +121,7 @@ def _with_recomputation(
     found = recut(choices, limit, starts, _solved)
     if found is None:
         assert failed is not None
-        raise explained(failed, plain, estimate) from None
+        raise (explained(failed, plain, estimate) if helped else failed) from None
     layout = found.fitted.layout
     return layout, _solution_of(layout, found.stage_of, free)
 
