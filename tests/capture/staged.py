@@ -268,10 +268,12 @@ def cut(graph: LayerGraph, num_stages: int, numbers: random.Random) -> dict[str,
 def _numbered(graph: LayerGraph, wanted: list[int]) -> tuple[dict[str, int], int]:
     """Move layers to later stages until groups are together and the order holds; then number without gaps.
 
-    Calls stay in the model's order too, so that random numbers are drawn as the model draws them.
+    Calls stay in the model's order too, so that random numbers are drawn as the model draws them; what is never called
+    has no order, and lies beside its neighbour.
     """
-    stage = list(wanted)
-    free = [index for index in range(len(stage)) if index not in graph.recomputed]
+    called = {index for edge in graph.edges for index in edge} or set(range(len(wanted)))
+    stage = [number if index in called else 0 for index, number in enumerate(wanted)]
+    free = [index for index in range(len(stage)) if index not in graph.recomputed and index in called]
     before = list(stage)
     while True:
         for group in graph.groups:
