@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         InfeasibleError,
         MaterializeError,
         MismatchError,
+        NonFiniteError,
         PartitionError,
         PlanError,
         RankError,
@@ -46,6 +47,7 @@ __all__ = [
     "LayerSpec",
     "MaterializeError",
     "MismatchError",
+    "NonFiniteError",
     "PartitionError",
     "Pipeline",
     "PipelinePlan",
@@ -70,7 +72,15 @@ __all__ = [
 _HOMES = {
     "fxpipe.compiler": ("compile",),
     "fxpipe.errors": (
-        *("CaptureError", "FxpipeError", "InfeasibleError", "MaterializeError", "MismatchError", "PartitionError"),
+        *(
+            "CaptureError",
+            "FxpipeError",
+            "InfeasibleError",
+            "MaterializeError",
+            "MismatchError",
+            "NonFiniteError",
+            "PartitionError",
+        ),
         *("PlanError", "RankError", "ScheduleError", "SpecError", "TieError", "TorchVersionError", "WeightsError"),
     ),
     "fxpipe.ir.graph": ("LayerGraph",),

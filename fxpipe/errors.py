@@ -49,6 +49,10 @@ class WeightsError(FxpipeError, ValueError):
     """A state dictionary or weight file does not fit the model."""
 
 
+class NonFiniteError(FxpipeError, ArithmeticError):
+    """A layer's output or gradient holds NaN or infinity; ``materialize(debug=True)`` looks for the first."""
+
+
 class MismatchError(FxpipeError, AssertionError):
     """The pipeline's numbers differ from the unpartitioned model's."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -219,7 +220,7 @@ def materialize(
     options.check(plan.schedule)
     check_mesh(source.mesh, parallelized=options.parallelize is not None)
     where = default_device() if device is None else torch.device(device)
-    groups, started = _join(source.mesh, plan, where)
+    groups, started = _join(source.mesh, plan, where, options.patience)
     if dtype is not None:
         capture.cast(dtype)
     layers = _layers_by_name(graph)
@@ -280,10 +281,12 @@ def _engine(
     return DistributedEngine(stages, plan.num_stages, plan.schedule, groups, device, when_done=gradients.stage_done)
 
 
-def _join(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device) -> tuple[Groups | None, bool]:
+def _join(
+    mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device, timeout: timedelta
+) -> tuple[Groups | None, bool]:
     """Meet the other ranks, if there are any; tells whether the process group was started here."""
-    started = is_distributed() and start_process_group(device)
-    groups = _groups(mesh, plan, device) if is_distributed() else None
+    started = is_distributed() and start_process_group(device, timeout)
+    groups = _groups(mesh, plan, device, timeout) if is_distributed() else None
     agree(groups, None, "the plan", plan.fingerprint)
     return groups, started
 
@@ -347,7 +350,7 @@ def tied_names(capture: Capture) -> dict[str, str]:
     return {key: names[id(module)] for key, module in model.tied_modules.items()}
 
 
-def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device) -> Groups:
+def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device, timeout: timedelta) -> Groups:
     """Join the other ranks."""
     found = dimensions(mesh)
     size = len(found.pipelines[0])
@@ -358,7 +361,7 @@ def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device) -
         )
     placement = {stage.index: stage.rank for stage in plan.stages}
     ties = [[placement[stage] for stage in tie.stages] for tie in plan.ties]
-    return make_groups(found.pipelines, ties, device, replicas=found.replicas, unions=found.unions)
+    return make_groups(found.pipelines, ties, device, timeout, replicas=found.replicas, unions=found.unions)
 
 
 def _stages_for(plan: PipelinePlan, ranks: int) -> str:

@@ -128,7 +128,9 @@ class Pipeline:
         parallelize: Callable[[nn.Module], Any] | None = None,
         compile: str | Mapping[str, Any] | None = None,
         keep_wide: bool = False,
+        timeout: float | None = None,
         check_batches: bool | str = "auto",
+        debug: bool = False,
         timings: bool = False,
     ) -> Self:
         """Allocate and initialise this rank's stages; all of them outside torchrun.
@@ -146,8 +148,11 @@ class Pipeline:
                 ``"stage"``, or a mapping of its options, for the blocks; with ``"of": "stage"`` for the stage.
             keep_wide: Whether gradients of bfloat16 and float16 parameters stay in float32, in which they accumulate,
                 for optimisers with master weights; else they are rounded once, to the parameter's dtype.
+            timeout: Seconds a rank waits for another one before it gives up; None: ten minutes.
             check_batches: Whether ranks compare checksums of their batches before they exchange anything: True, False,
                 or ``"auto"``: in the first steps, and then in some. Only tensors on the host are read.
+            debug: Whether a step names the first layer, forward or backward, with a value that is NaN or infinite
+                (``NonFiniteError``); slow: every layer's output is looked at.
             timings: Whether ``step`` records what each rank does when, for ``timings`` and ``trace``.
 
         Returns:
@@ -173,7 +178,7 @@ class Pipeline:
             device=device,
             dtype=dtype,
             seed=seed,
-            options=RunOptions(parallelize, compile, keep_wide, timings, check_batches),
+            options=RunOptions(parallelize, compile, keep_wide, timings, check_batches, debug, timeout),
             init=words,
         )
         self._start = (seed, words)

@@ -1,17 +1,21 @@
-"""What a user applies to stages before they run: sharding over other dimensions, and compilation."""
+"""What a user applies to stages before they run: sharding over other dimensions, compilation, a look at all values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxpipe.errors import MaterializeError, ScheduleError
+from fxpipe.errors import MaterializeError, NonFiniteError, ScheduleError
 from fxpipe.ir.schedule import SCHEDULES, schedule_named
+from fxpipe.ir.tree import tree_leaves
 from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.ranks.groups import TIMEOUT
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.timeline import Recorder
@@ -30,6 +34,8 @@ class RunOptions:
         timings: Whether it is recorded what each rank does when.
         check_batches: Whether ranks compare checksums of their batches: always, never, or (``"auto"``) in the first
             steps and then now and again.
+        debug: Whether the first layer with a value that is no number is named.
+        timeout: Seconds a rank waits for another one; None: ten minutes.
     """
 
     parallelize: Callable[[nn.Module], Any] | None = None
@@ -37,6 +43,13 @@ class RunOptions:
     keep_wide: bool = False
     timings: bool = False
     check_batches: bool | str = "auto"
+    debug: bool = False
+    timeout: float | None = None
+
+    @property
+    def patience(self) -> timedelta:
+        """How long a rank waits for another one."""
+        return TIMEOUT if self.timeout is None else timedelta(seconds=self.timeout)
 
     def check(self, schedule: str) -> None:
         """Refuse what cannot be run.
@@ -45,6 +58,9 @@ class RunOptions:
             MaterializeError: ``compile`` is none of the known forms.
             ScheduleError: The schedule splits the backward, which compiled modules cannot.
         """
+        number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
+        if self.timeout is not None and not (number and 0 < self.timeout < math.inf):
+            raise MaterializeError(f"timeout={self.timeout!r}\n  pass a positive number of seconds, or None")
         if self.check_batches not in (True, False, "auto"):
             raise MaterializeError(f"check_batches={self.check_batches!r} is unknown\n  pass 'auto', True or False")
         if self.compile is None:
@@ -72,6 +88,8 @@ class RunOptions:
             MaterializeError: ``parallelize`` gives another module back.
         """
         stage.recompute(recompute)
+        if self.debug:
+            watch_values(stage)
         result = self.parallelize(stage) if self.parallelize is not None else None
         if result is not None and result is not stage:
             raise MaterializeError(
@@ -100,3 +118,63 @@ class RunOptions:
     def _compiled(self) -> tuple[Any, dict[str, Any]]:
         options = dict(self.compile) if isinstance(self.compile, Mapping) else {"of": self.compile}
         return options.pop("of", "blocks"), options
+
+
+def watch_values(stage: StageModule) -> None:
+    """Look at what every module of a stage returns, and at every gradient on its way back.
+
+    Each look waits for the device: it is for finding a fault, not for training.
+
+    Args:
+        stage: Its modules get hooks.
+
+    Raises:
+        NonFiniteError: From within a step: names the first layer, innermost first, in the order of computing.
+    """
+    where = f"stage {stage.stage_index}"
+    for fqn, module in stage.named_modules():
+        name = fqn or f"what {where} computes between its modules"
+        module.register_forward_hook(_look(name, where), with_kwargs=True)
+    for fqn, parameter in stage.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(_look_back(f"the gradient of {fqn}", where))  # type: ignore[no-untyped-call]
+
+
+def _look(name: str, where: str) -> Callable[[nn.Module, Any, Mapping[str, Any], Any], None]:
+    def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        for path, leaf in tree_leaves(output):
+            if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+                continue
+            part = f" {path}" if path else ""
+            _check(leaf, f"the output{part} of {name}", where, "forward", args)
+            if leaf.requires_grad:
+                back = _look_back(f"the gradient of the output{part} of {name}", where)
+                leaf.register_hook(back)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _look_back(what: str, where: str) -> Callable[[torch.Tensor], None]:
+    def hook(gradient: torch.Tensor) -> None:
+        _check(gradient, what, where, "backward")
+
+    return hook
+
+
+def _check(tensor: torch.Tensor, what: str, where: str, phase: str, given: Any = ()) -> None:
+    with torch.no_grad():
+        finite = torch.isfinite(tensor)
+        if bool(finite.all()):
+            return
+        number = int((~finite).sum())
+        kind = "NaN" if bool(tensor.isnan().any()) else "infinite"
+        entering = [
+            float(leaf.detach().abs().max())
+            for _, leaf in tree_leaves(given)
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.numel()
+        ]
+    size = f"; the largest value that entered is {max(entering):.3g}" if entering else ""
+    raise NonFiniteError(
+        f"{what} ({where}, {phase}) has {number} of {tensor.numel()} values that are {kind}{size}\n"
+        "  look at what enters this layer; it is the first with such a value"
+    )
