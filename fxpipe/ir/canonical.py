@@ -4,6 +4,7 @@
 them can tell two ranks that they hold the same arguments. The spelling here is a tree of tuples and strings.
 """
 
+import copy
 import copyreg
 import enum
 import functools
@@ -14,10 +15,11 @@ import sys
 import types
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fxpipe.errors import SpecError
 
+_T = TypeVar("_T")
 Tree = str | tuple["Tree", ...]
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
@@ -198,3 +200,44 @@ def _spell_object(value: Any, what: str, inside: dict[int, int]) -> Tree:
         _spell(list(items) if items is not None else None, what, inside),
         _spell(dict(pairs) if pairs is not None else None, what, inside),
     )
+
+
+def bind_arguments(typename: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
+    """Spell the arguments under the names that the constructor gives them, so that ``2`` and ``n=2`` are the same.
+
+    Raises:
+        SpecError: They do not fit the constructor, or one of them cannot be spelled.
+    """
+    try:
+        bound = inspect.signature(typename).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise SpecError(
+            f"{typename.__qualname__} cannot be built with the arguments of its LayerSpec: {error}\n"
+            f"  its constructor is {typename.__qualname__}{_signature(typename)}"
+        ) from error
+    except ValueError:  # a constructor written in C tells no signature
+        bound = {"args": args, "kwargs": kwargs}
+    label = f"{typename.__qualname__} argument"
+    return tuple((name, spell(value, f"{label} {name!r}")) for name, value in sorted(bound.items()))
+
+
+def own_copy(value: _T, path: str) -> _T:
+    """Copy a value, so that it cannot change later.
+
+    Raises:
+        SpecError: It cannot be copied; names ``path``, what it is an argument of.
+    """
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:  # a foreign __deepcopy__ may raise anything
+        raise SpecError(
+            f"an argument of {path} cannot be copied: {error}\n"
+            "  a spec keeps its own copy, so that it cannot change later; pass plain values"
+        ) from error
+
+
+def _signature(typename: type) -> str:
+    try:
+        return str(inspect.signature(typename))
+    except ValueError:
+        return "(...)"

@@ -6,22 +6,19 @@ only its own layers. torch is imported by ``build`` alone.
 
 import contextlib
 import copy
-import inspect
 import reprlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import FrozenInstanceError, dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, TypeVar
+from dataclasses import FrozenInstanceError, astuple, dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 from fxpipe.errors import SpecError
-from fxpipe.ir.canonical import Tree, digest, import_path, spell
+from fxpipe.ir.canonical import Tree, bind_arguments, digest, import_path, own_copy, spell
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-_T = TypeVar("_T")
 
 
 class LayerBuilder(Protocol):
@@ -110,8 +107,8 @@ class LayerSpec:
         path = import_path(typename)
         self._set(
             typename=typename,
-            args=_copied(args, path),
-            kwargs=_copied(kwargs, path),
+            args=own_copy(args, path),
+            kwargs=own_copy(kwargs, path),
             fqn="",
             type_path=path,
             call=0,
@@ -312,7 +309,7 @@ class LayerSpec:
         return [getattr(self.typename, "__qualname__", "?"), *map(short, self._get("args")), *named]
 
     def _spelled(self) -> Tree:
-        infos = tuple(tuple(map(repr, (*_fields(info),))) for info in (*self.parameters, *self.buffers))
+        infos = tuple(tuple(map(repr, astuple(info))) for info in (*self.parameters, *self.buffers))
         return (type(self).__name__, self.module_fingerprint, str(self.call), infos)
 
 
@@ -411,42 +408,6 @@ def check_module_class(typename: object) -> None:
         )
 
 
-def bind_arguments(typename: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tree:
-    """Spell the arguments under the names that the constructor gives them, so that ``2`` and ``n=2`` are the same.
-
-    Raises:
-        SpecError: They do not fit the constructor, or one of them cannot be spelled.
-    """
-    try:
-        bound = inspect.signature(typename).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise SpecError(
-            f"{typename.__qualname__} cannot be built with the arguments of its LayerSpec: {error}\n"
-            f"  its constructor is {typename.__qualname__}{_signature(typename)}"
-        ) from error
-    except ValueError:  # a constructor written in C tells no signature
-        bound = {"args": args, "kwargs": kwargs}
-    label = f"{typename.__qualname__} argument"
-    return tuple((name, spell(value, f"{label} {name!r}")) for name, value in sorted(bound.items()))
-
-
-def _signature(typename: type) -> str:
-    try:
-        return str(inspect.signature(typename))
-    except ValueError:
-        return "(...)"
-
-
-def _copied(value: _T, path: str) -> _T:
-    try:
-        return copy.deepcopy(value)
-    except Exception as error:  # a foreign __deepcopy__ may raise anything
-        raise SpecError(
-            f"an argument of {path} cannot be copied: {error}\n"
-            "  a spec keeps its own copy, so that it cannot change later; pass plain values"
-        ) from error
-
-
 @contextlib.contextmanager
 def _defaults(device: Any, dtype: Any) -> Iterator[dict[str, Any]]:
     """Build under this default device and dtype; yields the ones that were asked for."""
@@ -476,10 +437,6 @@ def _differs(tensor: "torch.Tensor", wanted: dict[str, Any]) -> bool:
         tensor.device.type != device.type or (device.index is not None and tensor.device.index != device.index)
     )
     return elsewhere or (dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype)
-
-
-def _fields(info: TensorInfo) -> tuple[Any, ...]:
-    return (info.fqn, info.shape, info.dtype, info.nbytes, info.trainable, info.persistent)
 
 
 def _restore(cls: type[LayerSpec], values: dict[str, Any]) -> LayerSpec:
