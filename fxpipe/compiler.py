@@ -120,6 +120,7 @@ def compile(
     >>> [stage.layers for stage in pipe.plan.stages]
     [('0', '1'), ('2', '3'), ('4', '5')]
     """
+    # Long: its words say what each argument means; the rest checks them and hands them on.
     if is_recording():
         raise CaptureError(
             "compile is called inside of deferred_init, which would record it too\n"

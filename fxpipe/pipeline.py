@@ -1,4 +1,5 @@
 """The object that ``compile`` returns: a plan to read, and stages to train and run."""
+# Long: it is the public object; the words of its methods are their documentation, and each only delegates.
 
 from __future__ import annotations
 

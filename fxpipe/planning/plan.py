@@ -53,7 +53,6 @@ def recomputed_by_stage(graph: LayerGraph, stage_of: Sequence[int], num_stages: 
     return tuple(found)
 
 
-# Longer than others: a plan has many fields, each of which is said once, here.
 def make_plan(
     layout: Layout,
     stage_of_node: Sequence[int],
@@ -79,6 +78,7 @@ def make_plan(
         The plan. A stage's ``layers`` names every block that lies in it whole by its FQN, and the layers of blocks that
         a cut crosses one by one; each stands in exactly one stage, a recomputed one in the first that needs it.
     """
+    # Long: a plan has many fields, each of which is said once, here.
     graph, settings = layout.graph, layout.settings
     stage_of = layout.stages(stage_of_node)
     measured = measure(layout.problem, stage_of_node, placement=layout.placement)

@@ -3,8 +3,8 @@
 In: a constructor, run inside ``deferred_init``. Out: tensors without memory that know the operations which fill them,
 and the values of any few of them, bit for bit those of a plain build.
 
-What must never break: a value that was replayed equals the eager one, or there is an error; nobody draws the numbers of
-tensors that were not asked for; the global generators stand afterwards where a plain build leaves them.
+Never: a value that was replayed differs from the eager one without an error; the numbers of tensors that were not asked
+for are drawn; the global generators stand afterwards elsewhere than a plain build leaves them.
 
 Floors, top down: deferred, recorder, replay, streams, then draws over mersenne, operations, and tape.
 """

@@ -260,7 +260,6 @@ def _smallest(
     return None if best is None else (high, best)
 
 
-# Longer than others: one sweep of a dynamic programme over arrays that belong together.
 def general_cuts(
     costs: OrderCosts, request: Request, upper: int, *, objective: str = "load"
 ) -> tuple[int, list[int]] | None:
@@ -281,6 +280,7 @@ def general_cuts(
     Returns:
         The bottleneck (0 for ``"even"``) and the cuts, both ends included; None if none is below ``upper``.
     """
+    # Long: one sweep of a dynamic programme over arrays that belong together.
     even = objective == "even"
     size, stages = costs.size, request.stages
     live = np.asarray(request.live, dtype=np.int64)[:, None]

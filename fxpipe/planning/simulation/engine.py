@@ -203,8 +203,6 @@ def _run(
 ) -> Played:
     """Run each program as far as it goes, and on when what it waits for is done.
 
-    One loop without calls, longer than others: a large pipeline has millions of steps.
-
     Args:
         programs: What each rank does (``programs_of``).
         times: Seconds of each stage.
@@ -212,6 +210,7 @@ def _run(
         num_microbatches: Microbatches of the step.
         early: Whether every message was asked for before the step began.
     """
+    # Long: one loop without calls, since a large pipeline has millions of steps.
     seconds = [
         float(part)
         for t in times

@@ -85,6 +85,7 @@ def initial_values(
     >>> [(name, tuple(tensor.shape)) for name, tensor in values.tensors.items()]
     [('1.bias', (4,)), ('1.weight', (4, 3))]
     """
+    # Long: its words say where values come from; the rest asks each of those sources in turn.
     _check_init(skeleton, init)
     missing = [fqn for fqn in fqns if not _is_real(originals[fqn])]
     constructed = constructed or {}
