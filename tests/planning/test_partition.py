@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from unittest import mock
 
 import networkx as nx
 import numpy as np
@@ -18,6 +19,7 @@ from fxpipe.planning.search.instance import make_instance
 from fxpipe.planning.search.partition import most_stages, partition, partition_nodes
 from fxpipe.planning.search.problem import PartitionProblem, Placement, TiedNodes, TransferValue
 from fxpipe.planning.search.request import Request
+from fxpipe.planning.search.several import states
 
 INFEASIBLE = math.inf
 
@@ -217,6 +219,30 @@ def test_no_assignment_has_a_smaller_rank_load_and_then_a_smaller_stage_load(
     problem, placement, routing, exactly, limit
 ):
     agree(problem, len(placement.rank_of_stage), limit, placement, routing=routing, exactly=exactly)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(most_nodes=6, extras=True, time=EXACT_TIME), placements(several=True), ROUTING, st.booleans(), LIMIT)
+def test_holders_of_a_tie_may_take_several_words(problem, placement, routing, exactly, limit):
+    with mock.patch.object(states, "RANKS_PER_WORD", 1):
+        agree(problem, len(placement.rank_of_stage), limit, placement, routing=routing, exactly=exactly)
+
+
+def test_a_tie_of_64_ranks_is_held_or_refused():
+    ranks, stages = 64, 128
+    chain = PartitionProblem(
+        (8,) * stages,
+        edges=tuple(itertools.pairwise(range(stages))),
+        ties=(TiedNodes((0, ranks - 1, stages - 1), 5, 1.0),),
+        memory=(10,) * stages,
+        activation=(0,) * stages,
+    )
+    placement = Placement.simple(stages, rank_of_stage=tuple(range(ranks)) * 2)
+    found = partition_nodes(chain, stages, placement=placement, exactly=True, memory_limit=25)
+    assert found.stage_of == tuple(range(stages))
+    assert found.bottleneck == 17.0  # of the last rank, which has the tie twice and pays once
+    with pytest.raises(InfeasibleError, match="memory_limit=24"):
+        partition_nodes(chain, stages, placement=placement, exactly=True, memory_limit=24)
 
 
 CHAIN_OF_THREE = PartitionProblem((1, 1, 1), edges=((0, 1), (1, 2)), memory=(0,) * 3)

@@ -14,6 +14,7 @@ from fxpipe.ir.hardware import Hardware
 from fxpipe.planning.layout import make_layout
 from fxpipe.planning.peers import NoCutError, balanced, block_partition, compare, counted, divided, uniform, units_of
 from fxpipe.planning.planner import plan_pipeline
+from fxpipe.planning.solve import EVENNESS
 
 SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=9)
 
@@ -115,3 +116,24 @@ def test_no_rule_cuts_better_than_the_plan(model, stages, hardware):
         assert len(row.stages) == stages
     for row in rows:
         assert (row.bottleneck is None) <= bool(row.remark)
+
+
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "LoopedBFS", "ZBVZeroBubble"])
+def test_rows_and_plan_are_both_of_ranks_where_they_have_several_stages(schedule):
+    graph = layer_graphs.gpt(blocks=24, whole=True)
+    made_for = layer_graphs.settings(8, ranks=4, schedule=schedule, grain="block")
+    estimate = layer_graphs.estimate(graph, made_for)
+    layout = make_layout(graph, estimate, made_for)
+    seconds = {unit.name: unit.seconds for unit in units_of(layout)}
+    rank_of = made_for.rank_of_stage
+    found = plan_pipeline(graph, estimate, made_for)
+    loads = [math.fsum(stage.seconds for stage in found.stages if stage.rank == rank) for rank in range(4)]
+    assert found.bottleneck == pytest.approx(max(loads), rel=1e-12)
+    rows = [row for row in compare(layout) if row.bottleneck is not None]
+    assert len(rows) == 5
+    for row in rows:
+        of_stage = [math.fsum(seconds[name] for name in names) for names in row.stages]
+        of_rank = [math.fsum(of_stage[stage] for stage in range(8) if rank_of[stage] == rank) for rank in range(4)]
+        assert max(of_stage) < row.bottleneck == pytest.approx(max(of_rank), rel=1e-12)
+        assert row.balance == pytest.approx(max(of_rank) / (math.fsum(of_rank) / 4), rel=1e-12)
+        assert found.bottleneck <= row.bottleneck * (1 + EVENNESS)

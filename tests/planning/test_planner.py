@@ -436,6 +436,16 @@ def test_loads_of_ranks_are_even_where_they_have_several_stages(schedule, ranks)
     assert found.lower_bound <= found.bottleneck
 
 
+def test_two_stages_on_each_of_64_ranks_are_planned():
+    slow = layer_graphs.hardware(link_bandwidth=1e9)
+    graph = layer_graphs.gpt(blocks=140, whole=True)
+    v = layer_graphs.settings(128, ranks=64, schedule="ZBVZeroBubble", num_microbatches=64, hardware=slow)
+    found = plan(graph, v)
+    assert [stage.index for stage in found.stages] == list(range(128))
+    assert {stage.rank for stage in found.stages} == set(range(64))
+    assert found.lower_bound <= found.bottleneck <= 1.01 * found.lower_bound
+
+
 def test_the_turn_of_a_v_costs_no_transfer():
     graph = layer_graphs.gpt(blocks=4)
     made_for = layer_graphs.settings(2, ranks=1, schedule="ZBVZeroBubble", hardware=Hardware.preset("h100"))

@@ -29,6 +29,7 @@ FEWER_STATES = 1_000  # the same once a search had to drop some, so that nothing
 POOL_STATES = 400  # the same over a pool
 MOST_PAIRS = 5_000_000  # pairs of states and downsets looked at in all, before the search stops being exact
 MOST_TIES = 5  # ties of which both ways, one holder or several, are followed
+RANKS_PER_WORD = 63  # bits of a whole number that leave it positive
 ANY = int(np.iinfo(np.int64).max // 4)
 
 Score = tuple[int, int]
@@ -64,8 +65,8 @@ class Pool:
     """Downsets to make a partition of, and the search over them.
 
     Sums of a state are columns: the load of every rank, then for every rank its memory in each combination of live
-    microbatches. ``holder`` says of each tie: 0 nobody yet; above 0, bits of the ranks that hold it, which all pay;
-    below 0, ``-1 - rank``: this rank alone, and nobody pays.
+    microbatches. ``holder`` says of each tie, in as many words as the ranks need: 0 nobody yet; else bits of the ranks
+    that hold it, which all pay; or, where its first word is below 0, ``-1 - rank``: this rank alone, and nobody pays.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Pool:
         self._near = None if near is None else [np.asarray(places) for places in near]
         self._by_load = np.argsort(costs.load, kind="stable")
         self._ties, self._counts, self._sizes = self._held(instance.ties, costs)
+        self._words = -(-(max(request.ranks) + 1) // RANKS_PER_WORD)
         self._columns(request)
         self._work = 0
         self._dropped = False
@@ -139,7 +141,7 @@ class Pool:
             np.asarray([self._costs.empty]),
             np.zeros((1, self._num_columns), dtype=np.int64),
             np.zeros(1, dtype=np.int64),
-            np.zeros((1, len(self._ties)), dtype=np.int64),
+            np.zeros((1, len(self._ties) * self._words), dtype=np.int64),
             np.zeros(1, dtype=np.int64),
         )
         complete = self._near is None and int((self._ties[:, 0] > 0).sum()) <= MOST_TIES
@@ -258,17 +260,20 @@ class Pool:
         """Let this stage's rank hold a tie where the stage uses it; a first holder may be the only one, or not."""
         rank = self._request.ranks[stage]
         load, fixed = self._ties[tie].tolist()
-        memory, bit = self._memory_columns[stage], 1 << rank
-        holder = found.holder[:, tie]
+        memory = self._memory_columns[stage]
+        first = tie * self._words
+        word, bit = first + rank // RANKS_PER_WORD, 1 << rank % RANKS_PER_WORD
+        single = found.holder[:, first]
         held = self._counts[at, tie] < self._counts[found.at, tie]
-        refused = held & (holder < 0) & (holder != -1 - rank)
-        new = held & (holder >= 0) & (holder & bit == 0)
-        alone = new & (holder == 0) if load and tie < MOST_TIES else np.zeros(len(held), dtype=bool)
+        refused = held & (single < 0) & (single != -1 - rank)
+        new = held & (single >= 0) & (found.holder[:, word] & bit == 0)
+        nobody = ~found.holder[:, first : first + self._words].any(axis=1)
+        alone = new & nobody if load and tie < MOST_TIES else np.zeros(len(held), dtype=bool)
         only = found.take(alone)
-        only.holder[:, tie] = -1 - rank
+        only.holder[:, first] = -1 - rank
         only.sums[:, memory] += fixed
         shared = new & (self._counts[found.at, tie] - self._counts[at, tie] < self._sizes[tie])
-        found.holder[new, tie] |= bit
+        found.holder[new, word] |= bit
         found.sums[np.flatnonzero(new)[:, None], np.arange(memory.start, memory.stop)] += fixed
         found.slowest[shared] += load
         kept = ~refused & (~new | shared) if load and tie < MOST_TIES else ~refused
