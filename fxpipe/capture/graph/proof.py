@@ -15,7 +15,7 @@ from torch import fx
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.graph.counts import Candidate, candidates
 from fxpipe.capture.graph.given import FLOATS, INTEGERS, PARTS, PATTERNS, Given, Kind, Values
-from fxpipe.capture.graph.sizes import Sizes, Unsuited, small_sizes
+from fxpipe.capture.graph.sizes import KEPT, Sizes, Unsuited, small_sizes
 from fxpipe.capture.graph.tail import Program, Tail, Twins, find_tail, tensor_of
 from fxpipe.capture.model.preserve import random_states
 
@@ -117,15 +117,22 @@ def prove(twins: Twins, summand: Summand, inputs: Mapping[str, torch.Tensor]) ->
 
 
 def _settings(tail: Tail) -> Iterator[tuple[Sizes, int]]:
-    """Yield sizes and samples per microbatch to try: small ones, then as they are where that is cheap."""
+    """Yield sizes and samples per microbatch to try: small ones, then one size after the other as it is.
+
+    Sizes that are renamed may hang together in ways that are not seen: one is another and a hundred. The smaller of
+    them cost little as they are, and of what is left the largest, mostly the classes, still gets a small name.
+    """
     samples = tail.twins.samples
-    rows = [samples] if samples <= 8 else [2, samples]
-    renamed = small_sizes(tail.sizes())
-    for each in rows:
-        if renamed:
-            yield Sizes(samples, renamed), each
-    for each in rows:
-        yield Sizes(samples), each
+    rows = dict.fromkeys([samples, min(samples, 2)] if samples <= 8 else [2, samples])
+    sizes = tail.sizes()
+    names = [small_sizes(sizes), small_sizes(sizes, apart=KEPT)]
+    names += [small_sizes(sizes, above) for above in sorted({size for size in sizes if size > KEPT})]
+    tried: list[dict[int, int]] = []
+    for renamed in (*names, {}):
+        if renamed not in tried:
+            tried.append(renamed)
+            for each in rows:
+                yield Sizes(samples, renamed), each
 
 
 @contextmanager

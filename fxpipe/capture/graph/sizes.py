@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 KEPT = 64
-"""Sizes up to this stay as they are."""
+"""Sizes up to this stay as they are; more of them where that does not do."""
 _NEAR = 4  # sizes that differ by less belong together: 1023 targets of 1024 tokens
 _FRESH = (11, 17, 23, 29, 37, 43, 53, 59)
 
@@ -111,11 +111,11 @@ class Sizes:
         >>> [Sizes(4, {1000: 11}).identify(value) for value in (-100, 7, 999, 500)]
         [-100, 7, 10, 5]
         """
+        if value < 0 or not self.renamed:
+            return value  # it marks what is ignored, and is no size that happens to be a multiple of another
         named = int(self.rename(value))
-        if named != value or not self.renamed or value < min(self.renamed.values()):
-            return named
         larger = [small for size, small in self.renamed.items() if size > value]
-        return value % min(larger) if larger else value
+        return named % min(larger) if larger else named
 
     def shape(self, first: Iterable[int], second: Iterable[int], samples: int) -> tuple[int, ...]:
         """Give a shape for other samples, from that in either recording."""
@@ -140,21 +140,41 @@ def paired(first: Any, second: Any) -> Any:
     return first if first == second else Varying(first, second)
 
 
-def small_sizes(sizes: Iterable[int]) -> dict[int, int]:
-    """Name large sizes anew: near ones stay near, multiples stay multiples, others stay different.
+def small_sizes(sizes: Iterable[int], above: int = KEPT, apart: int = _NEAR) -> dict[int, int]:
+    """Name large sizes anew: near ones stay near, multiples and products stay such, others stay different.
+
+    A size that is near one that keeps its own keeps it as well: 65 beside 64 tokens.
+
+    Args:
+        sizes: All of them.
+        above: Sizes up to this stay as they are.
+        apart: Sizes that differ by no more are near.
 
     >>> small_sizes([50257, 1024, 1023, 8, 4096])
     {1023: 11, 1024: 12, 4096: 48, 50257: 17}
+    >>> small_sizes([64, 65, 50257, 65 * 50257]), small_sizes([1024, 50257], above=1024)
+    ({50257: 11, 3266705: 715}, {50257: 11})
     """
     fresh = iter(_FRESH)
     named: dict[int, int] = {}
-    for size in sorted({size for size in sizes if size > KEPT}):
-        near = [known for known in named if size - known <= _NEAR]
+    own: set[int] = set()
+    for size in sorted(set(sizes)):
+        if size <= above or any(size - known <= apart for known in own):
+            own.add(size)
+            continue
+        near = [known for known in named if size - known <= apart]
         parts = [known for known in named if size % known == 0 and size // known * named[known] <= KEPT]
+        products = [
+            named[known] * named.get(size // known, size // known)
+            for known in named
+            if size % known == 0 and (size // known in named or size // known in own)
+        ]
         if near:
             named[size] = named[near[0]] + size - near[0]
         elif parts:
             named[size] = size // parts[-1] * named[parts[-1]]
+        elif products:
+            named[size] = products[-1]
         else:
             small = next(fresh, None)
             if small is None:
