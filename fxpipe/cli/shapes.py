@@ -88,6 +88,7 @@ SHAPES: dict[str, Shape] = {
             ("d_ff", 4096),
             ("num_heads", 16),
             ("vocab_size", 32_128),
+            ("decoder_start_token_id", 0),  # as every published config has it
         ),
     ),
     "bert-large": Shape(
