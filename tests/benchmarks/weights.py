@@ -106,7 +106,8 @@ def stages(name: str, number: int, wanted: Sequence[int]) -> list[dict[str, floa
     ids = torch.zeros(4 * number, 64, dtype=torch.long)
     with measured() as recording, fxpipe.deferred_init(seed=0):
         model = MODELS[name]()
-    pipe = fxpipe.compile(model, number, example_kwargs={"input_ids": ids, "labels": ids})
+    example = {"input_ids": ids, "labels": ids}
+    pipe = fxpipe.compile(model, number, example_kwargs=example, microbatches=1, schedule="GPipe")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo")
     results = []
