@@ -59,4 +59,6 @@ def test_every_stage_of_an_architecture_has_the_bits_of_a_plain_build(name):
                 assert_same_bits(tensor, expected[fqn])
         parameters = dict(pipe.named_parameters())
         assert set(parameters) <= {fqn for fqn, _ in plain.named_parameters()}
-        assert {info.fqn for spec in pipe.graph.specs for info in spec.parameters} <= set(parameters)
+        first = {id(tensor): fqn for fqn, tensor in reversed(list(plain.named_parameters(remove_duplicate=False)))}
+        held = {info.fqn for spec in pipe.graph.specs for info in spec.parameters}
+        assert {first[id(expected[fqn])] for fqn in held} == set(parameters)
