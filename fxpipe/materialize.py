@@ -269,7 +269,7 @@ def _build_own(
             options.apply(stage, planned.recompute, capture.blocks)
     except Exception as found:  # whatever it is, an initialiser's or memory, the other ranks must not wait for this one
         error = found
-    agree(groups, error, "the stages", within={"the seed": seed, "check_batches": options.check_batches})
+    agree(groups, error, "what is built", within={"the seed": seed, "check_batches": options.check_batches})
     return stages, unfilled
 
 

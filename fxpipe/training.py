@@ -326,7 +326,8 @@ class Trainer:
         held: dict[str, object] = {
             "the call": what,
             "steps since materialize": self.num_steps,
-            "the microbatches": (step.keys, step.sizes if step.counts else ()),
+            "the sizes of its microbatches": step.sizes if step.counts else (),
+            "what the model does with them": step.keys,
             "the seed": self.seed,
             "the weights of the loss": step.counts,
         }

@@ -19,9 +19,9 @@ def test_pipelines_come_and_go_in_one_script():
 def test_what_differs_between_ranks_is_named_and_the_pipeline_goes_on():
     first, second = run("differing")
     same = [line for line, other in zip(first, second, strict=True) if line == other]
-    assert "the batch: the values of its tensors differs between ranks" in first[0]
+    assert "the batch differs between ranks in the values of its tensors" in first[0]
     assert "DistributedSampler" in first[0]
-    assert "the batch: the call differs between ranks: rank 0 has 'evaluate', rank 1 has 'step'" in first[1]
+    assert "the batch differs between ranks in the call: rank 0 has 'evaluate', rank 1 has 'step'" in first[1]
     assert "step got a batch and microbatches=[...]" in first[2]
     assert "differs between ranks" in first[3]
     assert "step got no target for loss_fn" in first[4]
@@ -34,7 +34,8 @@ def test_what_differs_between_ranks_is_named_and_the_pipeline_goes_on():
 
 def test_another_seed_on_one_rank_is_refused():
     assert all(
-        "the stages: the seed differs between ranks: rank 0 has 0, rank 1 has 1" in rows[0] for rows in run("seeds")
+        "what is built differs between ranks in the seed: rank 0 has 0, rank 1 has 1" in rows[0]
+        for rows in run("seeds")
     )
 
 

@@ -103,7 +103,7 @@ def _error(groups: Groups, subject: str, verdicts: list[_Verdict]) -> FxpipeErro
                 return _differs(subject, there, other.parts, rank, verdict.parts)
             for (name, one), (_, two) in zip(other.within, verdict.within, strict=False) if key >= 0 else ():
                 if one != two:
-                    return _differs(f"{subject}: {name}", there, one, rank, two, _WAYS_OUT.get(name, _SAME_SCRIPT))
+                    return _differs(subject, there, one, rank, two, f" in {name}", _WAYS_OUT.get(name, _SAME_SCRIPT))
     return PlanError(f"{subject} differs between ranks\n  {_SAME_SCRIPT}")
 
 
@@ -116,9 +116,12 @@ _WAYS_OUT = {
 }
 
 
-def _differs(subject: str, rank: int, one: str, other: int, two: str, way_out: str = _SAME_SCRIPT) -> PlanError:
+def _differs(
+    subject: str, rank: int, one: str, other: int, two: str, where: str = "", way_out: str = _SAME_SCRIPT
+) -> PlanError:
     return PlanError(
-        f"{subject} differs between ranks: rank {rank} has {_short(one)}, rank {other} has {_short(two)}\n  {way_out}"
+        f"{subject} differs between ranks{where}: rank {rank} has {_short(one)}, rank {other} has {_short(two)}\n"
+        f"  {way_out}"
     )
 
 
