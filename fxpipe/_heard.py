@@ -174,11 +174,16 @@ def hears_conversions(hook: Callable[..., AbstractContextManager[None]]) -> bool
 
 def leaves_distributions_alone(hook: Callable[..., AbstractContextManager[None]]) -> bool:
     """Try ``unvalidated_distributions``: one with arguments that are none."""
-    with hook():
-        try:
+    distribution = torch.distributions.Distribution
+    before = bool(vars(distribution)["_validate_args"])
+    distribution.set_default_validate_args(True)  # torch.compile switches it off for good
+    try:
+        with hook():
             torch.distributions.Normal(torch.zeros(1), -torch.ones(1))
-        except ValueError:
-            return False
+    except ValueError:
+        return False
+    finally:
+        distribution.set_default_validate_args(before)
     return True
 
 
