@@ -18,7 +18,7 @@ from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.materialize import Init, Running, Source, materialize, tied_names, weight_sources
-from fxpipe.planning.explain import Explanation, explain
+from fxpipe.planning.explain import Explanation, advice_of, explain
 from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.sources import with_sources
 from fxpipe.report.table import render
@@ -30,8 +30,6 @@ from fxpipe.runtime.run.timeline import StepTiming, write_trace
 from fxpipe.runtime.weights.disk.directory import weights_path
 from fxpipe.training import Trainer, Variants
 from fxpipe.verification import Verifier
-
-EXPLAINED = 20_000  # stages times microbatches up to which every report is explained: that takes a dozen simulations
 
 
 class Pipeline:
@@ -73,11 +71,7 @@ class Pipeline:
         """
         compared = self._source.baselines() if baselines else ()
         done = simulate(self.plan)
-        said: list[str] = []
-        if self.plan.num_stages * self.plan.num_microbatches <= EXPLAINED:
-            found = explain(self.plan, done)
-            said = [found.line, *(f"{change.what}: {100 * change.gain:.1f} % faster." for change in found.changes)]
-        text = render(self.plan, format, compared, simulation=done, advice=said)
+        text = render(self.plan, format, compared, simulation=done, advice=advice_of(self.plan, done))
         if not weights:
             return text
         sources = weight_sources(self._source, self.graph, self.plan, *self._start, self._loaded)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fxpipe.cli.options import add_command, read_plan, write
+from fxpipe.planning.explain import advice_of
 from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.table import render
 
@@ -31,7 +32,8 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     plan = read_plan(options.plan)
     simulation = simulate(plan)
-    print(render(plan, "json" if options.json else "text", simulation=simulation))
+    advice = advice_of(plan, simulation)
+    print(render(plan, "json" if options.json else "text", simulation=simulation, advice=advice))
     for path, format in ((options.html, "html"), (options.markdown, "markdown")):
         if path:
-            write(path, render(plan, format, simulation=simulation))
+            write(path, render(plan, format, simulation=simulation, advice=advice))

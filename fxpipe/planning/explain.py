@@ -16,6 +16,10 @@ from fxpipe.planning.simulation.simulate import Reduction, simulate, step_second
 NOTICED = 0.005  # share of the time of a microbatch below which a change is not worth a line
 
 
+EXPLAINED = 20_000
+"""Stages times microbatches up to which a report is explained: that takes a dozen simulations."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One change and what it would give.
@@ -89,6 +93,22 @@ def explain(plan: PipelinePlan, simulation: Simulation | None = None) -> Explana
     changes = [change for change in _changes(plan, times, reductions, done, links) if change.gain > NOTICED]
     changes.sort(key=lambda change: -change.gain)
     return Explanation(_limit(plan, done, slowest, links, idle), (compute, links, idle), tuple(changes))
+
+
+def advice_of(plan: PipelinePlan, simulation: Simulation) -> list[str]:
+    """Give what a report says of a step: what limits it, then what would help, the best first.
+
+    Args:
+        plan: The plan.
+        simulation: Its step.
+
+    Returns:
+        Sentences; none for a plan so large that the dozen simulations behind them would take long.
+    """
+    if plan.num_stages * plan.num_microbatches > EXPLAINED:
+        return []
+    found = explain(plan, simulation)
+    return [found.line, *(f"{change.what}: {100 * change.gain:.1f} % faster." for change in found.changes)]
 
 
 def _limit(plan: PipelinePlan, done: Simulation, slowest: int, links: float, idle: float) -> str:
