@@ -13,7 +13,7 @@ from torch import nn
 
 import fxpipe
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 
 
 def make(seed: int = 0, width: int = 6, **options: object) -> fxpipe.Pipeline:

@@ -42,15 +42,17 @@ def main(folder: pathlib.Path) -> None:
     pipe = fxpipe.compile(models.Street(), 2, (), batch, loss_fn=models.token_loss, microbatches=12, schedule="GPipe")
     pipe.materialize()
     filled(pipe, 0)
-    start = time.perf_counter()
     pipe.save(folder / "at-0")
-    took = time.perf_counter() - start
+    start = time.perf_counter()
+    pipe.save(folder / ".timed")
+    window = time.perf_counter() - start  # follows the saves: wider after one that was cut short, else narrower
     unfinished = 0
     for point in range(1, POINTS + 1):
         path = folder / f"at-{point}"
-        killed(pipe, path, point, numbers.uniform(0, 1.5 * took))
+        killed(pipe, path, point, numbers.uniform(0, window))
         last = max(int(place.name.removeprefix("at-")) for place in folder.iterdir() if not place.name.startswith("."))
         unfinished += last != point
+        window *= 1.3 if last != point else 0.6
         filled(pipe, -1)
         pipe.load(folder)
         held = {float(value) for parameter in pipe.parameters() for value in parameter.detach().unique()}
