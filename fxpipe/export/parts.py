@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fxpipe.errors import PlanError
@@ -17,13 +18,11 @@ class Parts:
         modules: For each stage the FQNs of its modules, in the order of calling; a block stands for what is inside.
         blocks: FQNs of the repeated blocks, in the model's order.
         shared: Modules without parameters that several stages run (rotary tables).
-        types: Import path of the class of each module that is known.
     """
 
     modules: tuple[tuple[str, ...], ...]
     blocks: tuple[str, ...]
     shared: tuple[str, ...]
-    types: tuple[tuple[str, str], ...]
 
 
 def parts_of(plan: PipelinePlan, graph: LayerGraph, what: str) -> Parts:
@@ -55,9 +54,23 @@ def parts_of(plan: PipelinePlan, graph: LayerGraph, what: str) -> Parts:
                     f"{what} gives each module one stage, and {name} is called on stages {place[name]} and {index}\n"
                     "  use fewer stages, or a model without a module that is called at several places"
                 )
+    bare = [info.fqn for spec in graph.specs for info in spec.parameters if not _lies_in(info.fqn, place)]
+    if bare:
+        raise PlanError(
+            f"{what} places modules, and {bare[0]} lies in none: the model itself reads that parameter\n"
+            "  put it into a module of its own, or use the json format"
+        )
     shared = dict.fromkeys(name for stage in plan.stages for name in _modules(stage.duplicated, graph))
-    types = {spec.fqn: spec.type_path for spec in graph.specs if ":" in spec.type_path}
-    return Parts(found, _repeated(found, graph), tuple(shared), tuple(sorted(types.items())))
+    return Parts(found, _repeated(found), tuple(shared))
+
+
+def _lies_in(fqn: str, modules: Collection[str]) -> bool:
+    """Whether a tensor belongs to one of the modules, or to a module inside of one."""
+    owner = fqn
+    while owner := owner.rpartition(".")[0]:
+        if owner in modules:
+            return True
+    return False
 
 
 def _modules(layers: tuple[str, ...], graph: LayerGraph) -> tuple[str, ...]:
@@ -66,7 +79,7 @@ def _modules(layers: tuple[str, ...], graph: LayerGraph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(fqn for name in layers if (fqn := name.partition("@")[0]) in own))
 
 
-def _repeated(modules: tuple[tuple[str, ...], ...], graph: LayerGraph) -> tuple[str, ...]:
+def _repeated(modules: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     """Give the modules that are entries of one list: those whose last part is a number, of the longest such list."""
     lists: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for stage in modules for name in stage):

@@ -68,11 +68,6 @@ def expand(layout: str) -> list[list[str]]:
     return [list(re.sub(r"([A-Za-z])\*(\d+)", lambda m: m[1] * int(m[2]), stage)) for stage in layout.split("|")]
 
 
-def kept_by_torchtitan(model: nn.Module, names: list[str]) -> set[str]:
-    """The rule of torchtitan's splitter: of direct children and entries of their lists, what a stage's list names."""
-    return {fqn for fqn, _ in model.named_modules() if fqn in names}
-
-
 @pytest.mark.parametrize("make", [compiled, gpt2], ids=["Llama", "GPT-2"])
 @pytest.mark.parametrize("format", ["torchtitan", "nemo"])
 def test_lists_of_modules_say_where_the_plan_has_each(make, format):
@@ -186,3 +181,24 @@ def test_an_unknown_format_lists_the_known_ones(llama):
     with pytest.raises(fxpipe.PlanError, match="known: torchtitan, nemo") as caught:
         export(llama.plan, llama.graph, "morse")
     assert all(name in str(caught.value) for name in FORMATS)
+
+
+class Gated(nn.Module):
+    """A parameter that the model itself reads beside its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.gate = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + self.gate * layer(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("format", ["torchtitan", "nemo", "megatron", "deepspeed", "device_map"])
+def test_a_parameter_in_no_module_is_refused_by_name(format):
+    pipe = fxpipe.compile(Gated(), 1, (torch.zeros(8, 8),), grain="block")
+    with pytest.raises(fxpipe.PlanError, match="gate lies in none"):
+        export(pipe.plan, pipe.graph, format, "train.py:build")
