@@ -74,11 +74,6 @@ if hasattr(torch.utils.checkpoint, f"{_REGION}_impl"):  # from 2.14
     _REGION = f"{_REGION}_impl"
 
 
-def is_loss_module(module: torch.nn.Module) -> bool:
-    """Tell whether a module is one of torch's own losses."""
-    return isinstance(module, torch.nn.modules.loss._Loss)
-
-
 def device_asked(func: Any, args: Sequence[Any]) -> torch.device | None:
     """Answer a fake tensor's question for its device, more than half of what a dispatch mode sees; None for others."""
     if func is not torch.ops.prim.device.default or not isinstance(args[0], FakeTensor):

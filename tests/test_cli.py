@@ -249,7 +249,7 @@ def test_a_sweep_is_a_table_csv_and_json_of_the_same_rows(capsys, tmp_path):
         ([], "neither --stages nor --devices is given"),
         (["--devices", "0"], "--devices is 0"),
         (["--devices", "8", "--global-batch", "7", "--schedule", "1F1B"], "no configuration divides 8 devices"),
-        (["--devices", "2", "--global-batch", "2", "--memory-limit", "1MB"], "keeps 1.0 MiB per device: the nearest"),
+        (["--devices", "2", "--global-batch", "2", "--memory-limit", "1MB"], "keeps 976.6 KiB per device: the nearest"),
         (["--devices", "2", "--hardware", "abacus"], "unknown hardware 'abacus'"),
     ],
 )  # fmt: skip

@@ -19,8 +19,9 @@ from fxpipe.errors import FxpipeError, PlanError
 from fxpipe.ir.files.hardware_file import resolve_hardware
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.schedule import SCHEDULES, schedule_named
+from fxpipe.ir.units import seconds_text, size_text
 from fxpipe.planning.budget import Budget, Spent, best_or_error, reduction_s, spend
-from fxpipe.planning.configurations import Offer, gibibytes, milliseconds
+from fxpipe.planning.configurations import Offer
 from fxpipe.planning.settings import device_limit
 from fxpipe.planning.simulation.simulate import simulate
 
@@ -175,9 +176,9 @@ def _table(found: list[Spent], tokens: int | None) -> str:
         rows.append(
             [
                 f"{row['pipeline']} × {row['data']}", row["stages"], row["schedule"],
-                f"{row['microbatches']} of {row['size']}", recomputed, milliseconds(each.step_s),
+                f"{row['microbatches']} of {row['size']}", recomputed, seconds_text(each.step_s),
                 f"{row['tokens_per_s'] or row['samples_per_s']:,.0f}", f"{100 * row['mfu']:.1f} %",
-                gibibytes(row["peak_bytes"]), ", ".join(filter(None, notes)),
+                size_text(row["peak_bytes"]), ", ".join(filter(None, notes)),
             ]
         )  # fmt: skip
     align = ["left", "right", "left", "right", "right", "right", "right", "right", "right", "left"]
@@ -197,13 +198,13 @@ def _changes(found: list[Spent], budget: Budget, hardware: Hardware) -> list[str
     if tight:
         other = min(tight, key=lambda each: each.step_s)
         said.append(
-            f"with {gibibytes(other.outcome.peak_bytes)} per device: {_named(other)} {milliseconds(other.step_s)}"
+            f"with {size_text(other.outcome.peak_bytes)} per device: {_named(other)} {seconds_text(other.step_s)}"
         )
     for factor, word in ((2.0, "twice"), (0.5, "half")):
         quicker = {id(each): _at_links(each, hardware, budget, factor) for each in fitting[: 4 * SHOWN]}
         first = min(fitting[: 4 * SHOWN], key=lambda each: quicker[id(each)])
         if quicker[id(first)] < quicker[id(best)] * (1 - NOTICED):
-            said.append(f"links {word} as fast: {_named(first)} {milliseconds(quicker[id(first)])}")
+            said.append(f"links {word} as fast: {_named(first)} {seconds_text(quicker[id(first)])}")
     return said or ["neither more memory nor links twice or half as fast would change which comes first"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan, StagePlan
-from fxpipe.ir.units import size_text
+from fxpipe.ir.units import seconds_text, size_text
 
 NEWLINE = "\\n"
 
@@ -43,7 +43,7 @@ def to_mermaid(plan: PipelinePlan, graph: LayerGraph, source: str) -> str:
 def _label(stage: StagePlan, newline: str) -> str:
     ends = stage.layers if len(stage.layers) < 2 else (stage.layers[0], "…", stage.layers[-1])
     words = [f"stage {stage.index}, rank {stage.rank}", " ".join(map(_plain, ends))]
-    return newline.join([*words, f"{1e3 * stage.seconds:.3g} ms, {size_text(stage.peak_bytes)}"])
+    return newline.join([*words, f"{seconds_text(stage.seconds)}, {size_text(stage.peak_bytes)}"])
 
 
 def _plain(text: str) -> str:

@@ -50,6 +50,16 @@ def digits(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+def seconds_text(seconds: float) -> str:
+    """Write a time with its unit.
+
+    >>> seconds_text(0.4123), seconds_text(12.3456), seconds_text(3.21e-5)
+    ('412 ms', '12.3 s', '32.1 µs')
+    """
+    unit, scale = time_unit(seconds)
+    return f"{digits(seconds * scale)} {unit}"
+
+
 def ranges_text(numbers: Sequence[int]) -> str:
     """Join neighbours of ascending numbers.
 

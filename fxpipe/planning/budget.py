@@ -17,7 +17,8 @@ from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.schedule import fits_microbatches, schedule_named
 from fxpipe.ir.tensor import dtype_bytes
-from fxpipe.planning.configurations import Configuration, Cuts, Offer, Outcome, gibibytes, outcome, shapes
+from fxpipe.ir.units import size_text
+from fxpipe.planning.configurations import Configuration, Cuts, Offer, Outcome, outcome, shapes
 from fxpipe.planning.simulation.simulate import simulate
 
 KEPT = 12  # configurations of which the slowest must be within reach of one that is tried
@@ -221,7 +222,7 @@ def best_or_error(found: Sequence[Spent], budget: Budget, limit: int | None) -> 
         )
     nearest = min(found, key=lambda each: each.outcome.peak_bytes)
     return PlanError(
-        f"none of {len(found)} configurations of {budget.devices} devices keeps {gibibytes(limit or math.inf)} "
-        f"per device: the nearest needs {gibibytes(nearest.outcome.peak_bytes)}\n"
+        f"none of {len(found)} configurations of {budget.devices} devices keeps {size_text(limit or math.inf)} "
+        f"per device: the nearest needs {size_text(nearest.outcome.peak_bytes)}\n"
         "  use more devices, a smaller batch, or --recompute auto"
     )

@@ -11,6 +11,7 @@ from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.schedule import SCHEDULES, fits_microbatches, placement, schedule_named
+from fxpipe.ir.units import seconds_text, size_text
 from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.costs.recompute import recomputed_modules
 from fxpipe.planning.fit import choices_of, lay_out
@@ -262,28 +263,10 @@ def _said(found: Outcome, open_: Sequence[str]) -> str:
         parts.append(f"{configuration.stages} stages{on}")
     if "microbatches" in open_:
         parts.append(f"{configuration.num_microbatches} microbatches")
-    said = f"{', '.join(parts)} {milliseconds(found.step_s)}"
+    said = f"{', '.join(parts)} {seconds_text(found.step_s)}"
     if found.limit is not None and not found.fits:
-        said += f" but {gibibytes(found.peak_bytes)} > {gibibytes(found.limit)}"
+        said += f" but {size_text(found.peak_bytes)} > {size_text(found.limit)}"
     return said
-
-
-def milliseconds(seconds: float) -> str:
-    """Write a time.
-
-    >>> milliseconds(0.4123), milliseconds(12.3456), milliseconds(3.21e-5)
-    ('412 ms', '12.3 s', '0.0321 ms')
-    """
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def gibibytes(nbytes: float) -> str:
-    """Write bytes.
-
-    >>> gibibytes(92 * 2**30)
-    '92.0 GiB'
-    """
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def none_fits(outcomes: Sequence[Outcome], hardware: Hardware) -> FxpipeError:
@@ -297,7 +280,7 @@ def none_fits(outcomes: Sequence[Outcome], hardware: Hardware) -> FxpipeError:
     nearest = min(planned, key=lambda found: found.peak_bytes)
     limit = nearest.limit or 0
     return InfeasibleError(
-        f"none of {len(planned)} configurations keeps {gibibytes(limit)} per rank of {hardware.name}: the nearest, "
+        f"none of {len(planned)} configurations keeps {size_text(limit)} per rank of {hardware.name}: the nearest, "
         f"{_said(nearest, ('schedule', 'stages', 'microbatches'))}\n"
         '  use more ranks, smaller microbatches, or Training(recompute="auto")',
         nearest.peak_bytes,

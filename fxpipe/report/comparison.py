@@ -9,7 +9,8 @@ from tabulate import tabulate
 
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.simulation import Simulation
-from fxpipe.ir.units import digits, size_text, time_unit
+from fxpipe.ir.units import seconds_text, size_text
+from fxpipe.report.words import memory_by_rank
 
 HEADER = (
     "plan",
@@ -50,11 +51,11 @@ def render_comparison(plans: Sequence[tuple[str, PipelinePlan, Simulation]], for
                 plan.num_ranks,
                 plan.schedule,
                 plan.num_microbatches,
-                _seconds(simulation.step_s),
+                seconds_text(simulation.step_s),
                 f"{simulation.step_s / best:.3f} ×" if best else "",
                 f"{100 * simulation.mean_bubble:.1f} %",
-                _seconds(plan.bottleneck),
-                size_text(_memory(plan)),
+                seconds_text(plan.bottleneck),
+                size_text(max(memory_by_rank(plan).values(), default=0)),
                 len(plan.opened) or "–",
             ]
         )
@@ -74,20 +75,7 @@ def _values(name: str, plan: PipelinePlan, simulation: Simulation) -> dict[str, 
         "step_s": simulation.step_s,
         "bubble": simulation.mean_bubble,
         "bottleneck_s": plan.bottleneck,
-        "memory_bytes": _memory(plan),
+        "memory_bytes": max(memory_by_rank(plan).values(), default=0),
         "opened": list(plan.opened),
         "layers": [list(stage.layers) for stage in plan.stages],
     }
-
-
-def _memory(plan: PipelinePlan) -> int:
-    """Most bytes of a rank."""
-    memory: dict[int, int] = {}
-    for stage in plan.stages:
-        memory[stage.rank] = memory.get(stage.rank, 0) + stage.peak_bytes
-    return max(memory.values(), default=0)
-
-
-def _seconds(value: float) -> str:
-    unit, scale = time_unit(value)
-    return f"{digits(value * scale)} {unit}"

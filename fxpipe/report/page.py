@@ -10,7 +10,7 @@ from typing import Any
 
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
 from fxpipe.ir.simulation import Simulation
-from fxpipe.ir.units import count_text, digits, size_text, time_unit
+from fxpipe.ir.units import count_text, seconds_text, size_text, time_unit
 from fxpipe.report.words import (
     BASELINES,
     balance,
@@ -81,11 +81,6 @@ def _text(text: object) -> str:
     return html.escape(str(text))
 
 
-def _seconds(value: float) -> str:
-    unit, scale = time_unit(value)
-    return f"{digits(value * scale)} {unit}"
-
-
 # --- the four answers -----------------------------------------------------------------------------------------------
 
 
@@ -116,12 +111,12 @@ def _fit(plan: PipelinePlan) -> tuple[str, str]:
 
 def _speed(plan: PipelinePlan, simulation: Simulation | None) -> tuple[str, str]:
     if simulation is None or simulation.step_s <= 0:
-        return _seconds(slowest_load(plan)), "per microbatch in the slowest rank; no step was simulated."
+        return seconds_text(slowest_load(plan)), "per microbatch in the slowest rank; no step was simulated."
     samples = plan.num_microbatches * (plan.microbatch_size or 1)
     rate = count_text(samples / simulation.step_s)
     what = "samples" if plan.microbatch_size else "microbatches"
     idle = f"{100 * simulation.mean_bubble:.1f} % of the ranks' time is idle"
-    return f"{_seconds(simulation.step_s)} per step", f"{rate} {what} per second; {idle}."
+    return f"{seconds_text(simulation.step_s)} per step", f"{rate} {what} per second; {idle}."
 
 
 def _limit(plan: PipelinePlan, simulation: Simulation | None) -> tuple[str, str]:
@@ -158,7 +153,7 @@ def _model_bar(plan: PipelinePlan) -> str:
         f'<button type="button" role="tab" aria-selected="false" aria-controls="layers" data-stage="{stage.index}" '
         f'title="{_text(chr(10).join(stage.layers))}" style="flex:{max(stage.seconds / slowest, 1e-3):.5f}"'
         f"{' class=slowest' if stage.seconds == slowest else ''}>"
-        f"<strong>{stage.index}</strong><span>{_seconds(stage.seconds)}</span></button>"
+        f"<strong>{stage.index}</strong><span>{seconds_text(stage.seconds)}</span></button>"
         for stage in plan.stages
     )
     return (
@@ -233,9 +228,9 @@ def _stage_table(plan: PipelinePlan) -> str:
             f"{stage.layers[0]} … {stage.layers[-1]}" if len(stage.layers) > 1 else "".join(stage.layers),
             count_text(stage.parameters),
             f"{100 * stage.seconds / total:.1f} %",
-            _seconds(stage.forward_s),
-            _seconds(stage.backward_s),
-            _seconds(stage.transfer_s),
+            seconds_text(stage.forward_s),
+            seconds_text(stage.backward_s),
+            seconds_text(stage.transfer_s),
             sends,
             again,
         )
@@ -270,7 +265,7 @@ def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
         cells: tuple[str, ...] = ("–", "", "", "")
         if row.bottleneck is not None:
             ratio = f"{row.bottleneck / slowest_load(plan):.3f} ×" if slowest_load(plan) else ""
-            cells = (_seconds(row.bottleneck), ratio, f"{row.balance:.3f}", size_text(row.peak_bytes))
+            cells = (seconds_text(row.bottleneck), ratio, f"{row.balance:.3f}", size_text(row.peak_bytes))
         rows.append(
             f"<tr><th scope=row>{_text(row.name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}"
             f"<td>{_text(row.remark)}</td></tr>"
@@ -287,7 +282,7 @@ def _remarks(plan: PipelinePlan) -> str:
     bound = ""
     if plan.lower_bound > 0:
         how = "which is the best possible" if plan.proven else f"at most {100 * plan.gap:.1f} % above the best possible"
-        bound = f"Slowest rank {_seconds(slowest_load(plan))} per microbatch, {how}."
+        bound = f"Slowest rank {seconds_text(slowest_load(plan))} per microbatch, {how}."
     items = [
         bound,
         f"limited by: {plan.limited_by}" if plan.limited_by else "",
@@ -310,7 +305,7 @@ def _data(plan: PipelinePlan, simulation: Simulation | None) -> dict[str, Any]:
             "layers": list(stage.layers),
             "duplicated": list(stage.duplicated),
             "recompute": list(stage.recompute),
-            "time": _seconds(stage.seconds),
+            "time": seconds_text(stage.seconds),
         }
         for stage in plan.stages
     ]

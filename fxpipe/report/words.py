@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
-from fxpipe.ir.units import digits, ranges_text, size_text, time_unit
+from fxpipe.ir.units import ranges_text, seconds_text, size_text
 
 BASELINES = "The same model cut by others' rules, at the same costs and links"
 
@@ -120,8 +120,7 @@ def tie_price(tie: TieGroup) -> str:
         return "one copy"
     if not tie.trainable:
         return "frozen"
-    unit, scale = time_unit(tie.seconds)
-    return f"all-reduce {digits(tie.seconds * scale)} {unit}"
+    return f"all-reduce {seconds_text(tie.seconds)}"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

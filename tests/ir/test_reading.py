@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import time
 import tracemalloc
 from typing import Any
 
@@ -148,9 +147,7 @@ def test_reading_takes_no_more_memory_than_a_few_times_the_text():
     data["stages"][0]["layers"] = [f"layer{number}" for number in range(20_000)]
     text = json.dumps(data)
     tracemalloc.start()
-    begin = time.process_time()
     PipelinePlan.from_json(text)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40 * len(text)
-    assert time.process_time() - begin < 60  # not a speed: that it ends

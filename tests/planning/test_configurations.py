@@ -54,7 +54,7 @@ def test_what_was_chosen_is_explained_with_what_was_faster_and_does_not_fit():
     found = ordered(tried(free.peak_bytes - 1))
     said = explain_choice(found[0], found, ("schedule",))
     name = found[0].configuration.schedule
-    assert said.startswith(f"chosen by simulation: {name} {1e3 * found[0].step_s:.3g} ms; runners-up: ")
+    assert said.startswith(f"chosen by simulation: {name} {1e6 * found[0].step_s:.0f} µs; runners-up: ")
     assert "\n" not in said
     if any(not each.fits and each.step_s < found[0].step_s for each in found):
         assert " MiB > " in said
