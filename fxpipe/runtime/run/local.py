@@ -12,6 +12,8 @@ from fxpipe.runtime.run.refusals import refuse_modules, watch_checkpoints
 from fxpipe.runtime.run.timeline import Recorder
 from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
 
+_UNTIMED: AbstractContextManager[None] = nullcontext()
+
 
 class LocalEngine:
     """Runs jobs through stages that all live in this process; no schedule, no process group."""
@@ -70,7 +72,7 @@ class LocalEngine:
         return torch.stack([work.loss() for work in passes]).sum().to(passes[0].outputs[-1].dtype)
 
     def _timed(self, kind: str, stage: int, microbatch: int) -> AbstractContextManager[None]:
-        return nullcontext() if self._recorder is None else self._recorder.span(kind, stage, microbatch)
+        return _UNTIMED if self._recorder is None else self._recorder.span(kind, stage, microbatch)
 
     def _train_one(self, job: Job, index: int) -> tuple[torch.Tensor, torch.dtype]:
         passes: list[Pass] = []
