@@ -1,11 +1,11 @@
 """Measure the partitioner: models against others' cuts, published workloads, time against size.
 
-    python -m tests.benchmarks partition models|several [gpt2-medium llama-8b t5-large resnet-50 unet]
-    python -m tests.benchmarks partition default|large|compile|scaling
-    python -m tests.benchmarks partition workloads|page DIR
+    python -m tests.benchmarks partition models|several [gpt2-medium llama-8b t5-large resnet-50 unet] [--page]
+    python -m tests.benchmarks partition default|large|compile|scaling [--page]
+    python -m tests.benchmarks partition workloads DIR [--page]
 
 ``DIR`` is a checkout of the dnn-partitioning repository of Microsoft Research (arXiv 2006.16423). Times are seconds of
-processor time. ``page`` runs everything and writes ``docs/benchmarks.md`` with its plot.
+processor time. ``--page`` writes the section of ``docs/benchmarks.md``, and the plot of ``scaling``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from fxpipe.planning.peers import compare
 from fxpipe.planning.search.graphs import read_graph
 from fxpipe.planning.search.partition import Partition, partition, partition_nodes
 from fxpipe.planning.settings import Settings
+from tests.benchmarks.sections import DOCS, write_section
 from tests.benchmarks.shapes import SHAPES, llama_405b, models
 
 STAGES = (4, 8, 16)
@@ -344,59 +345,37 @@ def one_order(layout: Layout) -> float:
     return float(best[-1])
 
 
-PAGE = """# Benchmarks of the partitioner
-
-Written by `python -m tests.benchmarks partition page DIR`; seconds are processor time on one core of a small machine.
-
-## Models
+SECTIONS = {
+    "models": """## Cuts of models
 
 One microbatch of one sequence (GPT-2 medium 1,024 tokens, Llama-8B 4,096, T5-large 512 + 512) or one image (ResNet-50
 224 × 224, a U-Net with skips 256 × 256), roofline seconds of an H100, cut at op grain. Numbers are the largest load of
 a stage, transfers included, over the larger of the mean load and the largest layer: 1 cannot be beaten. *One order* is
 an exact dynamic programme over the layers in the order of calling, at the same costs. The others cut between modules by
-their own rules ([how](../fxpipe/planning/peers.py)); – where a rule makes no such cut.
-
-{models}
-
-## Two stages on each rank
+their own rules ([how](../fxpipe/planning/peers.py)); – where a rule makes no such cut.""",
+    "several": """## Two stages on each rank
 
 The same models, with one stage per rank, two that visit the ranks in a loop (interleaved), and two that turn back (a
 V). The load is the largest of a rank, over the larger of the mean and the largest layer; the gap is that to the proven
-lower bound. Written by `python -m tests.benchmarks partition several`.
-
-{several}
-
-## The default call
+lower bound.""",
+    "default": """## The default call
 
 `fxpipe.compile` of models on the meta device in fresh processes, capture included; processor seconds at op grain and
-at `grain="auto"`, the default. Written by `python -m tests.benchmarks partition default`.
-
-{default}
-
-## Published workloads
+at `grain="auto"`, the default.""",
+    "workloads": """## Published workloads
 
 The sixteen pipeline workloads of [arXiv 2006.16423](https://arxiv.org/abs/2006.16423); in training workloads a forward
 node and its backward share a stage; transfers are paid once by every stage that holds a value's producer or a reader
-(`routing="direct"`); memory limits are kept.
+(`routing="direct"`); memory limits are kept.""",
+    "large": "## Large graphs",
+    "compile": """## From module to plan
 
-{workloads}
+`fxpipe.compile` of a model on the meta device at op grain, capture included, in a fresh process.""",
+    "scaling": """## Time against size
 
-## Large graphs
-
-{large}
-
-## From module to plan
-
-`fxpipe.compile` of a model on the meta device at op grain, capture included, in a fresh process.
-
-{compile}
-
-## Time against size
-
-![time against size](partition-time.svg)
-
-{scaling}
-"""
+![time against size](partition-time.svg)""",
+}
+"""What stands above the table of each section that ``--page`` writes."""
 
 
 def main() -> None:
@@ -409,42 +388,30 @@ def main() -> None:
     several.add_argument("--ranks", nargs="+", type=int, default=[4, 8])
     default = commands.add_parser("default", help="the default call against op grain, capture included")
     default.add_argument("--here", nargs=2, metavar=("MODEL", "GRAIN"), help="one of them, in this process")
-    commands.add_parser("large", help="100,000 nodes into 1,024 stages; 10,000 into 64, links free and not")
+    large = commands.add_parser("large", help="100,000 nodes into 1,024 stages; 10,000 into 64, links free and not")
     largest = commands.add_parser("compile", help="a model of 405 billion parameters, capture included")
     largest.add_argument("--here", action="store_true", help="in this process rather than a fresh one")
     scaling = commands.add_parser("scaling", help="time against number of nodes")
-    scaling.add_argument("--plot", type=Path, help="write the plot here, as SVG")
     workloads = commands.add_parser("workloads", help="the sixteen published pipeline workloads")
     workloads.add_argument("directory", type=Path)
-    page = commands.add_parser("page", help="everything, as the page of the documentation")
-    page.add_argument("directory", type=Path)
-    page.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and the plot")
+    for command in (one, several, default, large, largest, scaling, workloads):
+        command.add_argument("--page", action="store_true", help="write the section of docs/benchmarks.md")
     arguments = parser.parse_args()
-    if arguments.command == "models":
-        print(run_models(arguments.names))
-    elif arguments.command == "several":
-        print(run_several(arguments.names, arguments.ranks))
-    elif arguments.command == "default":
-        print(compile_default(*arguments.here) if arguments.here else run_default())
-    elif arguments.command == "large":
-        print(run_large())
-    elif arguments.command == "compile":
-        print(compile_one() if arguments.here else run_compile())
-    elif arguments.command == "scaling":
-        print(run_scaling(arguments.plot))
-    elif arguments.command == "workloads":
-        print(run_workloads(arguments.directory))
-    else:
-        text = PAGE.format(
-            models=run_models([]),
-            several=run_several([], [4, 8]),
-            default=run_default(),
-            workloads=run_workloads(arguments.directory),
-            large=run_large(),
-            compile=run_compile(),
-            scaling=run_scaling(arguments.docs / "partition-time.svg"),
-        )
-        (arguments.docs / "benchmarks.md").write_text(text, encoding="utf-8")
+    run = {
+        "models": lambda: run_models(arguments.names),
+        "several": lambda: run_several(arguments.names, arguments.ranks),
+        "default": lambda: str(compile_default(*arguments.here)) if arguments.here else run_default(),
+        "large": run_large,
+        "compile": lambda: compile_one() if arguments.here else run_compile(),
+        "scaling": lambda: run_scaling(DOCS / "partition-time.svg" if arguments.page else None),
+        "workloads": lambda: run_workloads(arguments.directory),
+    }[arguments.command]
+    text = run()
+    if not arguments.page:
+        print(text)
+        return
+    written = f"Written by `python -m tests.benchmarks partition {arguments.command} --page`."
+    write_section(f"partition {arguments.command}", f"{SECTIONS[arguments.command]}\n\n{written}\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from fxpipe.planning.planner import plan_pipeline
 from fxpipe.planning.settings import Settings, device_limit
 from fxpipe.planning.simulation.engine import StageTimes
 from fxpipe.planning.simulation.simulate import simulate, simulate_stages
+from tests.benchmarks.sections import write_section
 
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-TITLE = "## Simulated steps"
 NAMES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
@@ -100,7 +99,7 @@ def recomputed() -> str:
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
-SECTION = """{title}
+SECTION = """## Simulated steps
 
 Written by `python -m tests.benchmarks simulation --page`.
 
@@ -124,12 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the section of docs/benchmarks.md")
     arguments = parser.parse_args()
-    text = SECTION.format(title=TITLE, literature=literature(), speed=speed(), recomputed=recomputed())
+    text = SECTION.format(literature=literature(), speed=speed(), recomputed=recomputed())
     if not arguments.page:
         print(text)
         return
-    before = PAGE.read_text(encoding="utf-8").partition(TITLE)[0].rstrip()
-    PAGE.write_text(f"{before}\n\n{text}", encoding="utf-8")
+    write_section("simulation", text)
 
 
 if __name__ == "__main__":
