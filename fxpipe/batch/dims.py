@@ -18,7 +18,7 @@ Microbatch: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BatchLayout:
     """Where the samples of one batch lie.
 
     Attributes:
@@ -74,7 +74,7 @@ class BatchDims:
                 )
         return cls(tuple(names), tuple((dotted(path), dim) for path, dim in (batch_dims or {}).items()))
 
-    def learned(self, layout: Layout) -> BatchDims:
+    def learned(self, layout: BatchLayout) -> BatchDims:
         """Remember which tensors the example split: they say how many samples other batches have."""
         return replace(self, first=tuple(layout.dims))
 
@@ -123,7 +123,7 @@ class BatchDims:
         yield from kwargs.items()
         yield "target", target
 
-    def layout(self, batch: Microbatch, size: int | None = None, *, split: bool = True) -> Layout:
+    def layout(self, batch: Microbatch, size: int | None = None, *, split: bool = True) -> BatchLayout:
         """Find the samples of a batch.
 
         Args:
@@ -162,9 +162,9 @@ class BatchDims:
                 "  say where the samples lie, batch_dims={'name': dimension} (None: not split) on fxpipe.compile, or "
                 "pass ready-split inputs as step(microbatches=[...])"
             )
-        return Layout(size, dims, tuple(whole), tuple(faults))
+        return BatchLayout(size, dims, tuple(whole), tuple(faults))
 
-    def doubts(self, batch: Microbatch, layout: Layout, num_microbatches: int) -> dict[str, str]:
+    def doubts(self, batch: Microbatch, layout: BatchLayout, num_microbatches: int) -> dict[str, str]:
         """Say what was taken where it could have been something else, by path.
 
         That is: what the user says; a tensor of which another dimension has the batch's size too; a batch in which

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxpipe.batch.dims import BatchDims, Layout, Microbatch
+from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
 from fxpipe.batch.microbatches import choose_microbatches
 from fxpipe.batch.split import cut
 from fxpipe.errors import ScheduleError
@@ -59,7 +59,7 @@ class Example:
 
     number: int
     first: Microbatch
-    layout: Layout
+    layout: BatchLayout
     dims: BatchDims
 
 

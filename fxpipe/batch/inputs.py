@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor
-from fxpipe.batch.dims import Layout
+from fxpipe.batch.dims import BatchLayout
 from fxpipe.errors import CaptureError, SpecError
 from fxpipe.ir.canonical import digest, spell
 from fxpipe.ir.tree import map_tree
@@ -98,7 +98,7 @@ def name_inputs(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     target: Any = None,
-    layout: Layout | None = None,
+    layout: BatchLayout | None = None,
 ) -> Inputs:
     """Name every tensor of a microbatch.
 

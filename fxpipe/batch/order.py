@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fxpipe.batch.dims import BatchDims, Layout, Microbatch
+from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
 from fxpipe.batch.example import as_microbatch
 from fxpipe.batch.microbatches import fit_microbatches
 from fxpipe.batch.split import cut
@@ -33,7 +33,9 @@ class Order:
     microbatch_size: int | None
     dims: BatchDims = field(default_factory=BatchDims)
 
-    def split(self, batch: Microbatch | None, ready: Sequence[Any] | None) -> tuple[list[Microbatch], list[Layout]]:
+    def split(
+        self, batch: Microbatch | None, ready: Sequence[Any] | None
+    ) -> tuple[list[Microbatch], list[BatchLayout]]:
         """Cut a batch, or take ready-split microbatches.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxpipe.batch.dims import BatchDims, Layout, Microbatch
+from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
 from fxpipe.errors import ScheduleError
 
 _ANY = BatchDims()
@@ -71,7 +71,7 @@ def split_batch(
     return cut(whole, layout, num_microbatches, dims)
 
 
-def cut(whole: Microbatch, layout: Layout, num_microbatches: int, dims: BatchDims = _ANY) -> list[Microbatch]:
+def cut(whole: Microbatch, layout: BatchLayout, num_microbatches: int, dims: BatchDims = _ANY) -> list[Microbatch]:
     """Cut a batch whose layout is known; see ``split_batch``."""
     size = layout.size
     if num_microbatches < 1 or size % num_microbatches:

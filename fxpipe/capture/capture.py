@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxpipe.batch.dims import Layout
+from fxpipe.batch.dims import BatchLayout
 from fxpipe.batch.inputs import Inputs, name_inputs, parameter_names
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.counting import LayerCounter
@@ -178,7 +178,7 @@ class Capture:
             self._model = None
 
     def inputs(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = None, layout: Layout | None = None
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], target: Any = None, layout: BatchLayout | None = None
     ) -> Inputs:
         """Name the tensors of a microbatch."""
         return name_inputs(self.parameter_names, args, kwargs, target, layout)
