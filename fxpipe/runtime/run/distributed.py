@@ -15,8 +15,8 @@ from fxpipe.runtime.ranks.failures import Failures
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.engine_stage import EngineStage
 from fxpipe.runtime.run.forward_only import infer, run_forwards
-from fxpipe.runtime.run.refusals import refuse_modules
-from fxpipe.runtime.run.schedule import forget_exchanges, make_schedule, run_schedule
+from fxpipe.runtime.run.refusals import CheckpointWatch, refuse_modules
+from fxpipe.runtime.run.schedule import forget_exchanges, make_schedule, without_dumps
 from fxpipe.runtime.run.timeline import Recorder
 from fxpipe.runtime.run.work import Job, Tensors
 
@@ -42,9 +42,10 @@ class DistributedEngine:
         self._device = device
         self._defer_recv = defer_recv
         self._placement = placement(schedule, num_stages, len(groups.ranks))
+        self._checkpoints = CheckpointWatch(self._split_by)
         self._stages = [EngineStage(stage, num_stages, device, groups.pipeline) for stage in stages]
         for stage in self._stages:
-            stage.split_by = self._split_by
+            stage.checkpoints = self._checkpoints
             stage.over_replicas = groups.replicas is not None
             stage.when_done = when_done or stage.when_done
         self._schedules: dict[int, Any] = {}
@@ -79,7 +80,9 @@ class DistributedEngine:
         with self.guard(), torch.enable_grad():
             for stage in self._stages:
                 stage.jobs = jobs
-            run_schedule(self._schedule(len(jobs)), len(jobs))
+            with without_dumps(), self._checkpoints.watch():
+                # The stages have their inputs; torch's schedule only asks that there be as many targets.
+                self._schedule(len(jobs)).step(target=torch.empty(len(jobs)), return_outputs=False)
             for stage in self._stages:
                 stage.jobs = ()
             last = self._stages[-1] if self._stages[-1].is_last else None

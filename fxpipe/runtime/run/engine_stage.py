@@ -15,7 +15,7 @@ from fxpipe.program import StageProgram
 from fxpipe.runtime.build.boundary import MessageLayout, gradient_layout, message_layout, pack, receive_buffers
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.gradients import accumulators
-from fxpipe.runtime.run.refusals import watch_checkpoints
+from fxpipe.runtime.run.refusals import CheckpointWatch
 from fxpipe.runtime.run.sharded import hold_reduction, reduce_now
 from fxpipe.runtime.run.timeline import Recorder
 from fxpipe.runtime.run.work import (
@@ -25,7 +25,8 @@ from fxpipe.runtime.run.work import (
     run_backward,
     run_backward_for_inputs,
     run_backward_for_weights,
-    run_forward,
+    stage_arguments,
+    take_outputs,
 )
 
 
@@ -34,7 +35,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
 
     Attributes:
         jobs: The microbatches of this step.
-        split_by: Name of the schedule where it splits the backward, else None.
+        checkpoints: Is told that the stage's forward runs; watches for the engine.
         submod: The stage's module.
         losses: On the last stage: the weighted loss of each microbatch so far, in float64.
         loss_dtype: On the last stage: dtype of the model's own loss.
@@ -49,7 +50,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
     def __init__(self, module: StageModule, num_stages: int, device: torch.device, group: dist.ProcessGroup) -> None:
         super().__init__(module, module.stage_index, num_stages, device, group=group)
         self.jobs: Sequence[Job] = ()
-        self.split_by: str | None = None
+        self.checkpoints = CheckpointWatch()
         self.losses: dict[int, torch.Tensor] = {}
         self.loss_dtype: torch.dtype | None = None
         self.failed = False
@@ -109,9 +110,12 @@ class EngineStage(WithoutMetadata, PipelineStage):
         save_forward_output: bool = True,
     ) -> Tensors:
         """Run the forward of one microbatch."""
-        with self._blamed(), watch_checkpoints(self.submod, self.split_by), self._timed("forward", fwd_chunk_id):
-            received = self._received.pop(fwd_chunk_id, ())
-            work = run_forward(self.submod, self.jobs[fwd_chunk_id], received, training=self.has_backward)
+        stage, job = self.submod, self.jobs[fwd_chunk_id]
+        received = self._received.pop(fwd_chunk_id, ())
+        self.checkpoints.stage = stage
+        with self._blamed(), self._timed("forward", fwd_chunk_id):
+            outputs = stage(*stage_arguments(stage, job, received, training=self.has_backward))
+            work = take_outputs(stage, job, received, outputs)
         self._passes[fwd_chunk_id] = work
         if self.is_last:
             self.losses[fwd_chunk_id] = work.loss()

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.run.refusals import refuse_modules, watch_checkpoints
+from fxpipe.runtime.run.refusals import CheckpointWatch, refuse_modules
 from fxpipe.runtime.run.timeline import Recorder
 from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
 
@@ -21,6 +21,7 @@ class LocalEngine:
     def __init__(self, stages: Sequence[StageModule]) -> None:
         self._stages = list(stages)
         self._recorder: Recorder | None = None
+        self._checkpoints = CheckpointWatch()
 
     def record(self, recorder: Recorder) -> None:
         """Record what the stages do when."""
@@ -48,7 +49,7 @@ class LocalEngine:
             ScheduleError: As ``check``.
         """
         self.check()
-        with torch.enable_grad():
+        with self._checkpoints.watch(), torch.enable_grad():
             losses = [self._train_one(job, index) for index, job in enumerate(jobs)]
         dtype = losses[0][1]
         return torch.stack([loss for loss, _ in losses]).sum().to(dtype)
@@ -78,7 +79,8 @@ class LocalEngine:
         passes: list[Pass] = []
         received: Tensors = ()
         for stage in self._stages:
-            with watch_checkpoints(stage), self._timed("forward", stage.stage_index, index):
+            self._checkpoints.stage = stage
+            with self._timed("forward", stage.stage_index, index):
                 passes.append(run_forward(stage, job, received, training=True))
             received = tuple(output.detach() for output in passes[-1].outputs)
         loss = passes[-1].loss(), passes[-1].outputs[-1].dtype

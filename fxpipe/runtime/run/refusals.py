@@ -48,35 +48,48 @@ def refuse_modules(stages: Iterable[StageModule], split_by: str | None = None) -
                 )
 
 
-def watch_checkpoints(stage: StageModule, split_by: str | None = None) -> AbstractContextManager[None]:
-    """Refuse activation checkpointing that gives wrong gradients, or recomputes many times, while a stage runs.
+class CheckpointWatch:
+    """Refuses activation checkpointing that gives wrong gradients, or recomputes many times, while stages run.
 
-    Raises:
-        ScheduleError: From within the forward: reentrant checkpointing, or any under a split backward.
+    Attributes:
+        stage: The stage whose forward runs; whoever runs it says so.
+
+    Args:
+        split_by: Name of the schedule where it splits the backward, else None.
     """
 
-    def called(function: Callable[..., Any], reentrant: bool) -> None:
+    def __init__(self, split_by: str | None = None) -> None:
+        self.stage: StageModule | None = None
+        self._split_by = split_by
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Watch a whole step.
+
+        Raises:
+            ScheduleError: From within a forward: reentrant checkpointing, or any under a split backward.
+        """
+        return watched_checkpoints(self._called)
+
+    def _called(self, function: Callable[..., Any], reentrant: bool) -> None:
         if reentrant:
             raise ScheduleError(
-                f"{_caller(function, stage)} uses reentrant activation checkpointing, which gives no gradients to "
+                f"{_caller(function, self.stage)} uses reentrant activation checkpointing, which gives no gradients to "
                 "parameters whose inputs need none, and cannot be split\n"
                 "  pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
             )
-        if split_by is not None:
+        if self._split_by is not None:
             raise ScheduleError(
-                f"{_caller(function, stage)} uses activation checkpointing, and {split_by} splits the backward: it "
-                "would be recomputed once for every group of its parameters\n"
+                f"{_caller(function, self.stage)} uses activation checkpointing, and {self._split_by} splits the "
+                "backward: it would be recomputed once for every group of its parameters\n"
                 f"  use {_WHOLE_BACKWARD}, or switch the checkpointing off"
             )
-
-    return watched_checkpoints(called)
 
 
 def _where(fqn: str, stage: StageModule) -> str:
     return f"module {fqn}" if fqn else f"stage {stage.stage_index}"
 
 
-def _caller(function: Any, stage: StageModule) -> str:
+def _caller(function: Any, stage: StageModule | None) -> str:
     """Name the module that is checkpointed, else the stage."""
     while hasattr(function, "func"):  # functools.partial
         function = function.func
@@ -84,5 +97,7 @@ def _caller(function: Any, stage: StageModule) -> str:
     for cell in getattr(function, "__closure__", None) or ():
         if owner is None and isinstance(cell.cell_contents, nn.Module):
             owner = cell.cell_contents
+    if stage is None:
+        return "a module"
     names = [fqn for fqn, module in stage.named_modules() if module is owner]
     return f"module {names[0]}" if names and names[0] else f"a module of stage {stage.stage_index}"

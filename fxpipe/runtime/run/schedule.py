@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.distributed.pipelining import schedules
 
 from fxpipe.ir.schedule import schedule_named
@@ -71,12 +70,6 @@ def keep_messages_in_order(orders: dict[int, list[Any]], rank_of: Mapping[int, i
         actions[:] = ordered
 
 
-def run_schedule(schedule: Any, num_microbatches: int) -> None:
-    """Run one step; the stages take their inputs from the engine."""
-    with _without_dumps():
-        schedule.step(target=torch.empty(num_microbatches), return_outputs=False)
-
-
 def forget_exchanges(error: BaseException) -> None:
     """Let go of the exchanges under way when a step failed: they keep the connections to other ranks open.
 
@@ -94,7 +87,7 @@ def forget_exchanges(error: BaseException) -> None:
 
 
 @contextmanager
-def _without_dumps() -> Iterator[None]:
+def without_dumps() -> Iterator[None]:
     """Keep torch from logging its whole order of work beside every error."""
     logger = logging.getLogger(schedules.__name__)
     logger.addFilter(_drop)
