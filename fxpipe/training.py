@@ -23,6 +23,7 @@ from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, 
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
+from fxpipe.capture.numbers import with_numbers
 from fxpipe.errors import CaptureError, ScheduleError
 from fxpipe.materialize import Running, Source
 from fxpipe.program import Program
@@ -35,6 +36,8 @@ from fxpipe.runtime.run.work import Job
 
 MOST_VARIANTS = 64
 """Variants kept: each costs a few MiB, and a capture to get back."""
+MOST_NUMBERS = 16
+"""How often Python numbers may turn out to be other ones before each value gets a graph of its own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +65,7 @@ class Variant:
         if self.read is None:
             return True
         try:
-            return tuple(answer_of(value) for value in self.read(inputs.tensors)) == self.answers
+            return tuple(answer_of(value) for value in self.read(inputs.values)) == self.answers
         except (RuntimeError, IndexError, ValueError, TypeError):  # a shape that this path never has
             return False
 
@@ -85,12 +88,15 @@ class Variants:
         self._num_stages = num_stages
         self._opened = tuple(opened)
         self._known: dict[Any, list[Variant]] = {}
+        self._numbers: dict[Any, int] = {}  # by what numbers are open in: how often they were other ones
         self._used: dict[str, Any] = {}  # what each variant is for, by its key; the one used last comes last
         self._mode = ""
 
     def add(self, captured: Captured, *, with_loss: bool) -> None:
         """Remember what ``compile`` captured already."""
         spec = self._spec(captured.inputs, with_loss)
+        if captured.inputs.numbers:
+            self._times(self._spec(captured.inputs, with_loss, captured.inputs.open))
         self._remember(spec, self._variant(captured, spec))
 
     @property
@@ -113,20 +119,32 @@ class Variants:
         Raises:
             CaptureError: The model does something else than when it was compiled, so that its plan does not fit.
         """
-        spec = self._spec(inputs, with_loss)
-        for variant in self._known.get(spec, ()):
-            if variant.fits(inputs):
-                self._used[variant.key] = self._used.pop(variant.key, spec)
-                return variant
-        captured = self.capture.capture(inputs, opened=self._opened, with_loss=with_loss, grad_enabled=with_loss)
+        spec, any_number = self._spec(inputs, with_loss), self._spec(inputs, with_loss, inputs.open)
+        for each in (spec, any_number) if inputs.numbers else (spec,):
+            for variant in self._known.get(each, ()):
+                if variant.fits(inputs):
+                    self._used[variant.key] = self._used.pop(variant.key, each)
+                    return variant
+        options: dict[str, Any] = {"opened": self._opened, "with_loss": with_loss, "grad_enabled": with_loss}
+        captured = self.capture.capture(inputs, **options)
         if with_loss and not captured.structure.is_loss:
             raise CaptureError(
                 f"{self.capture.name} returned no loss for this batch\n"
                 "  pass labels (or whatever makes the model return one), or compile with loss_fn="
             )
+        if inputs.numbers and 1 < self._times(any_number) <= MOST_NUMBERS:
+            followed = with_numbers(self.capture, captured, **options)
+            captured, spec = (captured, spec) if followed is None else (followed, any_number)
         variant = self._variant(captured, spec)
         self._remember(spec, variant)
         return variant
+
+    def _times(self, any_number: Any) -> int:
+        """Count the captures that differ in numbers alone."""
+        times = self._numbers[any_number] = self._numbers.pop(any_number, 0) + 1
+        if len(self._numbers) > MOST_VARIANTS:
+            del self._numbers[next(iter(self._numbers))]
+        return times
 
     def _remember(self, spec: Any, variant: Variant) -> None:
         """Keep a variant, and let go of those that were not used for longest."""
@@ -139,11 +157,11 @@ class Variants:
             if not self._known[old]:
                 del self._known[old]
 
-    def _spec(self, inputs: Inputs, with_loss: bool) -> Any:
+    def _spec(self, inputs: Inputs, with_loss: bool, signature: tuple[Any, ...] | None = None) -> Any:
         if not self._mode:
             self.mode_changed()
         now = Ambient.now()
-        return inputs.signature, with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
+        return signature or inputs.signature, with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
 
     def _variant(self, captured: Captured, spec: Any) -> Variant:
         read, guards = captured.guards()
@@ -233,9 +251,10 @@ class Step:
             names: dict[str, None] = {}
             for stage in stages:
                 names.update(dict.fromkeys(variant.program.stages[stage.stage_index].inputs))
-            tensors = {name: inputs.tensors[name].to(device, non_blocking=True) for name in names}
+            given: dict[str, Any] = {name: inputs.numbers[name] for name in names if name in inputs.numbers}
+            given |= {name: inputs.tensors[name].to(device, non_blocking=True) for name in names if name not in given}
             draws = microbatch_seed(seed, step, index, replica)
-            jobs.append(Job(variant.key, variant.program, tensors, shares, draws, scale))
+            jobs.append(Job(variant.key, variant.program, given, shares, draws, scale))
         return jobs
 
 
@@ -328,6 +347,7 @@ class Trainer:
             "steps since materialize": self.num_steps,
             "the sizes of its microbatches": step.sizes if step.counts else (),
             "what the model does with them": step.keys,
+            "the numbers among its arguments": tuple(tuple(each.numbers.values()) for each in step.inputs),
             "the seed": self.seed,
             "the weights of the loss": step.counts,
         }
@@ -388,7 +408,7 @@ class Trainer:
         terms = [variant.program.loss_terms for variant in found]
         if self._source.loss_weight is not None:
             return given_counts(self._source.loss_weight, parts, terms)
-        return count_terms(terms, [each.tensors for each in inputs], sizes)
+        return count_terms(terms, [each.values for each in inputs], sizes)
 
     def _check_batch(self, batch: Microbatch, ready: Sequence[Any] | None) -> None:
         args, kwargs, target = batch

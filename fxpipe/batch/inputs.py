@@ -34,6 +34,10 @@ class Inputs:
         samples: Number of samples.
         dims: The dimension of samples of each tensor that has one, by name.
         said: What the report says of how tensors are split, by name.
+        numbers: Every ``int`` and ``float`` that is no tensor, by name.
+        open: The signature without the values of numbers: equal for microbatches that take the same graph if the
+            numbers only enter arithmetic.
+        follows: Whether a recording takes the numbers as inputs of its graph.
     """
 
     args: tuple[Any, ...]
@@ -44,6 +48,19 @@ class Inputs:
     samples: int = 1
     dims: Mapping[str, int] = field(default_factory=dict)
     said: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    open: tuple[Any, ...] = ()
+    follows: bool = False
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """All tensors and numbers, by name."""
+        return {**self.tensors, **self.numbers}
+
+    @property
+    def followed(self) -> Mapping[str, float]:
+        """The numbers that are inputs of a graph."""
+        return self.numbers if self.follows else {}
 
     @property
     def are_partly_fake(self) -> bool:
@@ -57,12 +74,16 @@ class Inputs:
             for name, tensor in self.tensors.items()
         )
 
-    def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """Give positional arguments, keyword arguments and target with other tensors in the same places."""
-        names = iter(self.tensors)
+    def with_tensors(
+        self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Give positional arguments, keyword arguments and target with other tensors and numbers in their places."""
+        names, of_numbers = iter(self.tensors), iter(self.numbers)
 
         def replace(_: str, leaf: Any) -> Any:
-            return tensors[next(names)] if isinstance(leaf, torch.Tensor) else leaf
+            if isinstance(leaf, torch.Tensor):
+                return tensors[next(names)]
+            return numbers[next(of_numbers)] if numbers and type(leaf) in _NUMBERS else leaf
 
         args, kwargs, target = (map_tree(replace, part) for part in (self.args, dict(self.kwargs), self.target))
         return args, kwargs, target
@@ -77,6 +98,9 @@ class Inputs:
         }
         args, kwargs, target = self.with_tensors(tensors)
         return replace(self, args=args, kwargs=kwargs, target=target, tensors=tensors, samples=2 * self.samples)
+
+
+_NUMBERS = (int, float)
 
 
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -124,6 +148,7 @@ def name_inputs(
     signature: list[Any] = []
     dims: dict[str, int] = {}
     said: dict[str, str] = {}
+    numbers: list[tuple[str, float]] = []
 
     def take(path: str, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -137,6 +162,8 @@ def name_inputs(
             strides = () if leaf.is_contiguous() else tuple(leaf.stride())
             signature.append((name, tuple(leaf.shape), leaf.dtype, strides))
         else:
+            if type(leaf) in _NUMBERS:
+                numbers.append((path, leaf))
             signature.append((path, _comparable(path, leaf)))
         return leaf
 
@@ -147,7 +174,16 @@ def name_inputs(
     if target is not None:
         map_tree(take, target, "target")
     samples = layout.size if layout is not None else 1
-    return Inputs(tuple(args), kwargs, target, tensors, tuple(signature), samples, dims, said)
+    any_number = tuple((each[0], each[1][0]) if each[0] in dict(numbers) else each for each in signature)
+    named = _named_numbers(numbers, tensors)
+    return Inputs(tuple(args), kwargs, target, tensors, tuple(signature), samples, dims, said, named, any_number)
+
+
+def _named_numbers(numbers: Sequence[tuple[str, float]], taken: Mapping[str, Any]) -> dict[str, float]:
+    named: dict[str, float] = {}
+    for path, value in numbers:
+        named[_identifier(path, {**taken, **named})] = value
+    return named
 
 
 def _check_input(path: str, tensor: torch.Tensor) -> None:

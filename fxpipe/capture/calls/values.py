@@ -61,12 +61,17 @@ class Place:
         self.index = index
 
 
-def without_tensors(value: Any) -> tuple[Any, list[torch.Tensor]]:
-    """Take the tensors out of nested containers: a template with a ``Place`` for each, and the tensors in order."""
-    tensors: list[torch.Tensor] = []
+def without_tensors(value: Any, *, also: type = torch.Tensor) -> tuple[Any, list[Any]]:
+    """Take the tensors out of nested containers: a template with a ``Place`` for each, and the tensors in order.
+
+    Args:
+        value: A container, or a leaf.
+        also: What else is taken out, by its own type.
+    """
+    tensors: list[Any] = []
 
     def take(_: str, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
+        if not isinstance(leaf, torch.Tensor) and type(leaf) is not also:
             return leaf
         tensors.append(leaf)
         return Place(len(tensors) - 1)

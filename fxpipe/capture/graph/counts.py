@@ -193,4 +193,10 @@ def counter_of(twins: Twins, candidate: Candidate) -> Callable[[Mapping[str, Any
                 )
             constants[str(node.target)] = original.detach().cpu()
     read = reader_of(recorder.graph, list(candidate.nodes), constants)
-    return lambda inputs: count(read({name: tensor.cpu() for name, tensor in inputs.items()}), int)
+
+    def counted(inputs: Mapping[str, Any]) -> float:
+        return count(
+            read({name: each.cpu() if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}), int
+        )
+
+    return counted

@@ -12,7 +12,7 @@ from torch import fx
 from fxpipe._torch import FakeTensor
 from fxpipe.capture.graph.sizes import Sizes, Unsuited, fill
 from fxpipe.capture.graph.tail import COMPARING, Tail, spoken, stand_in, tensor_of
-from fxpipe.capture.record.node import is_constant
+from fxpipe.capture.record.node import info, is_constant
 
 PARTS = 3
 """Microbatches of the batch that is tried."""
@@ -67,6 +67,12 @@ class Given:
         parts: list[Values] = [{} for _ in range(PARTS)]
         place = 0
         for node in self.tail.sources:
+            number = info(node).number
+            if number is not None:
+                whole[node] = _varied(number, trial)
+                for part in parts:
+                    part[node] = whole[node]
+                continue
             if node.op == "get_attr":
                 value = self._attribute(node)
                 pieces = [value] * PARTS
@@ -208,6 +214,17 @@ class Given:
             raise Unsuited("it reads a constant that depends on the number of samples")
         found = value.detach().cpu()[tuple(slice(int(self.sizes.rename(size))) for size in value.shape)]
         return found.double() if found.is_floating_point() else found.clone()
+
+
+def _varied(number: float, trial: int) -> float:
+    """Give another number for each trial: what holds must hold for all of them.
+
+    >>> [_varied(2.0, trial) for trial in range(3)], [_varied(0, trial) for trial in range(3)]
+    ([2.0, 1.8, 1.6], [0, 1, 2])
+    """
+    if isinstance(number, int):
+        return number + trial
+    return (number or 0.3 * bool(trial)) * (10 - trial) / 10
 
 
 def _leaf(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

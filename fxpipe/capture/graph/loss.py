@@ -204,7 +204,7 @@ def _scaled(twins: Twins, node: fx.Node, name: str) -> fx.Node | None:
 
 def _is_same_everywhere(twins: Twins, factor: object) -> bool:
     """Whether a factor is the same for every microbatch: it depends on nothing that is split."""
-    if not isinstance(factor, fx.Node):
+    if not isinstance(factor, fx.Node) or info(factor).number is not None:
         return True
     if not _is_number(factor):
         return False

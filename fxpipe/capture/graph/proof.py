@@ -18,6 +18,7 @@ from fxpipe.capture.graph.given import FLOATS, INTEGERS, PARTS, PATTERNS, Given,
 from fxpipe.capture.graph.sizes import KEPT, Sizes, Unsuited, small_sizes
 from fxpipe.capture.graph.tail import Program, Tail, Twins, find_tail, tensor_of
 from fxpipe.capture.model.preserve import random_states
+from fxpipe.capture.record.node import info
 
 MOST_ELEMENTS = 1 << 21
 """Elements of all values of one run: with their gradients and three microbatches, 64 MB in float64."""
@@ -312,7 +313,8 @@ class _Proof:
 
 def _kinds(tail: Tail) -> Iterator[Kind]:
     """Yield the kinds of values to try, the likeliest first."""
-    has_integers = any(n.op == "placeholder" and "float" not in tensor_of(n).dtype for n in tail.sources)
+    inputs = [n for n in tail.sources if n.op == "placeholder" and info(n).number is None]
+    has_integers = any("float" not in tensor_of(n).dtype for n in inputs)
     for masks in (True, False):
         for integers in INTEGERS if has_integers else INTEGERS[:1]:
             for floats in FLOATS:

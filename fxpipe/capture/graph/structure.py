@@ -87,7 +87,8 @@ def computation_of(observation: Observation, training: bool, known: Mapping[int,
     structure = make_structure(observation, training=training)
     expressions = _expressions(structure.nodes, observation.recorder.constants, known or {})
     effects = tuple(expressions[node] for node in structure.nodes if info(node).writes or is_setting(node))
-    guards = tuple((guard.where, guard.answer) for guard in observation.guards)
+    read = (guard for guard in observation.guards if info(guard.node).number is None)
+    guards = tuple((guard.where, guard.answer) for guard in read)
     return (tuple(expressions[node] for node in structure.results), effects, guards)
 
 
@@ -115,7 +116,8 @@ def _expressions(
 
     def spell(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
-            return found[argument]
+            number = info(argument).number
+            return found[argument] if number is None else repr(number)
         if isinstance(argument, tuple | list):
             return (type(argument).__name__, *map(spell, argument))
         if isinstance(argument, dict):

@@ -83,6 +83,7 @@ class Twins:
                 _pair_reads(left.node, right.node, pairs)
         elif one.guards:
             raise Unsuited("Python reads other values of twice as many samples")
+        reads = [read for read in reads if info(read[0]).number is None]  # numbers are not split
         return cls(skeleton, one, structure, pairs, other.recorder.constants, samples, tuple(reads))
 
     def growing(self, node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

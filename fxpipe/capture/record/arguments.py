@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxpipe.capture.calls.blocked import Blocked
+from fxpipe.capture.calls.scalars import Scalar, holds_scalar
 from fxpipe.capture.calls.values import describe, filled, has_tensor, without_tensors
 from fxpipe.capture.model.held import held_by
 from fxpipe.capture.record.frames import Frame
@@ -44,6 +45,9 @@ class Arguments:
 
     def lift(self, value: Any, frame: Frame, reads: list[fx.Node]) -> Any:
         """Turn an argument into what a node can hold: tensors into nodes, odd objects into constants."""
+        if type(value) is Scalar:
+            reads.append(value.node)
+            return value.node
         if isinstance(value, torch.Tensor):
             node = self._node_of(value, frame)
             reads.append(node)
@@ -57,7 +61,7 @@ class Arguments:
             return {key: self.lift(item, frame, reads) for key, item in value.items()}
         if isinstance(value, slice):
             return slice(*(self.lift(part, frame, reads) for part in (value.start, value.stop, value.step)))
-        if has_tensor(value):
+        if has_tensor(value) or holds_scalar(value):
             return self._rebuilt(value, frame, reads)
         node = self._constant(self._checked(value, frame))
         reads.append(node)
@@ -95,7 +99,7 @@ class Arguments:
 
     def _rebuilt(self, value: Any, frame: Frame, reads: list[fx.Node]) -> fx.Node:
         """Add a call that puts a container of the user's own kind (a dataclass, a ``ModelOutput``) together."""
-        template, tensors = without_tensors(value)
+        template, tensors = without_tensors(value, also=Scalar)
         if not tensors:
             raise Blocked(
                 f"a {type(value).__qualname__} that holds tensors is passed on: Python objects cannot be recorded",

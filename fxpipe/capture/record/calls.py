@@ -23,6 +23,7 @@ from fxpipe.capture.calls.forms import (
 )
 from fxpipe.capture.calls.reads import READS, shape_depends_on_values
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES, RealValues, is_random
+from fxpipe.capture.calls.scalars import bare, only_computes, settled
 from fxpipe.capture.calls.values import has_tensor, tensors_in
 from fxpipe.capture.calls.zero_inputs import run_on_zeros
 from fxpipe.capture.record.forward import Forward
@@ -54,6 +55,8 @@ class Calls(TorchFunctionMode):
             func, name, args, kwargs = torch.Tensor.to, "to", (args[0], CPU), {}
         elif name == "__deepcopy__" and not args[0].requires_grad:  # a fake tensor would warn of its missing memory
             func, name, args = torch.Tensor.clone, "clone", args[:1]
+        if forward.numbers and not only_computes(name, args, kwargs):
+            args, kwargs = settled(args, kwargs)
         if name == "__get__":
             value = func(*args, **kwargs)
             if forward.counting or not isinstance(value, torch.Tensor):
@@ -67,6 +70,7 @@ class Calls(TorchFunctionMode):
                 forward.side_channels.made(value)
                 return value
         if forward.counting:
+            args, kwargs = bare(args, kwargs)
             return self._real_values.run(func, name, args, kwargs, tensors_in(args, kwargs))
         frame = forward.frames.top
         frame.functions.append(name)
@@ -83,6 +87,7 @@ class Calls(TorchFunctionMode):
     def _run_quietly(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
         """Run a call inside something that is recorded whole."""
         forward = self._forward
+        args, kwargs = bare(args, kwargs)
         tensors = forward.reads_quietly(args, kwargs)
         result = self._run(func, name, args, kwargs, tensors, frame)
         forward.side_channels.made(result)
@@ -134,6 +139,8 @@ class Calls(TorchFunctionMode):
 
     def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
         forward = self._forward
+        written_down = args, kwargs
+        args, kwargs = bare(args, kwargs)
         tensors = tensors_in(args, kwargs)
         if name == "__set__" and _property(func) == "data" and self._is_alike(*tensors):
             own = self._record(func.__self__.__get__, "__get__", args[:1], {}, frame)
@@ -160,16 +167,17 @@ class Calls(TorchFunctionMode):
         written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
         written += [tensor for tensor in targets_of(name, args, kwargs) if tensor.is_inference()]
         if not has_tensor(result) and not written and name not in _KEPT:
-            guard_read(forward, func, name, args, kwargs, result, frame)
+            guard_read(forward, func, name, *written_down, result, frame)
             return result
         if not tensors and not has_tensor(result):
             return result
-        op, target, given = canonical(func, name, args)
-        alone = without_source(name, args, kwargs, result)
+        op, target, given = canonical(func, name, written_down[0])
+        named = written_down[1]
+        alone = without_source(name, *written_down, result)
         if alone is not None:
-            op, (target, given, kwargs) = "call_function", alone
+            op, (target, given, named) = "call_function", alone
         layer = frame.name(spoken_name(func, name))
-        node = forward.recorder.call(op, target, given, kwargs, frame, layer=layer, call=frame.call, written=written)
+        node = forward.recorder.call(op, target, given, named, frame, layer=layer, call=frame.call, written=written)
         if name == "register_hook":
             forward.hooks.append((node, result))
         finish_call(forward, node, position, func, args, kwargs, result, tuple(trace))
@@ -237,6 +245,8 @@ def record_whole(
         kwargs: Keyword arguments of both.
         kind: What besides its operations tells the call from others: its backward may be its own.
     """
+    if kind is None:
+        args, kwargs = settled(args, kwargs)
     frame = forward.frames.top
     frame.functions.append(function.__name__)
     position = len(frame.functions) - 1
@@ -264,7 +274,7 @@ def record_whole(
             "call_function", function, args, kwargs, frame,
             layer=frame.name(function.__name__), call=frame.call, written=written,
         )  # fmt: skip
-    finish_call(forward, node, position, real, args, kwargs, result, tuple(trace))
+    finish_call(forward, node, position, real, *bare(args, kwargs), result, tuple(trace))
     return result
 
 

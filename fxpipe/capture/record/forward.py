@@ -68,6 +68,7 @@ class Forward:
         dtype: torch's default dtype when the forward began.
         python_random: State of Python's and numpy's generators, as far as it was looked at.
         python_draw: Where in the user's code they were drawn from.
+        numbers: Whether Python numbers among the inputs are followed.
         blocked: The first thing that could not be recorded; a bare ``except`` of the user's may have swallowed it.
     """
 
@@ -92,6 +93,7 @@ class Forward:
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     python_random: tuple[Any, ...] = field(default_factory=python_random_state)
     python_draw: str = ""
+    numbers: bool = False
     blocked: Blocked | None = None
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fxpipe._torch import FakeTensor, without_functions, without_modes
 from fxpipe.capture.calls.blocked import Blocked, user_line
 from fxpipe.capture.calls.forms import canonical
 from fxpipe.capture.calls.reads import READS, answer_of, is_plain
+from fxpipe.capture.calls.scalars import Scalar
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.record.forward import Forward, Guard
 from fxpipe.capture.record.frames import Frame
@@ -97,3 +98,44 @@ def _refuse_unread(nodes: Sequence[fx.Node]) -> None:
         if node.op == "call_module":
             fqn = str(node.target)
             raise Blocked("the forward reads a value that it computes", fqn, opens=[fqn])
+
+
+class Numbers:
+    """Writes down what a forward does with the Python numbers among its inputs.
+
+    Args:
+        forward: The forward.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def inputs(self, numbers: Mapping[str, float]) -> dict[str, Scalar]:
+        """Add an input for each number."""
+        graph = self._forward.recorder.graph
+        found = {}
+        for name, value in numbers.items():
+            node = graph.create_node("placeholder", name)
+            set_info(node, NodeInfo(from_input=True, number=value))
+            found[name] = Scalar(value, node, self)
+        return found
+
+    def made(self, function: Callable[..., Any], args: tuple[Any, ...], value: float) -> Any:
+        """Note that a number was computed of others."""
+        if self._forward.counting:
+            return value
+        return Scalar(value, self._noted(function, args, value), self)
+
+    def read(self, function: Callable[..., Any], args: tuple[Any, ...], answer: Any) -> None:
+        """Make what Python saw of a number a guard."""
+        forward = self._forward
+        nodes = tuple(arg.node if type(arg) is Scalar else arg for arg in args)
+        known = any(guard.node.target is function and guard.node.args == nodes for guard in forward.guards)
+        if not forward.counting and not known:
+            _add(forward, self._noted(function, args, answer), answer)
+
+    def _noted(self, function: Callable[..., Any], args: tuple[Any, ...], value: float) -> fx.Node:
+        nodes = tuple(arg.node if type(arg) is Scalar else arg for arg in args)
+        node = self._forward.recorder.graph.create_node("call_function", function, nodes)
+        set_info(node, NodeInfo(from_input=True, number=value))
+        return node

@@ -14,6 +14,7 @@ from fxpipe.capture.calls.alike import Reads, structure_of, watched_reads
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.forms import versions_of
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
+from fxpipe.capture.calls.scalars import bare, settled
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.model.preserve import python_random_state
 from fxpipe.capture.model.skeleton import named_tensors
@@ -117,7 +118,7 @@ class ModuleCalls:
                 result = original(module, *args, **kwargs)
         except UNKNOWN_VALUES:
             forward.has_read = True
-            result, counts = self._zero_runs.run_module(forward, frame, args, kwargs)
+            result, counts = self._zero_runs.run_module(forward, frame, *settled(args, kwargs))
         finally:
             forward.quiet = None
             forward.watch.trace = None
@@ -135,12 +136,12 @@ class ModuleCalls:
                 raise
         info(node).frame = frame
         if counts is None:
-            forward.counts.add(node, module, args, kwargs, tuple(trace), tuple(forward.attention))
+            forward.counts.add(node, module, *bare(args, kwargs), tuple(trace), tuple(forward.attention))
         else:
             info(node).counts = counts
         with without_functions():
             if counts is None:
-                forward.counts.note_buffers(module, args, kwargs, result)
+                forward.counts.note_buffers(module, *bare(args, kwargs), result)
             forward.recorder.emit(result, node)
             plain = not (written or counts or forward.has_read or forward.has_drawn)
             if plain and reads is not None and not any(forward.attributes.changes(frame.fqn)):
@@ -155,7 +156,7 @@ class ModuleCalls:
         result = repeat.again()
         node = forward.recorder.call("call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call)
         info(node).frame = frame
-        forward.counts.add(node, frame.module, args, kwargs, repeat.trace, repeat.attention)
+        forward.counts.add(node, frame.module, *bare(args, kwargs), repeat.trace, repeat.attention)
         forward.recorder.emit(result, node)
         return result
 

@@ -50,6 +50,7 @@ class NodeInfo:
         attention: Forms of the attention calls in it; ``counts`` writes it, the notes read it.
         is_guard: Whether the node only reads a value for Python; no layer.
         removed: Whether a hook was taken away before the backward; ``outcome`` writes it.
+        number: What a node is in this forward that is a Python number among the inputs, or is computed of one.
     """
 
     layer: str = ""
@@ -77,6 +78,7 @@ class NodeInfo:
     attention: tuple[str, ...] = ()
     is_guard: bool = False
     removed: bool = False
+    number: float | None = None
 
 
 _KEY = "fxpipe"

@@ -29,6 +29,7 @@ from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.calls.ambient import mirrored_ambient
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.real_values import LARGEST
+from fxpipe.capture.calls.scalars import followed_math, settled
 from fxpipe.capture.model.blocks import Leaves
 from fxpipe.capture.model.preserve import Attributes, Change, apply_changes, random_states
 from fxpipe.capture.model.skeleton import Skeleton
@@ -36,6 +37,7 @@ from fxpipe.capture.record.bypass import Bypasses
 from fxpipe.capture.record.calls import Calls
 from fxpipe.capture.record.forward import Forward, Guard
 from fxpipe.capture.record.frames import Frames
+from fxpipe.capture.record.guards import Numbers
 from fxpipe.capture.record.modules import ModuleCalls
 from fxpipe.capture.record.outcome import finish, loss_of
 from fxpipe.capture.record.recorder import Recorder
@@ -110,18 +112,19 @@ def observe(
         attributes = _enter(stack, skeleton, left, grad_enabled)
         recorder = Recorder(skeleton, stack.enter_context(mirrored_ambient()), known)
         forward = Forward.begin(skeleton, leaves, recorder, counter, attributes, progress)
-        fakes = {name: _input(tensor) for name, tensor in inputs.tensors.items()}
-        for name, tensor in fakes.items():
-            recorder.placeholder(name, tensor)
-        args, kwargs, target = inputs.with_tensors(fakes)
+        args, kwargs, target = _given(forward, inputs)
         stack.enter_context(forward.watch)
         stack.enter_context(ModuleCalls(forward).intercepting())
         stack.enter_context(Bypasses(forward).intercepting())
         if "torch._dynamo" in sys.modules:  # compiled functions run as the functions they were
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if forward.numbers:
+            stack.enter_context(followed_math())
         stack.enter_context(Calls(forward))
         output = skeleton.module(*args, **kwargs)
         loss = loss_of(forward, output, target, loss_fn)
+        if loss is None or not grad_enabled:  # it is handed out
+            (output,) = settled(output)
         outcome = finish(forward, loss if loss is not None else output)
     return Observation(
         leaves,
@@ -132,6 +135,15 @@ def observe(
         loss,
         *(outcome.results, outcome.left, outcome.notes, outcome.overwritten),
     )
+
+
+def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Add the inputs to the graph, and give what the model is called with."""
+    fakes = {name: _input(tensor) for name, tensor in inputs.tensors.items()}
+    for name, tensor in fakes.items():
+        forward.recorder.placeholder(name, tensor)
+    forward.numbers = bool(inputs.followed)
+    return inputs.with_tensors(fakes, Numbers(forward).inputs(inputs.followed))
 
 
 def _enter(stack: ExitStack, skeleton: Skeleton, left: Sequence[Change], grad_enabled: bool) -> Attributes:

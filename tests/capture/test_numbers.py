@@ -1,0 +1,233 @@
+"""Python numbers among the inputs that differ from step to step: one graph for all of them, and the model's numbers."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxpipe
+
+
+class Reversed(torch.autograd.Function):
+    """The gradient, turned and scaled."""
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -ctx.alpha * gradient, None
+
+
+@dataclasses.dataclass
+class Options:
+    """Numbers beside a tensor."""
+
+    scale: float
+    mask: torch.Tensor | None = None
+
+
+class Block(nn.Module):
+    def __init__(self, use):
+        super().__init__()
+        self.linear, self.use = nn.Linear(6, 6), use
+
+    def forward(self, x, number):
+        return torch.tanh(self.use(self.linear(x), number))
+
+
+class Model(nn.Module):
+    """A number that every block uses, and the end."""
+
+    def __init__(self, use, last=lambda x, _: x):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(use) for _ in range(4))
+        self.last = last
+
+    def forward(self, x, number):
+        for block in self.blocks:
+            x = block(x, number)
+        return self.last(x, number)
+
+
+def chosen(x, number):
+    return x * 2 if number > 1.5 else x - number
+
+
+def repeated(x, number):
+    for _ in range(number):
+        x = torch.sin(x) + number
+    return x
+
+
+ONE = {
+    "divide": lambda x, n: x / n,
+    "reflected": lambda x, n: n - 2**-n + n * x + n**2 / 7,
+    "in place": lambda x, n: x.clone().mul_(n).add_(x, alpha=n),
+    "functions": lambda x, n: F.softplus(torch.lerp(x, -x, n), beta=n).clamp(max=n) + torch.full((6,), n),
+    "math": lambda x, n: x * math.exp(-n) + math.cos(n * math.pi) + abs(-n),
+    "bounded": lambda x, n: x * max(0.01, min(n, 100.0)),
+    "tensors": lambda x, n: x * torch.tensor(n) + torch.tensor([n, 1.0]).sum(),
+    "gradients": lambda x, n: Reversed.apply(x, n),
+    "attention": lambda x, n: x.masked_fill(x > n, n) + torch.where(x < -n, x, n),
+    "rounded": lambda x, n: x * round(n, 2),
+}
+FEW = {"chosen": chosen, "int": lambda x, n: x * int(n)}
+EACH = {"text": lambda x, n: x + len(f"{n:.0f}"), "type": lambda x, n: x * 2 if type(n) is float else x * n}
+
+
+def compare(model, pipe, x, number, target, loss_fn=F.mse_loss):
+    model.zero_grad(), pipe.zero_grad()
+    wanted = loss_fn(model(x, number), target)
+    wanted.backward()
+    found = pipe.step(x, number, target=target)
+    assert torch.allclose(found, wanted.detach(), rtol=1e-12, atol=0)
+    for fqn, parameter in model.named_parameters():
+        other = dict(pipe.named_parameters())[fqn].grad
+        assert float((parameter.grad - other).abs().max()) <= 1e-12 * max(float(parameter.grad.abs().max()), 1e-9), fqn
+
+
+def made(model, x, number, target, loss_fn=F.mse_loss, **options):
+    options = {"microbatches": 2, "schedule": "GPipe", **options}
+    return fxpipe.compile(model, 2, (x, number), {"target": target}, loss_fn=loss_fn, **options).materialize(
+        device="cpu"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize("name", [*ONE, *FEW, *EACH])
+def test_a_number_that_enters_arithmetic_has_one_graph(name, grain):
+    model, x = Model({**ONE, **FEW, **EACH}[name]), torch.randn(4, 6)
+    with made(model, x, 1.0, x, grain=grain) as pipe:
+        for step in range(8):
+            compare(model, pipe, x, 1.0 + step / 7.3, x)
+        assert len(pipe._trainer.variants.keys) <= (2 if name in ONE else 4 if name in FEW else 8)
+
+
+@pytest.mark.parametrize(
+    "value", [lambda step: 3 + step, lambda step: True if step else 1, lambda step: 2 + (step > 4)]
+)
+@pytest.mark.parametrize(
+    "use", [lambda x, n: x * n - 7 % n + n // 2, repeated, lambda x, n: x[:, :n].sum(-1, keepdim=True) + x], ids="abc"
+)
+def test_whole_numbers_are_numbers_or_guards(use, value):
+    model, x = Model(use), torch.randn(4, 6)
+    with made(model, x, 1, x) as pipe:
+        for step in range(6):
+            compare(model, pipe, x, value(step), x)
+
+
+def test_three_hundred_values_give_one_graph():
+    model, x = Model(ONE["divide"]), torch.randn(2, 6)
+    with made(model, x, 1.0, x, microbatches=1) as pipe:
+        for step in range(300):
+            pipe.step(x, 1 + step / 1000, target=x)
+        assert len(pipe._trainer.variants.keys) == 2
+        compare(model, (pipe.zero_grad(), pipe)[1], x, 0.3, x)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x, options, more):
+        for block in self.blocks:
+            x = block(x) * options.scale + more["shift"][0]
+            x = x if options.mask is None else x * options.mask
+        return {"loss": x.square().sum() / more["count"], "shift": more["shift"][0]}
+
+
+def test_numbers_in_dictionaries_and_dataclasses():
+    model, x = Nested(), torch.randn(4, 6)
+
+    def given(step, count=int):
+        return Options(1 + step / 3, torch.ones(4, 6)), {"shift": [0.1 * step], "count": count(4 + step)}
+
+    options, more = given(0)
+    pipe = fxpipe.compile(model, 2, (x, options, more), microbatches=2, schedule="GPipe").materialize(device="cpu")
+    with pipe:
+        for step in range(1, 7):
+            model.zero_grad(), pipe.zero_grad()
+            options, more = given(step)
+            wanted = model(x, options, more)["loss"]
+            wanted.backward()
+            assert torch.allclose(pipe.step(x, options, more), wanted.detach(), rtol=1e-12)
+        assert len(pipe._trainer.variants.keys) == 2
+        for step in range(3):
+            options, more = given(step)
+            found = pipe.infer(x, options, more)
+            assert found["shift"] == more["shift"][0]
+            assert type(found["shift"]) is float
+            assert torch.allclose(found["loss"], model(x, options, more)["loss"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_numbers_promote_as_numbers_do(dtype):
+    seen = []
+
+    class Promoting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x, number):
+            y = x.to(dtype) * number
+            seen.append(y.dtype)
+            return self.linear(y.to(self.linear.weight.dtype)).to(torch.float64) + 0 * y.sum()
+
+    model, x = Promoting(), torch.arange(12.0).reshape(4, 3)
+    pipe = fxpipe.compile(model, 1, (x, 2), {"target": x}, loss_fn=F.mse_loss, microbatches=2).materialize(device="cpu")
+    with pipe:
+        for number in (3, 4, 2.5, 0.1, 7):
+            compare(model, pipe, x, number, x)
+
+
+def test_a_number_of_the_target_weighs_the_loss():
+    def loss_fn(output, target):
+        labels, weight, count = target
+        return (F.cross_entropy(output, labels, reduction="none").sum() / count) * weight
+
+    model, x, labels = Model(lambda x, n: x + n), torch.randn(4, 6), torch.randint(6, (4,))
+    with made(model, x, 1.0, (labels, 0.5, 4), loss_fn) as pipe:
+        for step in range(5):
+            compare(model, pipe, x, 1.0, (labels, 0.5 + step, 4 + step), loss_fn)
+        assert len(pipe._trainer.variants.keys) == 2
+
+
+def test_a_number_that_makes_the_loss_couple_samples_is_found():
+    """With an exponent of 1 the mean separates, with another it does not."""
+
+    def loss_fn(output, target):
+        return (output - target[0]).square().mean() ** target[1]
+
+    model, x = Model(lambda x, n: x + n), torch.randn(4, 6)
+    with made(model, x, 1.0, (x, 1), loss_fn) as pipe:
+        compare(model, pipe, x, 1.0, (x, 1), loss_fn)
+        for power in (2, 3):
+            with pytest.raises(fxpipe.CaptureError, match="couples the samples"):
+                pipe.step(x, 1.0, target=(x, power))
+
+
+def test_dropout_of_another_rate_is_seeded_alike():
+    model, x = Model(lambda x, n: F.dropout(x, n, training=True)), torch.randn(4, 6)
+    losses = []
+    for stages in (1, 2):
+        pipe = fxpipe.compile(model, stages, (x, 0.0), {"target": x}, loss_fn=F.mse_loss, microbatches=2)
+        with pipe.materialize(device="cpu"):
+            losses.append([float(pipe.step(x, rate, target=x)) for rate in (0.0, 0.1, 0.3, 0.5)])
+    assert losses[0] == losses[1]
