@@ -18,7 +18,7 @@ from fxpipe.batch.dims import Microbatch
 from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.merge import merge_outputs
 from fxpipe.batch.order import Order
-from fxpipe.batch.split import check_microbatches, cut
+from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
@@ -392,7 +392,7 @@ class Trainer:
             self._source.dims,
         )
         parts, layouts = order.split(batch, ready)
-        sizes = check_microbatches(parts, self._source.dims)
+        sizes = tuple(layout.size for layout in layouts)
         inputs = tuple(self.variants.capture.inputs(*each, layout) for each, layout in zip(parts, layouts, strict=True))
         found = tuple(self.variants.find(each, with_loss=True) for each in inputs)
         for variant in found if len(parts) > 1 else ():
@@ -431,12 +431,14 @@ class Trainer:
         """Cut a batch for a forward alone; every output is the model's own where it is one microbatch."""
         running.check_filled()
         dims = self._source.dims
-        size = dims.layout(batch, split=False).size
+        layout = dims.layout(batch, split=False)
+        size = layout.size
         if not 1 <= num_microbatches <= size:
             raise ScheduleError(
                 f"infer cannot cut a batch of {size} into {num_microbatches} microbatches\n  use 1 to {size}"
             )
-        layout = dims.layout(batch, split=num_microbatches > 1)
+        if num_microbatches > 1:
+            layout.check_clear()
         own = replace(layout, size=size // num_microbatches)
         inputs = tuple(self.variants.capture.inputs(*part, own) for part in cut(batch, layout, num_microbatches, dims))
         with torch.no_grad():

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from fxpipe.errors import ScheduleError
-from fxpipe.ir.tree import map_tree, tree_leaves
+from fxpipe.ir.tree import map_tree
 
 Microbatch: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Positional arguments, keyword arguments and target of one microbatch."""
+_WHOLE = (PackedSequence,)  # its data have their samples in another order
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,20 @@ class BatchLayout:
     whole: tuple[str, ...] = ()
     unclear: tuple[str, ...] = ()
     said: Mapping[str, str] = field(default_factory=dict)
+
+    def check_clear(self) -> None:
+        """Refuse to split a batch of which something is unclear.
+
+        Raises:
+            ScheduleError: Names all of it.
+        """
+        if self.unclear:
+            raise ScheduleError(
+                f"cannot split {'; '.join(self.unclear)}: the batch has {self.size} samples, and a tensor's dimension "
+                f"0 must be {self.size} (split) or 1 (repeated)\n"
+                "  say where the samples lie, batch_dims={'name': dimension} (None: not split) on fxpipe.compile, or "
+                "pass ready-split inputs as step(microbatches=[...])"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,36 +108,29 @@ class BatchDims:
                 f"  its inputs are {', '.join(dotted(path) for path in paths) or 'none'}"
             )
 
-    def leaves(self, batch: Microbatch) -> Iterator[tuple[str, Any]]:
-        """Yield every leaf of a batch with its path; packed sequences and nested tensors are leaves."""
+    def leaves(self, batch: Microbatch) -> list[tuple[str, Any]]:
+        """List every leaf of a batch with its path; packed sequences and nested tensors are leaves."""
         found: list[tuple[str, Any]] = []
 
         def keep(path: str, leaf: Any) -> Any:
             found.append((path, leaf))
             return leaf
 
-        for path, value in self._arguments(batch):
-            _walk(keep, value, path)
-        yield from found
+        self.map(keep, batch)
+        return found
 
     def map(self, function: Any, batch: Microbatch) -> Microbatch:
         """Rebuild a batch around other leaves."""
         args, kwargs, target = batch
         return (
-            tuple(_walk(function, value, self.path(index)) for index, value in enumerate(args)),
-            {name: _walk(function, value, name) for name, value in kwargs.items()},
-            _walk(function, target, "target"),
+            tuple([map_tree(function, value, self.path(index), _WHOLE) for index, value in enumerate(args)]),
+            {name: map_tree(function, value, name, _WHOLE) for name, value in kwargs.items()},
+            map_tree(function, target, "target", _WHOLE),
         )
 
     def path(self, index: int) -> str:
         """Give the path of a positional argument: its name, or ``args[2]``."""
         return self.names[index] if index < len(self.names) else f"args[{index}]"
-
-    def _arguments(self, batch: Microbatch) -> Iterator[tuple[str, Any]]:
-        args, kwargs, target = batch
-        yield from ((self.path(index), value) for index, value in enumerate(args))
-        yield from kwargs.items()
-        yield "target", target
 
     def layout(self, batch: Microbatch, size: int | None = None, *, split: bool = True) -> BatchLayout:
         """Find the samples of a batch.
@@ -134,18 +143,13 @@ class BatchDims:
         Raises:
             ScheduleError: Tensors disagree about the number of samples, or cannot be split; all are named.
         """
-        leaves = list(self.leaves(batch))
+        leaves = [(path, leaf, *self._said(path)) for path, leaf in self.leaves(batch)]
         size = self._size(leaves) if size is None else size
         dims: dict[str, int] = {}
         whole: list[str] = []
         faults: list[str] = []
-        for path, leaf in leaves:
-            said, dim = self._said(path)
-            if isinstance(leaf, PackedSequence):
-                faults.append(f"{path}, a PackedSequence (pad it, and pack it in the forward)")
-            elif isinstance(leaf, torch.Tensor) and leaf.is_nested:
-                faults.append(f"{path}, a nested tensor (pad it, and nest it in the forward)")
-            elif isinstance(leaf, torch.Tensor):
+        for path, leaf, said, dim in leaves:
+            if isinstance(leaf, torch.Tensor):
                 found, fault = _found(path, leaf, said, dim, size)
                 if fault:
                     faults.append(fault)
@@ -153,16 +157,14 @@ class BatchDims:
                     dims[path] = found
                 elif leaf.dim():
                     whole.append(path)
-            elif type(leaf).__module__ == "numpy" and getattr(leaf, "ndim", 0) > 0:
+            elif isinstance(leaf, PackedSequence):
+                faults.append(f"{path}, a PackedSequence (pad it, and pack it in the forward)")
+            elif isinstance(leaf, np.ndarray) and leaf.ndim > 0:
                 faults.append(f"{path}, a numpy array")
-        if faults and split:
-            raise ScheduleError(
-                f"cannot split {'; '.join(faults)}: the batch has {size} samples, and a tensor's dimension 0 must be "
-                f"{size} (split) or 1 (repeated)\n"
-                "  say where the samples lie, batch_dims={'name': dimension} (None: not split) on fxpipe.compile, or "
-                "pass ready-split inputs as step(microbatches=[...])"
-            )
-        return BatchLayout(size, dims, tuple(whole), tuple(faults))
+        layout = BatchLayout(size, dims, tuple(whole), tuple(faults))
+        if split:
+            layout.check_clear()
+        return layout
 
     def doubts(self, batch: Microbatch, layout: BatchLayout, num_microbatches: int) -> dict[str, str]:
         """Say what was taken where it could have been something else, by path.
@@ -189,16 +191,17 @@ class BatchDims:
 
     def _said(self, path: str) -> tuple[bool, int | None]:
         """Whether the user says something of a tensor, and what: the longest path that fits."""
+        if not self.given:
+            return False, None
         fitting = [(len(given), dim) for given, dim in self.given if _lies_in(path, given)]
         return (True, max(fitting, key=lambda each: each[0])[1]) if fitting else (False, None)
 
-    def _size(self, leaves: Sequence[tuple[str, Any]]) -> int:
+    def _size(self, leaves: Sequence[tuple[str, Any, bool, int | None]]) -> int:
         """Give the number of samples: of what the user names, of what the example split first, of the first tensor."""
-        sized = [(path, leaf, *self._said(path)) for path, leaf in leaves]
-        for _, leaf, _, dim in sized:
+        for _, leaf, _, dim in leaves:
             if dim is not None and isinstance(leaf, torch.Tensor) and -leaf.dim() <= dim < leaf.dim():
                 return int(leaf.shape[dim])
-        unsaid = {path: leaf for path, leaf, said, _ in sized if not said}
+        unsaid = {path: leaf for path, leaf, said, _ in leaves if not said}
         ordered = [*(path for path in self.first if path in unsaid), *unsaid]
         for path in ordered:
             leaf = unsaid[path]
@@ -211,6 +214,10 @@ class BatchDims:
 
 def _found(path: str, tensor: torch.Tensor, said: bool, dim: int | None, size: int) -> tuple[int | None, str]:
     """Give the dimension of samples of one tensor, or what is wrong with it."""
+    if tensor.is_nested:
+        return None, f"{path}, a nested tensor (pad it, and nest it in the forward)"
+    if not said and tensor.dim() and tensor.shape[0] == size:
+        return 0, ""
     shape = list(tensor.shape)
     if said:
         if dim is None:
@@ -220,8 +227,6 @@ def _found(path: str, tensor: torch.Tensor, said: bool, dim: int | None, size: i
         if tensor.shape[dim] != size:
             return None, f"{path} of shape {shape} along dimension {dim}"
         return dim % tensor.dim(), ""
-    if tensor.dim() and tensor.shape[0] == size:
-        return 0, ""
     if tensor.dim() and tensor.shape[0] != 1:
         return None, f"{path} of shape {shape}"
     return None, ""
@@ -239,31 +244,3 @@ def dotted(path: str) -> str:
 def _lies_in(path: str, given: str) -> bool:
     leaf = dotted(path)
     return leaf == given or leaf.startswith(f"{given}.")
-
-
-def _walk(function: Any, value: Any, path: str) -> Any:
-    """Walk a tree whose packed sequences are leaves."""
-    if isinstance(value, PackedSequence):
-        return function(path, value)
-    if any(isinstance(leaf, torch.Tensor) for _, leaf in _packed(value)):
-        return _map_packed(function, value, path)
-    return map_tree(function, value, path)
-
-
-def _packed(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the data of packed sequences inside containers."""
-    if isinstance(value, PackedSequence):
-        yield from tree_leaves(value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _packed(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _packed(item)
-
-
-def _map_packed(function: Any, value: Any, path: str) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _walk(function, item, f"{path}[{key!r}]") for key, item in value.items()}
-    parts = [_walk(function, item, f"{path}[{place}]") for place, item in enumerate(value)]
-    return parts if isinstance(value, list) else tuple(parts)

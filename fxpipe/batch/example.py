@@ -72,9 +72,11 @@ def split_example(
         ScheduleError: The batch cannot be cut as asked, or not at all.
     """
     dims.check_known(example)
-    size = dims.layout(example, split=False).size
+    layout = dims.layout(example, split=False)
+    size = layout.size
     number = choose_microbatches(size, stages, ranks, schedule, microbatches)
-    layout = dims.layout(example, split=number > 1)
+    if number > 1:
+        layout.check_clear()
     first = cut(example, layout, number, dims)[0]
     said = dims.doubts(example, layout, number) if number > 1 else {}
     own = replace(layout, size=size // number, said=said)

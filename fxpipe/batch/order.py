@@ -9,7 +9,7 @@ from typing import Any
 from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
 from fxpipe.batch.example import as_microbatch
 from fxpipe.batch.microbatches import fit_microbatches
-from fxpipe.batch.split import cut
+from fxpipe.batch.split import check_ready_split, cut
 from fxpipe.ir.schedule import check_microbatches
 
 
@@ -50,12 +50,15 @@ class Order:
         """
         if ready is not None:
             parts = [as_microbatch(part) for part in ready]
+            check_ready_split(parts, self.dims)
             check_microbatches(self.schedule, self.stages, self.ranks, len(parts))
             return parts, [self.dims.layout(part, split=False) for part in parts]
         assert batch is not None
-        size = self.dims.layout(batch, split=False).size
+        layout = self.dims.layout(batch, split=False)
+        size = layout.size
         number = self.microbatches
         if self.microbatch_size is None or size != self.microbatches * self.microbatch_size:
             number = fit_microbatches(size, self.stages, self.ranks, self.schedule, self.microbatches)
-        layout = self.dims.layout(batch, split=number > 1)
+        if number > 1:
+            layout.check_clear()
         return cut(batch, layout, number, self.dims), [replace(layout, size=size // number)] * number

@@ -93,7 +93,7 @@ def cut(whole: Microbatch, layout: BatchLayout, num_microbatches: int, dims: Bat
     return [part(index) for index in range(num_microbatches)]
 
 
-def check_microbatches(microbatches: Sequence[Microbatch], dims: BatchDims = _ANY) -> tuple[int, ...]:
+def check_ready_split(microbatches: Sequence[Microbatch], dims: BatchDims = _ANY) -> tuple[int, ...]:
     """Give the number of samples of each ready-split microbatch.
 
     Args:
@@ -107,7 +107,7 @@ def check_microbatches(microbatches: Sequence[Microbatch], dims: BatchDims = _AN
         ScheduleError: There is none, or one has no samples.
 
     >>> import torch
-    >>> check_microbatches([((torch.zeros(3, 2),), {}, None), ((torch.zeros(1, 2),), {}, None)])
+    >>> check_ready_split([((torch.zeros(3, 2),), {}, None), ((torch.zeros(1, 2),), {}, None)])
     (3, 1)
     """
     if not microbatches:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 import fxpipe
 from fxpipe.batch.dims import BatchDims
 from fxpipe.batch.merge import merge_outputs
-from fxpipe.batch.split import check_microbatches, split_batch
+from fxpipe.batch.split import check_ready_split, split_batch
 
 leaves = st.tuples(st.integers(0, 2), st.integers(1, 3), st.booleans())
 
@@ -54,7 +54,7 @@ def test_every_tensor_is_cut_where_the_user_says(drawn: Any) -> None:
     if all(dim is None for _, _, dim in known):
         return
     split = split_batch((), kwargs, num_microbatches=parts, dims=dims)
-    assert check_microbatches(split, dims) == (size // parts,) * parts
+    assert check_ready_split(split, dims) == (size // parts,) * parts
     for name, tensor, dim in known:
         pieces = [tensor_of(part[name]) for _, part, _ in split]
         if dim is None:
@@ -114,7 +114,7 @@ def test_ready_split_microbatches_count_what_the_example_split_first() -> None:
     example = ((torch.zeros(8, 5), torch.zeros(1, 6)), {}, torch.zeros(8))
     learned = dims.learned(dims.layout(example))
     part = ((), {"table": torch.zeros(1, 6), "ids": torch.zeros(3, 5)}, torch.zeros(3))
-    assert check_microbatches([part], learned) == (3,)
+    assert check_ready_split([part], learned) == (3,)
 
 
 def report(x: torch.Tensor, **options: Any) -> str:

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fxpipe.batch.merge import merge_outputs
-from fxpipe.batch.split import batch_size_of, check_microbatches, split_batch
+from fxpipe.batch.split import batch_size_of, check_ready_split, split_batch
 from fxpipe.batch.weights import loss_weights
 from fxpipe.errors import ScheduleError
 
@@ -194,14 +194,14 @@ def test_different_structures_are_refused() -> None:
 
 def test_ready_split_microbatches_give_their_sizes() -> None:
     sizes = (3, 1, 4, 2)
-    assert check_microbatches([((), {"x": torch.zeros(n, 7 - n)}, None) for n in sizes]) == sizes
+    assert check_ready_split([((), {"x": torch.zeros(n, 7 - n)}, None) for n in sizes]) == sizes
 
 
 def test_no_microbatches_and_empty_ones_are_refused() -> None:
     with pytest.raises(ScheduleError, match="no microbatches"):
-        check_microbatches([])
+        check_ready_split([])
     with pytest.raises(ScheduleError, match="microbatch 1 has no samples"):
-        check_microbatches([((torch.zeros(2),), {}, None), ((torch.zeros(0),), {}, None)])
+        check_ready_split([((torch.zeros(2),), {}, None), ((torch.zeros(0),), {}, None)])
 
 
 def test_a_tensor_without_dimensions_does_not_give_the_batch_size() -> None:

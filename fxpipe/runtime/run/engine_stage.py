@@ -110,12 +110,12 @@ class EngineStage(WithoutMetadata, PipelineStage):
         save_forward_output: bool = True,
     ) -> Tensors:
         """Run the forward of one microbatch."""
-        stage, job = self.submod, self.jobs[fwd_chunk_id]
+        job, program = self.jobs[fwd_chunk_id], self._program(fwd_chunk_id)
         received = self._received.pop(fwd_chunk_id, ())
-        self.checkpoints.stage = stage
+        self.checkpoints.stage = self.submod
         with self._blamed(), self._timed("forward", fwd_chunk_id):
-            outputs = stage(*stage_arguments(stage, job, received, training=self.has_backward))
-            work = take_outputs(stage, job, received, outputs)
+            outputs = self.submod(*stage_arguments(program, job, received, training=self.has_backward))
+            work = take_outputs(program, job, received, outputs)
         self._passes[fwd_chunk_id] = work
         if self.is_last:
             self.losses[fwd_chunk_id] = work.loss()

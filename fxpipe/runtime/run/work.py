@@ -77,25 +77,24 @@ def run_forward(stage: StageModule, job: Job, received: Tensors, *, training: bo
     Raises:
         ScheduleError: A tensor crosses with a gradient or a shape that the plan does not know of.
     """
-    return take_outputs(stage, job, received, stage(*stage_arguments(stage, job, received, training=training)))
+    program = job.program.stages[stage.stage_index]
+    return take_outputs(program, job, received, stage(*stage_arguments(program, job, received, training=training)))
 
 
 def stage_arguments(
-    stage: StageModule, job: Job, received: Tensors, *, training: bool
+    program: StageProgram, job: Job, received: Tensors, *, training: bool
 ) -> tuple[Hashable, Tensors, Mapping[str, Any], int]:
-    """Give what a stage is called with for a microbatch; arguments as ``run_forward``."""
-    program = job.program.stages[stage.stage_index]
+    """Give what a stage is called with; ``program`` is the job's for it, the rest as of ``run_forward``."""
     if training:
         for tensor, declared in zip(received, program.received, strict=True):
             tensor.requires_grad_(declared.meta.requires_grad)
     return job.key, received, {name: job.inputs[name] for name in program.inputs}, job.draw_seed
 
 
-def take_outputs(stage: StageModule, job: Job, received: Tensors, outputs: Tensors) -> Pass:
+def take_outputs(program: StageProgram, job: Job, received: Tensors, outputs: Tensors) -> Pass:
     """Keep what a stage gave for a microbatch; raises as ``run_forward``."""
-    program = job.program.stages[stage.stage_index]
     shares: tuple[tuple[torch.Tensor, float], ...] = ()
-    if stage.stage_index < len(job.program.stages) - 1:
+    if program.stage_index < len(job.program.stages) - 1:
         _check_sent(program, outputs)
     else:
         terms = outputs[len(job.program.outputs) :]
