@@ -17,11 +17,14 @@ from fxpipe.errors import MaterializeError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.profile import Profile
+from fxpipe.ir.simulation import Explanation
 from fxpipe.materialize import Init, Running, Source, materialize, tied_names, weight_sources
-from fxpipe.planning.explain import Explanation, advice_of, explain
+from fxpipe.planning.explain import advice_of, explain
 from fxpipe.planning.simulation.simulate import simulate
+from fxpipe.report.page import framed
 from fxpipe.report.sources import with_sources
 from fxpipe.report.table import render
+from fxpipe.report.terminal import terminal
 from fxpipe.runtime.build.state import full_state, load_state, own_state
 from fxpipe.runtime.ranks.place import is_first
 from fxpipe.runtime.run.optimizer import make_optimizer, make_scaler
@@ -58,20 +61,42 @@ class Pipeline:
 
     # --- to read --------------------------------------------------------------------------------------------------
 
-    def report(self, format: str = "text", *, baselines: bool = False, weights: bool = False) -> str:
+    def report(
+        self,
+        format: str = "text",
+        *,
+        baselines: bool = False,
+        weights: bool = False,
+        width: int = 100,
+        color: bool = False,
+        command: Sequence[str] = (),
+    ) -> str:
         """Give the plan as a person reads it.
 
         Args:
-            format: ``"text"``, ``"markdown"``, ``"html"`` or ``"json"`` (the plan itself).
+            format: ``"text"``, ``"markdown"`` (``"md"``), ``"html"`` or ``"json"`` (the plan itself).
             baselines: Whether to add how DeepSpeed, torchtitan, Megatron and torchgpipe would cut the same model.
             weights: Whether to add where the first value of each tensor comes from, and which stages hold it.
+            width: Columns of the text.
+            color: Whether the text is coloured, for a terminal.
+            command: Words of the command that asked for the plan; what would help is spelled as such a command, else as
+                a call of ``compile``.
 
         Raises:
             PlanError: The format is none of these.
         """
         compared = self._source.baselines() if baselines else ()
         done = simulate(self.plan)
-        text = render(self.plan, format, compared, simulation=done, advice=advice_of(self.plan, done))
+        text = render(
+            self.plan,
+            format,
+            compared,
+            simulation=done,
+            advice=advice_of(self.plan, done),
+            command=command,
+            width=width,
+            color=color,
+        )
         if not weights:
             return text
         sources = weight_sources(self._source, self.graph, self.plan, *self._start, self._loaded)
@@ -86,12 +111,16 @@ class Pipeline:
         return explain(self.plan)
 
     def print_report(self) -> None:
-        """Print the text report, on rank 0 only."""
+        """Print the text report, on rank 0 only, as wide as the terminal and in colours there."""
         if is_first():
-            print(self.report(), flush=True)
+            print(self.report(**terminal()), flush=True)
 
     def __str__(self) -> str:
         return self.report()
+
+    def _repr_html_(self) -> str:
+        """Show the page in a notebook, in a frame of its own: its styles and script stay there."""
+        return framed(self.report("html"))
 
     def __repr__(self) -> str:
         plan = self.plan

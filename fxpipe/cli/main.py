@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     options.parser = parser
+    options.words = ("fxpipe", *(sys.argv[1:] if arguments is None else arguments))
     try:
         return int(options.run(options) or 0)
     except MismatchError as error:

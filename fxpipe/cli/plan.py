@@ -8,6 +8,7 @@ from typing import Any
 from fxpipe.cli.budget import add_budget, print_best
 from fxpipe.cli.options import add_command, add_model, add_planning, compiled, write
 from fxpipe.errors import PlanError
+from fxpipe.report.terminal import terminal
 
 
 def add(commands: Any) -> None:
@@ -46,10 +47,25 @@ def _run(options: argparse.Namespace) -> None:
     if options.stages is None:
         raise PlanError("neither --stages nor --devices is given\n  give --stages 8, --stages auto or --devices 64")
     pipe = compiled(options)
+    extra = {"baselines": options.baselines, "weights": options.weights}
     if options.json == "-":
         print(pipe.report("json", weights=options.weights))
     else:
-        print(pipe.report(baselines=options.baselines, weights=options.weights))
-    for path, format in ((options.json, "json"), (options.html, "html"), (options.markdown, "markdown")):
-        if path and path != "-":
-            write(path, pipe.report(format, weights=options.weights))
+        print(pipe.report(**extra, **terminal(), command=_asked(options)))
+    if options.json not in (None, "-"):
+        write(options.json, pipe.report("json", weights=options.weights))
+    for path, format in ((options.html, "html"), (options.markdown, "markdown")):
+        if path:
+            write(path, pipe.report(format, **extra, command=_asked(options)))
+
+
+def _asked(options: argparse.Namespace) -> tuple[str, ...]:
+    """Give the command's words without where its output goes."""
+    words = list(options.words)
+    for flag, value in (("--json", options.json), ("--html", options.html), ("--markdown", options.markdown)):
+        if flag in words:
+            place = words.index(flag)
+            del words[place : place + 1 + (words[place + 1 : place + 2] == [value])]
+        elif value is not None and f"{flag}={value}" in words:
+            words.remove(f"{flag}={value}")
+    return tuple(words)

@@ -6,9 +6,12 @@ import argparse
 from typing import Any
 
 from fxpipe.cli.options import add_command, read_plan, write
+from fxpipe.ir.plan import PipelinePlan
+from fxpipe.ir.schedule import default_ranks
 from fxpipe.planning.explain import advice_of
 from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.table import render
+from fxpipe.report.terminal import terminal
 
 
 def add(commands: Any) -> None:
@@ -32,8 +35,20 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     plan = read_plan(options.plan)
     simulation = simulate(plan)
-    advice = advice_of(plan, simulation)
-    print(render(plan, "json" if options.json else "text", simulation=simulation, advice=advice))
+    advice, command = advice_of(plan, simulation), _command(plan)
+
+    def rendered(format: str, width: int = 100, color: bool = False) -> str:
+        return render(plan, format, simulation=simulation, advice=advice, command=command, width=width, color=color)
+
+    print(rendered("json" if options.json else "text", **terminal()))
     for path, format in ((options.html, "html"), (options.markdown, "markdown")):
         if path:
-            write(path, render(plan, format, simulation=simulation, advice=advice))
+            write(path, rendered(format))
+
+
+def _command(plan: PipelinePlan) -> tuple[str, ...]:
+    """Give a command that plans likewise, but for the model, whose place a plan does not know."""
+    words = ["fxpipe", "plan", "MODEL", "--stages", str(plan.num_stages), "--schedule", plan.schedule]
+    if plan.num_ranks != default_ranks(plan.schedule, plan.num_stages):
+        words += ["--ranks", str(plan.num_ranks)]
+    return tuple(words)

@@ -82,6 +82,7 @@ class LayerGraph:
             for later calls of one block, as layer names have it.
         ties: Shared tensors.
         counts: For each layer what it does for one microbatch; empty until counted.
+        operations: Layers that are no modules: operations between modules, and tensors of the model's own.
         saved: Tensors that layers keep for their backward besides their own; empty where ``counts`` alone tell.
         inputs: Name, shape and dtype of each input tensor of one microbatch, as text.
         batch_size: Samples per microbatch, None without an example.
@@ -102,6 +103,7 @@ class LayerGraph:
     batch_size: int | None = None
     notes: tuple[str, ...] = field(default=())
     saved: tuple[SavedTensor, ...] = ()
+    operations: tuple[int, ...] = ()
 
     @property
     def layer_names(self) -> tuple[str, ...]:

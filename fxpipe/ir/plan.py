@@ -28,6 +28,8 @@ class StagePlan:
         index: Position in the pipeline, from 0.
         rank: Rank of the pipeline dimension that runs it.
         layers: Names of its layers (FQNs), in the model's order.
+        parts: The same as a person names it: modules of the model, a whole one in place of what lies in it, and no
+            operations between them; of nothing but operations, the one that takes longest.
         parameters: Number of parameters, ties counted once within the stage.
         bytes: Bytes of those weights.
         seconds: Forward and backward of one microbatch, transfers included.
@@ -71,6 +73,7 @@ class StagePlan:
     recompute_s: float = 0.0
     head: str = ""
     head_s: tuple[float, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def send_bytes(self) -> int:

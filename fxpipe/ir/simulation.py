@@ -125,3 +125,49 @@ def _curve(events: Sequence[Event], static: int, live_bytes: Sequence[int]) -> t
         else:
             curve.append((when, held))
     return tuple(curve)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change and what it would give.
+
+    Attributes:
+        what: In words.
+        gain: Share of the step's time (per microbatch, where their number changes) that it saves.
+        options: What to ask for: names of options of ``compile`` (``"batch"``: samples of the batch), and values, None
+            for the default. Empty for what cannot be asked for, such as links that cost nothing.
+    """
+
+    what: str
+    gain: float
+    options: tuple[tuple[str, str | int | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What limits a step.
+
+    Attributes:
+        limit: In words.
+        shares: Share of the step that the slowest rank computes, waits for links, and idles otherwise.
+        changes: What would help, the largest gain first.
+    """
+
+    limit: str
+    shares: tuple[float, float, float]
+    changes: tuple[Change, ...]
+
+    def __str__(self) -> str:
+        compute, links, idle = (f"{100 * share:.0f} %" for share in self.shares)
+        lines = [
+            f"the step is limited by {self.limit}: {compute} work of the slowest rank, {links} links, {idle} bubble"
+        ]
+        lines += [f"{change.what}: {100 * change.gain:.1f} % faster" for change in self.changes]
+        return "\n".join(lines if self.changes else [*lines, "no change that was tried would help"])
+
+    @property
+    def line(self) -> str:
+        """The limit and the change that would help most, in one line."""
+        best = self.changes[0] if self.changes else None
+        helps = f"; {best.what} would save {100 * best.gain:.1f} %" if best is not None else ""
+        return f"limited by {self.limit}{helps}"

@@ -1,8 +1,8 @@
-"""Numbers as a person reads them: bytes, counts, times."""
+"""Numbers and lists of names as a person reads them: bytes, counts, times, FQNs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def count_text(count: float) -> str:
@@ -73,3 +73,45 @@ def ranges_text(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def folded(names: Iterable[str], most: int = 12) -> str:
+    """List dotted names, those that differ in a number alone as one.
+
+    Args:
+        names: FQNs; what comes twice is said once.
+        most: How many to list, after folding.
+
+    >>> folded(f"layers.{i}.{name}" for i in range(32) for name in ("q_proj", "k_proj"))
+    'layers.{0-31}.q_proj, layers.{0-31}.k_proj'
+    >>> folded(["head", "h.0.experts.0", "h.0.experts.1", "h.2.experts.0", "h.2.experts.1"])
+    'head, h.{0,2}.experts.{0-1}'
+    >>> folded("abcd", most=2)
+    'a, b and 2 more'
+    """
+    groups: dict[tuple[str | tuple[int, ...], ...], int] = {}
+    for name in dict.fromkeys(names):
+        groups[tuple(name.split("."))] = 1
+    for place in reversed(range(max(map(len, groups), default=0))):
+        merged: dict[tuple[str | tuple[int, ...], ...], dict[int, int]] = {}
+        for parts, count in groups.items():
+            part = parts[place] if place < len(parts) else ""
+            if isinstance(part, str) and part.isdecimal() and str(int(part)) == part:
+                merged.setdefault((*parts[:place], (), *parts[place + 1 :]), {})[int(part)] = count
+            else:
+                merged[parts] = {-1: count}
+        groups = {}
+        for parts, found in merged.items():
+            numbers = sorted(found)
+            if numbers == [-1]:
+                groups[parts] = found[-1]
+            else:
+                one: str | tuple[int, ...] = str(numbers[0]) if len(numbers) == 1 else tuple(numbers)
+                groups[(*parts[:place], one, *parts[place + 1 :])] = sum(found.values())
+    shown = [".".join(part if isinstance(part, str) else _braced(part) for part in parts) for parts in groups]
+    rest = sum(list(groups.values())[most:])
+    return ", ".join(shown[:most]) + (f" and {rest} more" if rest else "")
+
+
+def _braced(numbers: Sequence[int]) -> str:
+    return "{" + ranges_text(numbers).replace("–", "-").replace(", ", ",") + "}"

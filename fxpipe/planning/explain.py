@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fxpipe.errors import ScheduleError
 from fxpipe.ir.plan import PipelinePlan, StagePlan
-from fxpipe.ir.schedule import SCHEDULES, check_microbatches, placement
-from fxpipe.ir.simulation import Simulation
+from fxpipe.ir.schedule import SCHEDULES, check_microbatches, default_ranks, placement
+from fxpipe.ir.simulation import Change, Explanation, Simulation
 from fxpipe.planning.simulation.engine import StageTimes
 from fxpipe.planning.simulation.simulate import Reduction, simulate, step_seconds, times_of
 
@@ -18,49 +18,6 @@ NOTICED = 0.005  # share of the time of a microbatch below which a change is not
 
 EXPLAINED = 20_000
 """Stages times microbatches up to which a report is explained: that takes a dozen simulations."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One change and what it would give.
-
-    Attributes:
-        what: In words.
-        gain: Share of the step's time (per microbatch, where their number changes) that it saves.
-    """
-
-    what: str
-    gain: float
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What limits a step.
-
-    Attributes:
-        limit: In words.
-        shares: Share of the step that the slowest rank computes, waits for links, and idles otherwise.
-        changes: What would help, the largest gain first.
-    """
-
-    limit: str
-    shares: tuple[float, float, float]
-    changes: tuple[Change, ...]
-
-    def __str__(self) -> str:
-        compute, links, idle = (f"{100 * share:.0f} %" for share in self.shares)
-        lines = [
-            f"the step is limited by {self.limit}: {compute} work of the slowest rank, {links} links, {idle} bubble"
-        ]
-        lines += [f"{change.what}: {100 * change.gain:.1f} % faster" for change in self.changes]
-        return "\n".join(lines if self.changes else [*lines, "no change that was tried would help"])
-
-    @property
-    def line(self) -> str:
-        """The limit and the change that would help most, in one line."""
-        best = self.changes[0] if self.changes else None
-        helps = f"; {best.what} would save {100 * best.gain:.1f} %" if best is not None else ""
-        return f"limited by {self.limit}{helps}"
 
 
 def explain(plan: PipelinePlan, simulation: Simulation | None = None) -> Explanation:
@@ -95,20 +52,16 @@ def explain(plan: PipelinePlan, simulation: Simulation | None = None) -> Explana
     return Explanation(_limit(plan, done, slowest, links, idle), (compute, links, idle), tuple(changes))
 
 
-def advice_of(plan: PipelinePlan, simulation: Simulation) -> list[str]:
-    """Give what a report says of a step: what limits it, then what would help, the best first.
+def advice_of(plan: PipelinePlan, simulation: Simulation) -> Explanation | None:
+    """Give what a report says of a step; None for a plan so large that the dozen simulations would take long.
 
     Args:
         plan: The plan.
         simulation: Its step.
-
-    Returns:
-        Sentences; none for a plan so large that the dozen simulations behind them would take long.
     """
     if plan.num_stages * plan.num_microbatches > EXPLAINED:
-        return []
-    found = explain(plan, simulation)
-    return [found.line, *(f"{change.what}: {100 * change.gain:.1f} % faster." for change in found.changes)]
+        return None
+    return explain(plan, simulation)
 
 
 def _limit(plan: PipelinePlan, done: Simulation, slowest: int, links: float, idle: float) -> str:
@@ -132,7 +85,9 @@ def _changes(
     more = count + plan.num_ranks
     try:
         each = _step_s(replace(plan, num_microbatches=more), times, reductions) / more
-        yield Change(f"{plan.num_ranks} more microbatches of this size", 1 - each * count / done.step_s)
+        size = (("batch", more * plan.microbatch_size),) if plan.microbatch_size else ()
+        options = (*size, ("microbatches", more))
+        yield Change(f"{plan.num_ranks} more microbatches of this size", 1 - each * count / done.step_s, options)
     except ScheduleError:
         pass
     for name in SCHEDULES:
@@ -145,10 +100,13 @@ def _changes(
             continue
         stages = tuple(replace(stage, rank=rank) for stage, rank in zip(plan.stages, ranks, strict=True))
         other = replace(plan, schedule=name, stages=stages)
-        yield Change(f"schedule {name}", 1 - _step_s(other, times_of(other), reductions) / done.step_s)
+        gain = 1 - _step_s(other, times_of(other), reductions) / done.step_s
+        usual = default_ranks(name, plan.num_stages) == plan.num_ranks
+        yield Change(f"schedule {name}", gain, (("schedule", name), ("ranks", None if usual else plan.num_ranks)))
     yield Change("links that cost nothing", links)
     if any(stage.recompute for stage in plan.stages):
-        yield Change("no recomputation", 1 - _step_s(plan, _without_recompute(plan, times), reductions) / done.step_s)
+        gain = 1 - _step_s(plan, _without_recompute(plan, times), reductions) / done.step_s
+        yield Change("no recomputation", gain, (("recompute", None),))
     even = _evened(times)
     yield Change("stages of equal time", 1 - _step_s(plan, even, reductions) / done.step_s)
     split = split_vocabulary(plan, times)

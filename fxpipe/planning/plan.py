@@ -15,6 +15,7 @@ from fxpipe.planning.costs.memory import gradient_bytes, parameter_bytes
 from fxpipe.planning.costs.precision import Precision
 from fxpipe.planning.costs.recompute import checkpoints, modules_of_layers
 from fxpipe.planning.layout import Layout, tie_seconds
+from fxpipe.planning.naming import part_names
 from fxpipe.planning.search.problem import Measured, measure
 
 
@@ -93,6 +94,8 @@ def make_plan(
         for index in range(settings.stages)
     )
     stages = _with_parts(layout, stages, stage_of)
+    parts = part_names(graph, home, [cost.seconds for cost in layout.costs], settings.stages)
+    stages = tuple(replace(stage, parts=names) for stage, names in zip(stages, parts, strict=True))
     ties = tuple(_tie_group(layout, tie, home, repeats) for tie in graph.ties)
     bottleneck = max(measured.rank_loads)
     return PipelinePlan(

@@ -8,6 +8,7 @@ from fxpipe.errors import InfeasibleError, PartitionError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.schedule import schedule_named
+from fxpipe.ir.units import folded
 from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.costs.recompute import recomputed_modules
 from fxpipe.planning.fit import choices_of, lay_out
@@ -165,8 +166,5 @@ def plan_of(layout: Layout, solution: Solution, estimate: Estimate) -> PipelineP
 def _gained(solution: Solution) -> tuple[str, ...]:
     if not solution.gain:
         return ()
-    names = list(dict.fromkeys(block.fqn for block in solution.opened))
-    shown = ", ".join(names[:SHOWN_BLOCKS]) + (
-        f" and {len(names) - SHOWN_BLOCKS} more" if len(names) > SHOWN_BLOCKS else ""
-    )
+    shown = folded((block.fqn for block in solution.opened), SHOWN_BLOCKS)
     return (f"opened {shown}: saves {100 * solution.gain:.1f} % of a simulated step",)

@@ -9,18 +9,21 @@ from importlib import resources
 from typing import Any
 
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
-from fxpipe.ir.simulation import Simulation
-from fxpipe.ir.units import count_text, seconds_text, size_text, time_unit
+from fxpipe.ir.simulation import Explanation, Simulation
+from fxpipe.ir.units import count_text, folded, seconds_text, size_text, time_unit
 from fxpipe.report.words import (
     BASELINES,
     balance,
+    ends_of,
     headline,
     memory_by_rank,
     memory_of,
     notes,
+    parts_of,
     slowest_load,
     tie_names,
     tie_price,
+    too_full,
 )
 
 MOST_BOXES = 40_000
@@ -31,7 +34,8 @@ def render_page(
     plan: PipelinePlan,
     baselines: Sequence[Baseline] = (),
     simulation: Simulation | None = None,
-    advice: Sequence[str] = (),
+    advice: Explanation | None = None,
+    helping: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Render a plan as one HTML page.
 
@@ -39,7 +43,8 @@ def render_page(
         plan: The plan.
         baselines: The same model cut by others' rules.
         simulation: The plan's step, simulated; without it there are no times of a step and no time line.
-        advice: What would help, the best first.
+        advice: What limits the step, and what would help.
+        helping: What would help as what to type, and what each gives, the best first.
 
     Returns:
         A page without any reference to another file: it opens offline, on a phone, with a keyboard, in dark mode.
@@ -47,7 +52,7 @@ def render_page(
     parts = [
         f"<h1>{_text(plan.model)}</h1>",
         f'<p class="headline">{_text(headline(plan))}</p>',
-        _answers(plan, simulation, advice),
+        _answers(plan, simulation, advice, helping),
         _model_bar(plan),
         _timeline() if simulation is not None and simulation.step_s > 0 else "",
         _memory_section(plan, simulation),
@@ -73,6 +78,20 @@ def render_page(
     )
 
 
+def framed(page: str, height: int = 900) -> str:
+    """Put a page into a frame, for a notebook.
+
+    Args:
+        page: As ``render_page`` gives it.
+        height: Of the frame, in pixels.
+
+    >>> framed("<p>")
+    '<iframe srcdoc="&lt;p&gt;" style="width:100%;height:900px;border:0" title="fxpipe plan"></iframe>'
+    """
+    style = f"width:100%;height:{height}px;border:0"
+    return f'<iframe srcdoc="{html.escape(page)}" style="{style}" title="fxpipe plan"></iframe>'
+
+
 def _asset(name: str) -> str:
     return resources.files("fxpipe.report").joinpath("assets", name).read_text(encoding="utf-8")
 
@@ -84,16 +103,21 @@ def _text(text: object) -> str:
 # --- the four answers -----------------------------------------------------------------------------------------------
 
 
-def _answers(plan: PipelinePlan, simulation: Simulation | None, advice: Sequence[str]) -> str:
+def _answers(
+    plan: PipelinePlan,
+    simulation: Simulation | None,
+    advice: Explanation | None,
+    helping: Sequence[tuple[str, str]],
+) -> str:
     """Say whether it fits, how fast it is, what limits it and what would help: the top of the page."""
     cards = [
-        ("Does it fit?", *_fit(plan)),
-        ("How fast?", *_speed(plan, simulation)),
-        ("What limits it?", *_limit(plan, simulation)),
-        ("What would help?", *_help(plan, advice)),
+        ("Does it fit?", *map(_text, _fit(plan))),
+        ("How fast?", *map(_text, _speed(plan, simulation))),
+        ("What limits it?", *map(_text, _limit(plan, simulation))),
+        ("What would help?", *_help(plan, advice, helping)),
     ]
     rows = [
-        f'<section class="card"><h2>{_text(title)}</h2><p class="big">{_text(short)}</p><p>{_text(long)}</p></section>'
+        f'<section class="card"><h2>{title}</h2><p class="big">{short}</p><p>{long}</p></section>'
         for title, short, long in cards
     ]
     return f'<div class="cards">{"".join(rows)}</div>'
@@ -135,9 +159,15 @@ def _limit(plan: PipelinePlan, simulation: Simulation | None) -> tuple[str, str]
     return cause[0].upper() + cause[1:], f"{words[cause][0].upper()}{words[cause][1:]}.{limited}"
 
 
-def _help(plan: PipelinePlan, advice: Sequence[str]) -> tuple[str, str]:
-    if advice:
-        return advice[0], " ".join(advice[1:3])
+def _help(plan: PipelinePlan, advice: Explanation | None, helping: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """What would help, in words and as what to type."""
+    if helping:
+        typed = "<br>".join(f"<code>{_text(command)}</code> {_text(gain)}" for command, gain in helping[:2])
+        changes = [change for change in advice.changes if change.options] if advice is not None else []
+        if too_full(plan) or not changes:
+            return "Less memory", typed
+        what = f"{changes[0].what[0].upper()}{changes[0].what[1:]}"
+        return f"{_text(what)}: {100 * changes[0].gain:.1f} % faster", typed
     if plan.proven:
         return "Nothing on this cut", "No partition of these layers has a faster slowest stage: this is proven."
     return "A little, at most", f"No partition can be more than {100 * plan.gap:.1f} % faster in its slowest stage."
@@ -225,7 +255,7 @@ def _stage_table(plan: PipelinePlan) -> str:
         again = f"{len(stage.recompute)} recomputed" if stage.recompute else ""
         cells = (
             stage.rank,
-            f"{stage.layers[0]} … {stage.layers[-1]}" if len(stage.layers) > 1 else "".join(stage.layers),
+            _names(plan, stage),
             count_text(stage.parameters),
             f"{100 * stage.seconds / total:.1f} %",
             seconds_text(stage.forward_s),
@@ -241,6 +271,12 @@ def _stage_table(plan: PipelinePlan) -> str:
         f"{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
+
+
+def _names(plan: PipelinePlan, stage: StagePlan) -> str:
+    names = parts_of(plan, stage)
+    first, last = ends_of(names)
+    return f"{first} … {last} ({len(names)})" if len(names) > 2 else ", ".join(filter(None, (first, last)))
 
 
 def _tie_table(plan: PipelinePlan) -> str:
@@ -288,7 +324,7 @@ def _remarks(plan: PipelinePlan) -> str:
         f"limited by: {plan.limited_by}" if plan.limited_by else "",
         f"Search: {plan.method}." if plan.method else "",
         f"Inputs of one microbatch: {', '.join(plan.inputs)}." if plan.inputs else "",
-        f"Opened, because a cut crosses them: {', '.join(plan.opened)}." if plan.opened else "",
+        f"Opened, because a cut crosses them: {folded(plan.opened)}." if plan.opened else "",
         *notes(plan),
     ]
     rows = "".join(f"<li>{_text(item)}</li>" for item in items if item)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import re
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from tabulate import tabulate
 
 from fxpipe.errors import PlanError
-from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, TieGroup
-from fxpipe.ir.simulation import Simulation
-from fxpipe.ir.units import count_text, digits, size_text, time_unit
+from fxpipe.ir.plan import Baseline, PipelinePlan, TieGroup
+from fxpipe.ir.simulation import Explanation, Simulation
+from fxpipe.ir.units import digits, folded, size_text, time_unit
 from fxpipe.report.page import render_page
+from fxpipe.report.paint import painted_rows, painter
+from fxpipe.report.stages import markdown_table, stage_table
 from fxpipe.report.words import (
     BASELINES,
     balance,
@@ -22,9 +25,15 @@ from fxpipe.report.words import (
     slowest_load,
     tie_names,
     tie_price,
+    too_full,
+    tries,
 )
 
 WIDTH = 100
+NARROWEST = 60
+INDENT = 8
+SHOWN = 2
+"""Changes that are proposed at most; ``explain`` has all."""
 
 
 def render(
@@ -33,9 +42,12 @@ def render(
     baselines: Sequence[Baseline] = (),
     *,
     simulation: Simulation | None = None,
-    advice: Sequence[str] = (),
+    advice: Explanation | None = None,
+    command: Sequence[str] = (),
+    width: int = WIDTH,
+    color: bool = False,
 ) -> str:
-    """Render a plan as ``"text"`` (at most 100 columns), ``"markdown"`` (or ``"md"``), ``"html"`` or ``"json"``.
+    """Render a plan as ``"text"``, ``"markdown"`` (or ``"md"``), ``"html"`` or ``"json"``.
 
     The page is one file that needs no other. The JSON is the plan itself; ``PipelinePlan.from_json`` reads it back.
 
@@ -45,7 +57,11 @@ def render(
         baselines: The same model cut by others' rules, to stand beside the plan; in JSON the plan is then the entry
             ``"plan"`` beside ``"baselines"``.
         simulation: The plan's step, simulated: what the step and the bubble are read from; without it neither is shown.
-        advice: What limits the step, in one line, and then what would help, the best first.
+        advice: What limits the step, and what would help.
+        command: Words of the command that made the plan: what would help is spelled as another such command, without
+            one as a call of ``compile``.
+        width: Columns of the text.
+        color: Whether the text is coloured for a terminal.
 
     Raises:
         PlanError: The format is none of these.
@@ -55,63 +71,97 @@ def render(
     >>> print(render(PipelinePlan("GPT", "", stages, num_ranks=2)).splitlines()[0])
     GPT · 2 stages · 1F1B · 1 microbatch · h100 · cost: roofline
     """
-    renderers: dict[str, Callable[[PipelinePlan, Sequence[Baseline], Simulation | None, Sequence[str]], str]] = {
-        "text": _text,
-        "markdown": _markdown,
-        "html": lambda plan, rows, done, said: render_page(plan, rows, done, said[1:]),
-        "json": _json,
-    }
     format = "markdown" if format == "md" else format
+    helping = tries(plan, advice.changes if advice is not None else (), command)
+    renderers: dict[str, Callable[[], str]] = {
+        "text": lambda: _text(plan, baselines, simulation, advice, helping, max(width, NARROWEST), color),
+        "markdown": lambda: _markdown(plan, baselines, simulation, advice, helping),
+        "html": lambda: render_page(plan, baselines, simulation, advice, helping),
+        "json": lambda: _json(plan, baselines),
+    }
     if format not in renderers:
-        raise PlanError(f"unknown report format {format!r}\n  known: {', '.join(renderers)}")
-    return renderers[format](plan, baselines, simulation, advice)
+        raise PlanError(f"unknown report format {format!r}\n  known: {', '.join(renderers)}, and md for markdown")
+    return renderers[format]()
 
 
 def _text(
-    plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None, advice: Sequence[str]
+    plan: PipelinePlan,
+    baselines: Sequence[Baseline],
+    simulation: Simulation | None,
+    advice: Explanation | None,
+    helping: Sequence[tuple[str, str]],
+    width: int,
+    color: bool,
 ) -> str:
-    lines = textwrap.wrap(headline(plan), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-    lines += _paragraph("inputs", ", ".join(plan.inputs)) if plan.inputs else []
-    lines += ["", _stage_table(plan, "plain"), ""]
+    paint = painter(color)
+    head = textwrap.wrap(headline(plan), width, subsequent_indent="  ", break_on_hyphens=False)
+    lines = [paint("bold", line) for line in head]
+    lines += _paragraph("inputs", ", ".join(plan.inputs), width) if plan.inputs else []
+    lines += ["", *painted_rows(plan, stage_table(plan, width), paint), ""]
     if plan.ties:
-        lines += [_tie_table(plan, "plain"), ""]
-    lines += _pieces(_summary(plan, simulation))
-    lines += _paragraph("step", advice[0]) if advice else []
-    lines += _paragraph("opened", ", ".join(plan.opened)) if plan.opened else []
+        lines += [_tie_table(plan, "plain", width), ""]
+    lines += _pieces(_summary(plan, simulation), width)
+    lines += _paragraph("step", f"limited by {advice.limit}", width) if advice is not None else []
+    for command, gain in helping[:SHOWN]:
+        lines += [paint("green", line) for line in _try(command, gain, width)]
+    lines += _paragraph("opened", folded(plan.opened), width) if plan.opened else []
     for note in notes(plan):
-        lines += _paragraph("note", note)
+        urgent = "red" if note == too_full(plan) else ""
+        lines += [paint(urgent, line) for line in _paragraph("note", note, width)]
     if baselines:
-        lines += ["", f"{BASELINES}:", "", _baseline_table(plan, baselines, "plain")]
+        lines += ["", *textwrap.wrap(f"{BASELINES}:", width), "", _baseline_table(plan, baselines, "plain", width)]
     return "\n".join(lines)
 
 
+def _try(command: str, gain: str, width: int) -> list[str]:
+    """What to type, broken as a shell takes it, and what it gives."""
+    room = width - INDENT - 2
+    rows: list[str] = []
+    for option in re.split(r" (?=--)", command):  # an option and its value stay together where they can
+        for part in [option] if len(option) <= room else option.split(" "):
+            if rows and len(rows[-1]) + 1 + len(part) <= room:
+                rows[-1] += f" {part}"
+            else:
+                rows.append(part)
+    joint = " \\" if command.startswith("fxpipe ") else ""
+    lines = [f"{'' if place else 'try':<{INDENT}}{row}{joint}" for place, row in enumerate(rows[:-1])]
+    lines.append(f"{'' if lines else 'try':<{INDENT}}{rows[-1]}")
+    if len(lines[-1]) + 3 + len(gain) <= width:
+        return [*lines[:-1], f"{lines[-1]}   {gain}"]
+    return [*lines, *_paragraph("", gain, width)]
+
+
 def _markdown(
-    plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None, advice: Sequence[str]
+    plan: PipelinePlan,
+    baselines: Sequence[Baseline],
+    simulation: Simulation | None,
+    advice: Explanation | None,
+    helping: Sequence[tuple[str, str]],
 ) -> str:
     parts = [f"**{headline(plan)}**"]
     if plan.inputs:
         parts.append("Inputs of one microbatch: " + ", ".join(f"`{text}`" for text in plan.inputs))
-    parts.append(_stage_table(plan, "github"))
+    parts.append(markdown_table(plan))
     if plan.ties:
-        parts.append(_tie_table(plan, "github"))
-    parts.append("  \n".join([*_summary(plan, simulation), *advice[:1]]))
+        parts.append(_tie_table(plan, "github", WIDTH))
+    limit = [f"step limited by {advice.limit}"] if advice is not None else []
+    parts.append("  \n".join([*_summary(plan, simulation), *limit]))
+    parts += [f"Try `{command}`: {gain}." for command, gain in helping[:SHOWN]]
     if plan.opened:
         parts.append("Opened, because a cut crosses them: " + ", ".join(f"`{name}`" for name in plan.opened))
     parts += [f"> {note}" for note in notes(plan)]
-    parts += [f"{BASELINES}:", _baseline_table(plan, baselines, "github")] if baselines else []
+    parts += [f"{BASELINES}:", _baseline_table(plan, baselines, "github", WIDTH)] if baselines else []
     return "\n\n".join(parts)
 
 
-def _json(
-    plan: PipelinePlan, baselines: Sequence[Baseline], simulation: Simulation | None, advice: Sequence[str]
-) -> str:
+def _json(plan: PipelinePlan, baselines: Sequence[Baseline]) -> str:
     if not baselines:
         return plan.to_json()
     rows = [dataclasses.asdict(row) for row in baselines]
     return json.dumps({"baselines": rows, "plan": json.loads(plan.to_json())}, sort_keys=True, indent=1)
 
 
-def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: str) -> str:
+def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: str, width: int) -> str:
     unit, scale = time_unit(plan.bottleneck)
     per_rank = memory_by_rank(plan)
     own = Baseline("this plan", "", plan.bottleneck, balance(plan), max(per_rank.values(), default=0))
@@ -129,7 +179,7 @@ def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: st
         for row in (own, *baselines)
     ]
     header = ["rule", f"slowest {unit}", "to plan", "max/mean", "memory", ""]
-    room = WIDTH - sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(5))
+    room = width - sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(5))
     for row in rows:
         row[5] = _shorten(row[5], max(room, 8)) if style == "plain" else row[5]
     align = ["left", "right", "right", "right", "right", "left"]
@@ -138,47 +188,11 @@ def _baseline_table(plan: PipelinePlan, baselines: Sequence[Baseline], style: st
     return tabulate(rows, header, tablefmt=style, colalign=align, disable_numparse=True)
 
 
-def _stage_table(plan: PipelinePlan, style: str) -> str:
-    total = sum(stage.seconds for stage in plan.stages) or 1.0
-    unit, scale = time_unit(max((max(stage.forward_s, stage.backward_s) for stage in plan.stages), default=0.0))
-    several = plan.num_ranks != plan.num_stages
-    header = ["stage", *(["rank"] if several else []), "layers", "params", "of time"]
-    header += [f"fwd {unit}", f"bwd {unit}", "memory", "sends →"]
-    rows = [
-        [
-            str(stage.index),
-            *([str(stage.rank)] if several else []),
-            "",
-            count_text(stage.parameters),
-            f"{100 * stage.seconds / total:.1f} %",
-            digits(stage.forward_s * scale),
-            digits(stage.backward_s * scale),
-            size_text(stage.peak_bytes),
-            _sends(stage) if stage.index < plan.num_stages - 1 else "",
-        ]
-        for stage in plan.stages
-    ]
-    place = header.index("layers")
-    others = sum(max(len(row[i]) for row in (header, *rows)) + 2 for i in range(len(header)) if i != place)
-    shared = {name for stage in plan.stages for name in stage.duplicated}
-    for row, stage in zip(rows, plan.stages, strict=True):
-        row[place] = _layers(stage, WIDTH - others if style == "plain" else WIDTH, shared)
-    align = ["left" if name in ("stage", "rank", "layers") else "right" for name in header]
-    if style == "plain":  # as a row, since tabulate widens columns that have a header
-        return tabulate([header, *rows], tablefmt=style, colalign=align, disable_numparse=True)
-    return tabulate(rows, header, tablefmt=style, colalign=align, disable_numparse=True)
-
-
-def _sends(stage: StagePlan) -> str:
-    several = f" in {len(stage.sends)}" if len(stage.sends) > 1 else ""
-    return size_text(stage.send_bytes) + several
-
-
-def _tie_table(plan: PipelinePlan, style: str) -> str:
+def _tie_table(plan: PipelinePlan, style: str, width: int) -> str:
     rows = [["tied", "", *_tie_cells(tie)] for tie in plan.ties]
-    room = WIDTH - 2 * 4 - 4 - sum(max(len(row[i]) for row in rows) for i in (2, 3, 4))
+    room = width - 2 * 4 - 4 - sum(max(len(row[i]) for row in rows) for i in (2, 3, 4))
     for row, tie in zip(rows, plan.ties, strict=True):
-        row[1] = _shorten(tie_names(tie), room if style == "plain" else 10 * WIDTH)
+        row[1] = _shorten(tie_names(tie), max(room, 8) if style == "plain" else 10 * WIDTH)
     header = () if style == "plain" else ("", "tensor", "stages", "bytes", "per step")
     return tabulate(rows, header, tablefmt=style, disable_numparse=True)
 
@@ -212,30 +226,6 @@ def _summary(plan: PipelinePlan, simulation: Simulation | None) -> list[str]:
     return pieces
 
 
-def _layers(stage: StagePlan, room: int, shared: Collection[str]) -> str:
-    """First and last layer of a stage, what other stages compute too left aside, and how many there are.
-
-    The last goes without the module it shares with the first.
-    """
-    if not stage.layers:
-        return "(none)"
-    ends = [name for name in stage.layers if name not in shared] or stage.layers
-    first, last = ends[0], ends[-1]
-    if len(stage.layers) == 1:
-        return _shorten(first, room)
-    if len(ends) == 1:
-        return _shorten(first, max(room - len(f" ({len(stage.layers)})"), 8)) + f" ({len(stage.layers)})"
-    count = f" ({len(stage.layers)})"
-    joint = " … " if len(stage.layers) > 2 else ", "
-    rest = last.removeprefix(first.partition(".")[0] + ".")
-    last = last if rest[:1].isdigit() else rest  # "blocks.3 … 4" would say little
-    each = max((room - len(count) - len(joint)) // 2, 8)
-    spare = max(each - len(last), 0)
-    first = _shorten(first, each + spare)
-    last = _shorten(last, max(room - len(count) - len(joint) - len(first), 8))
-    return f"{first}{joint}{last}{count}"
-
-
 def _shorten(text: str, room: int) -> str:
     """Leave the middle out.
 
@@ -248,17 +238,17 @@ def _shorten(text: str, room: int) -> str:
     return f"{text[:head]}…{text[len(text) - max(room - 1 - head, 1) :]}"
 
 
-def _pieces(pieces: Sequence[str]) -> list[str]:
+def _pieces(pieces: Sequence[str], width: int) -> list[str]:
     """Put the pieces on as few lines as fit, three blanks between."""
     lines: list[str] = []
     for piece in pieces:
-        if lines and len(lines[-1]) + 3 + len(piece) <= WIDTH:
+        if lines and len(lines[-1]) + 3 + len(piece) <= width:
             lines[-1] += f"   {piece}"
         else:
-            lines += textwrap.wrap(piece, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+            lines += textwrap.wrap(piece, width, subsequent_indent="  ", break_on_hyphens=False)
     return lines
 
 
-def _paragraph(label: str, text: str) -> list[str]:
-    indent = " " * 8
-    return textwrap.wrap(text, WIDTH, initial_indent=f"{label:<8}", subsequent_indent=indent, break_on_hyphens=False)
+def _paragraph(label: str, text: str, width: int) -> list[str]:
+    start, indent = f"{label:<{INDENT}}", " " * INDENT
+    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fxpipe.ir.plan import PipelinePlan, StagePlan, TieGroup
+from fxpipe.ir.simulation import Change
 from fxpipe.ir.units import ranges_text, seconds_text, size_text
 
 BASELINES = "The same model cut by others' rules, at the same costs and links"
@@ -89,23 +92,141 @@ def memory_by_rank(plan: PipelinePlan) -> dict[int, int]:
     return per_rank
 
 
-def notes(plan: PipelinePlan) -> list[str]:
-    """Give warnings, and what was noted while planning."""
+FIT: Mapping[str, str] = {"memory_limit": "device", "recompute": "auto"}
+"""What to ask for where a plan does not fit: it fits then, or the error says what would."""
+
+
+def too_full(plan: PipelinePlan) -> str:
+    """Say which ranks need more memory than the hardware has; empty where none does."""
     per_rank = memory_by_rank(plan)
     too_much = [rank for rank, need in sorted(per_rank.items()) if need > plan.hardware.memory]
-    warnings = []
-    if too_much:
-        who = f"rank {too_much[0]} needs" if len(too_much) == 1 else f"ranks {ranges_text(too_much)} need up to"
-        warnings.append(
-            f"{who} {size_text(max(per_rank[rank] for rank in too_much))}, and a {plan.hardware.name} has "
-            f"{size_text(plan.hardware.memory)}: use more stages, smaller microbatches or memory_limit"
-        )
+    if not too_much:
+        return ""
+    who = f"rank {too_much[0]} needs" if len(too_much) == 1 else f"ranks {ranges_text(too_much)} need up to"
+    most = size_text(max(per_rank[rank] for rank in too_much))
+    return f"{who} {most}, and a {plan.hardware.name} has {size_text(plan.hardware.memory)}"
+
+
+def tries(plan: PipelinePlan, changes: Sequence[Change], command: Sequence[str]) -> list[tuple[str, str]]:
+    """Give what would help as what to type, and what each gives, the best first."""
+    found = [(typed(FIT, command), "keeps every rank within its memory, or says what would")] if too_full(plan) else []
+    for change in changes:
+        if not change.options:
+            continue
+        options, gain = dict(change.options), f"{100 * change.gain:.1f} % faster"
+        if "batch" in options:
+            gain += " for each sample"
+            if any(":" in word for word in command):  # a function that brings its own batch
+                gain += f", with a batch of {options.pop('batch')} in the function"
+        found.append((typed(options, command), gain))
+    return found
+
+
+def typed(options: Mapping[str, str | int | None], command: Sequence[str]) -> str:
+    """Spell options as what to type.
+
+    Args:
+        options: Names of options of ``compile``, and values; None leaves one out.
+        command: Words of the command whose options they replace; without one, it is Python.
+
+    >>> typed({"schedule": "GPipe", "ranks": None}, ["fxpipe", "plan", "my model", "--ranks", "4", "--stages=8"])
+    "fxpipe plan 'my model' --stages=8 --schedule GPipe"
+    >>> typed({"memory_limit": "device", "recompute": "auto"}, ())
+    'compile(…, memory_limit="device", training=Training(recompute="auto"))'
+    >>> typed({"batch": 40, "microbatches": 40}, ())
+    'compile(…, microbatches=40) with batches of 40'
+    """
+    if command:
+        words = _without([f"--{name.replace('_', '-')}" for name in options], command)
+        given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+        return shlex.join([*words, *(word for pair in given for word in pair)])
+    spelled = []
+    for name, value in options.items():
+        shown = f'"{value}"' if isinstance(value, str) else str(value)
+        if name == "recompute":
+            spelled.append(f"training=Training(recompute={shown})")
+        elif value is not None and name != "batch":
+            spelled.append(f"{name}={shown}")
+    size = f" with batches of {options['batch']}" if "batch" in options else ""
+    return f"compile(…, {', '.join(spelled)}){size}"
+
+
+def _without(flags: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Leave out options with their values."""
+    kept: list[str] = []
+    skipped = False
+    for word in words:
+        if skipped:
+            skipped = False
+        elif word in flags:
+            skipped = True
+        elif word.partition("=")[0] not in flags:
+            kept.append(word)
+    return kept
+
+
+def notes(plan: PipelinePlan) -> list[str]:
+    """Give warnings, and what was noted while planning."""
+    warnings = [text] if (text := too_full(plan)) else []
     empty = [
         f"stage {stage.index} has no parameters: no possible partition into so many gives each some"
         for stage in plan.stages
         if not stage.parameters
     ]
     return [*warnings, *empty, *plan.notes]
+
+
+def parts_of(plan: PipelinePlan, stage: StagePlan) -> tuple[str, ...]:
+    """Name what lies in a stage as a person would; of a plan without such names, what it has alone of its layers."""
+    if stage.parts or not stage.layers:
+        return stage.parts
+    shared = {name for other in plan.stages for name in other.duplicated}
+    return tuple(name for name in stage.layers if name not in shared) or stage.layers
+
+
+def ends_of(names: Sequence[str]) -> tuple[str, str]:
+    """Give the first and the last of some names, the last without the module it shares with the first.
+
+    >>> ends_of(["model.embed", "model.layers.0", "model.layers.1"])
+    ('model.embed', 'layers.1')
+    >>> ends_of(["blocks.0", "blocks.3"])  # "blocks.0 … 3" would say little
+    ('blocks.0', 'blocks.3')
+    """
+    if not names:
+        return "(none)", ""
+    first, last = names[0], names[-1] if len(names) > 1 else ""
+    rest = last.removeprefix(first.partition(".")[0] + ".")
+    return first, last if rest[:1].isdigit() else rest
+
+
+def cut_name(name: str, room: int) -> str:
+    """Shorten a name from its front, between its parts where it can be: its end says what it is.
+
+    >>> cut_name("model.layers.11.self_attn", 20), cut_name("model.layers.11.self_attn", 6)
+    ('…layers.11.self_attn', '…_attn')
+    """
+    if len(name) <= room:
+        return name
+    parts = name.split(".")
+    for start in range(1, len(parts)):
+        short = "…" + ".".join(parts[start:])
+        if len(short) <= room:
+            return short
+    return "…" + name[len(name) - max(room - 1, 1) :]
+
+
+def gib_text(count: float) -> str:
+    """Write bytes as a number of GiB.
+
+    >>> gib_text(26.6 * 2**30), gib_text(2**20 * 56), gib_text(0), gib_text(300 * 2**30), gib_text(4096)
+    ('26.6', '0.055', '0', '300', '<0.001')
+    """
+    gib = count / 2**30
+    if gib <= 0:
+        return "0"
+    if gib < 0.001:
+        return "<0.001"
+    return f"{gib:.{0 if gib >= 100 else 1 if gib >= 1 else 2 if gib >= 0.1 else 3}f}"
 
 
 def tie_names(tie: TieGroup) -> str:
@@ -120,7 +241,7 @@ def tie_price(tie: TieGroup) -> str:
         return "one copy"
     if not tie.trainable:
         return "frozen"
-    return f"all-reduce {seconds_text(tie.seconds)}"
+    return f"all-reduce {seconds_text(tie.seconds)}" if tie.seconds > 0 else "free"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

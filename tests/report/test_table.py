@@ -1,6 +1,7 @@
 import dataclasses
 import html.parser
 import json
+import re
 
 import pytest
 
@@ -8,8 +9,10 @@ from fxpipe.errors import PlanError
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, TieGroup
 from fxpipe.ir.tensor import TensorMeta
+from fxpipe.planning.explain import explain
 from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.table import render
+from fxpipe.report.terminal import terminal
 
 TIED = ("transformer.wte.weight", "lm_head.weight")
 HIDDEN = TensorMeta((4, 1024, 1024), "bfloat16", requires_grad=True)
@@ -23,6 +26,8 @@ def stage(index, *layers, **changes):
         "forward_s": 0.008,
         "backward_s": 0.016,
         "peak_bytes": int(9.8 * 2**30),
+        "gradient_bytes": 548_800_000,
+        "optimizer_bytes": 1_097_600_000,
         "sends": (HIDDEN,),
     }
     return StagePlan(index, changes.pop("rank", index), layers, **{**about, **changes})
@@ -57,10 +62,14 @@ REPORT = """\
 GPT2LMHeadModel · 3 stages · 1F1B · 4 microbatches of 4 · h100 · cost: roofline
 inputs  input_ids int64[4, 1024]
 
-stage  layers                          params  of time  fwd ms  bwd ms   memory  sends →
-0      transformer.wte … h.0 (3)      137.2 M   25.0 %    8.00    16.0  9.8 GiB  8.0 MiB
-1      transformer.h.1 … h.11 (11)    137.2 M   50.0 %    16.6    16.0  9.8 GiB  8.0 MiB
-2      transformer.ln_f, lm_head (2)  137.2 M   25.0 %    8.00    16.0  9.8 GiB
+                                     GiB = weights + gradients + optimizer + activations
+stage   params  of time  fwd ms  bwd ms  GiB  weights  gradients  optimizer  activations  sends →
+0      137.2 M   25.0 %    8.00    16.0  9.8     0.26       0.51        1.0          8.0  8.0 MiB
+       transformer.wte … h.0 (3)
+1      137.2 M   50.0 %    16.6    16.0  9.8     0.26       0.51        1.0          8.0  8.0 MiB
+       transformer.h.1 … h.11 (11)
+2      137.2 M   25.0 %    8.00    16.0  9.8     0.26       0.51        1.0          8.0
+       transformer.ln_f, lm_head
 
 tied  transformer.wte.weight = lm_head.weight  stages 0, 2  206.0 MiB  all-reduce 2.00 ms
 
@@ -119,8 +128,9 @@ def test_many_ranks_that_need_more_memory_than_there_is_are_one_warning(plan):
     assert "ranks 0–2 need up to 9.8 GiB, and a small has 1.0 GiB" in render(dataclasses.replace(plan, hardware=small))
 
 
+@pytest.mark.parametrize("width", [60, 72, 100, 130, 200])
 @pytest.mark.parametrize("count", [1, 2, 16])
-def test_no_line_is_wider_than_a_hundred_columns(plan, count):
+def test_no_line_is_wider_than_the_terminal(plan, count, width):
     layers = [f"model.language_model.decoder.a_very_long_name_of_a_module.layers.{i}.attention" for i in range(count)]
     long = TieGroup(layers[0], tuple(f"{layer}.weight" for layer in (*layers, *layers)), (0, 1), 1 << 40, 1.0)
     stages = tuple(stage(i, *layers, parameters=10**12) for i in range(3))
@@ -134,7 +144,68 @@ def test_no_line_is_wider_than_a_hundred_columns(plan, count):
         limited_by=f"layer {layers[0]} of stage 1, which is not split",
         notes=("a note of many words " * 20,),
     )
-    assert max(map(len, render(wide).splitlines())) <= 100
+    done = simulate(plan)
+    command = ("fxpipe", "plan", "examples/a_folder/train.py:build", "--stages", "3", "--hardware", "h100")
+    text = render(wide, width=width, simulation=done, advice=explain(plan), command=command)
+    assert max(map(len, text.splitlines())) <= width
+    assert sum(line[:1].isdigit() for line in text.splitlines()) == 3
+    assert f"attention ({count})" in text or count < 3
+    assert f"try {' '.join(command)} --schedule Interleaved1F1B" in re.sub(r"( \\)?\s+", " ", text)
+
+
+def test_memory_is_told_in_gib_and_split_in_columns(plan):
+    header, row = render(plan, width=130).splitlines()[4:6]
+    split = dict(zip(header.split()[-7:-2], row.split()[-7:-2], strict=True))
+    assert split == {"GiB": "9.8", "weights": "0.26", "gradients": "0.51", "optimizer": "1.0", "activations": "8.0"}
+    assert "transformer.wte … h.0 (3)" in row  # there is room
+
+
+def test_a_layer_is_called_by_what_a_person_calls_it(plan):
+    layers = ("model.arange", "model.embed", "model.layers.0.attn", "model.layers.0.add", "model.layers.1.attn")
+    named = dataclasses.replace(plan.stages[0], layers=layers, parts=("model.embed", "model.layers.0"))
+    assert "model.embed, layers.0\n" in render(dataclasses.replace(plan, stages=(named, *plan.stages[1:])))
+
+
+def test_cut_names_keep_their_ends(plan):
+    long = "model.language_model.decoder.a_long_name.layers.7.self_attention.q_proj"
+    text = render(dataclasses.replace(plan, stages=(stage(0, long), *plan.stages[1:])), width=60)
+    assert "…decoder.a_long_name.layers.7.self_attention.q_proj\n" in text
+
+
+def test_what_would_help_is_a_command_to_type(plan):
+    done = explain(plan)
+    text = render(plan, advice=done, command=("fxpipe", "plan", "llama-8b", "--stages", "3", "--schedule", "1F1B"))
+    best, after = [change for change in done.changes if change.options][:2]
+    assert best.options == (("batch", 28), ("microbatches", 7))
+    assert "try     fxpipe plan llama-8b --stages 3 --schedule 1F1B --batch 28 --microbatches 7" in text
+    assert f"try     fxpipe plan llama-8b --stages 3 --schedule {dict(after.options)['schedule']}   " in text
+    assert "try     compile(…, microbatches=7) with batches of 28   " in render(plan, advice=done)
+    small = dataclasses.replace(plan, hardware=Hardware({"float32": 1e12}, 1e12, 2**30, name="small"))
+    assert "try     fxpipe plan x --memory-limit device --recompute auto" in render(
+        small, command=("fxpipe", "plan", "x")
+    )
+
+
+def test_colours_say_nothing_that_words_do_not(plan):
+    small = dataclasses.replace(plan, hardware=Hardware({"float32": 1e12}, 1e12, 2**30, name="small"))
+    for each in (plan, small):
+        painted = render(each, color=True, advice=explain(plan))
+        assert "\x1b[" in painted
+        assert re.sub(r"\x1b\[\d+m", "", painted) == render(each, advice=explain(plan))
+
+
+@pytest.mark.parametrize(
+    ("environment", "tty", "expected"),
+    [({}, False, (100, False)), ({"COLUMNS": "72"}, True, (72, True)), ({"COLUMNS": "300"}, True, (160, True)),
+     ({"COLUMNS": "90", "NO_COLOR": "1"}, True, (90, False)), ({"COLUMNS": "90", "TERM": "dumb"}, True, (90, False))],
+)  # fmt: skip
+def test_width_and_colours_are_the_terminals(monkeypatch, environment, tty, expected):
+    for name in ("NO_COLOR", "TERM", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: tty, raising=False)
+    assert tuple(terminal().values()) == expected
 
 
 def test_ranks_stand_in_the_table_only_where_they_differ_from_stages(plan):
@@ -142,7 +213,7 @@ def test_ranks_stand_in_the_table_only_where_they_differ_from_stages(plan):
     two = tuple(dataclasses.replace(each, rank=each.index % 2) for each in plan.stages)
     text = render(dataclasses.replace(plan, stages=two, num_ranks=2))
     assert "3 stages · 2 ranks" in text
-    assert "stage  rank  layers" in text
+    assert "stage  rank " in text
 
 
 def test_the_last_stage_sends_nothing_and_several_tensors_are_counted(plan):
@@ -150,7 +221,7 @@ def test_the_last_stage_sends_nothing_and_several_tensors_are_counted(plan):
     lines = render(dataclasses.replace(plan, stages=several)).splitlines()
     rows = {line[0]: line for line in lines if line[:1].isdigit()}
     assert rows["0"].endswith("16.0 MiB in 2")
-    assert rows["2"].endswith("9.8 GiB")
+    assert rows["2"].endswith(" 8.0")
 
 
 def test_a_rank_that_needs_more_memory_than_there_is_is_a_warning(plan):
@@ -216,5 +287,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(plan):
-    with pytest.raises(PlanError, match=r"unknown report format 'pdf'\n  known: text, markdown, html, json"):
+    with pytest.raises(
+        PlanError, match=r"unknown report format 'pdf'\n  known: text, markdown, html, json, and md for markdown"
+    ):
         render(plan, "pdf")

@@ -104,10 +104,22 @@ def make_layer_graph(
         ties=tuple(tie for tie in ties if tie.key in tie_of),
         counts=tuple(_counts(nodes) for nodes in layers.nodes) + (LayerCounts(),) * len(unused),
         saved=_saved(storages, layers),
+        operations=tuple(i for i, spec in enumerate(specs) if not _is_module(skeleton, mains, i, spec.fqn)),
         inputs=tuple(inputs),
         batch_size=batch_size,
         notes=tuple(notes),
     )
+
+
+def _is_module(skeleton: Skeleton, mains: Sequence[fx.Node], index: int, fqn: str) -> bool:
+    """Say whether a layer is a module of the model."""
+    if index < len(mains):
+        return mains[index].op == "call_module"
+    try:  # one that is never called
+        skeleton.module.get_submodule(fqn)
+    except AttributeError:
+        return False
+    return True
 
 
 def _main(nodes: Sequence[fx.Node]) -> fx.Node:
