@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxpipe._torch import FakeTensor, checked_generators, deepcopied_quietly, truncated_normals
 from fxpipe.errors import MaterializeError
+from fxpipe.recipes.lazy import recorded_lazily
 from fxpipe.recipes.operations import is_there
 from fxpipe.recipes.recorder import Recorder, RecordingMode
 from fxpipe.recipes.replay import BLANK, OTHER_BLANK, Replay, holds_blanks, replaying, view_of
@@ -65,6 +66,7 @@ def deferred_init(seed: int | None = 0) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(checked_generators(_refuse_generator))
         stack.enter_context(truncated_normals(_truncated(mode)))
+        stack.enter_context(recorded_lazily())
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(_Questions(mode))

@@ -200,8 +200,9 @@ class Recorder:
         fresh = [(place, t) for place, t in enumerate(found) if self.number(t, make=False) not in known | written]
         outputs = tuple((place, self.region(tensor)) for place, tensor in fresh)
         made = {region.storage for _, region in outputs}
-        if is_meta or not self._on_meta.isdisjoint(known | written):
-            self._on_meta.update(made | written)
+        if is_meta or not self._on_meta.isdisjoint(known | written):  # to_empty(device="cpu") leaves meta
+            stays = is_meta or kwargs.get("device") is None
+            self._on_meta.update(made | written if stays else written)
         if func in EMPTY or not (written or made):
             return result
         self._write_down(func, args, kwargs, about, found, outputs, known, written)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -157,15 +159,30 @@ def _check_alike(fqn: str, value: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def _unfiled_units(skeleton: nn.Module, fqns: Sequence[str]) -> list[Unit]:
-    """Give the owners of the tensors among these that no file holds: non-persistent buffers, and adapters of peft."""
+    """Give the owners of the tensors among these that files lack.
+
+    Non-persistent buffers, adapters of peft, and what models of transformers compute anew (Marian's positions).
+    """
     is_added = added_by_tuners(skeleton)
+    computed = {fqn for fqn in fqns if _may_be_missing(skeleton, fqn)}
     persistent = skeleton.state_dict(keep_vars=True)
     buffers = {fqn for fqn, _ in skeleton.named_buffers()} - set(persistent)
     owners: dict[str, list[str]] = {}
     for fqn in fqns:
-        if fqn in buffers or is_added(fqn):
+        if fqn in buffers or fqn in computed or is_added(fqn):
             owners.setdefault(fqn.rpartition(".")[0], []).append(fqn)
     return [Unit(owner, tuple(sorted(names))) for owner, names in owners.items()]
+
+
+def _may_be_missing(skeleton: nn.Module, fqn: str) -> bool:
+    """Tell whether a model of transformers says of a tensor that its files need not hold it."""
+    parts = fqn.split(".")
+    for length in range(len(parts)):
+        module: Any = skeleton.get_submodule(".".join(parts[:length]))
+        if is_huggingface(module):
+            patterns = getattr(module, "_keys_to_ignore_on_load_missing", None) or ()
+            return any(re.search(pattern, ".".join(parts[length:])) for pattern in patterns)
+    return False
 
 
 def _check_init(skeleton: nn.Module, init: object) -> None:

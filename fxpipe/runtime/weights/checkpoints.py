@@ -91,7 +91,7 @@ class Checkpoints:
         Raises:
             WeightsError: On every rank. Nothing is left then.
         """
-        found: Snapshot | FxpipeError
+        found: Snapshot | Exception
         try:
             self._check(only, optimizer, scheduler, extra, async_)
             found = take_snapshot(
@@ -103,12 +103,12 @@ class Checkpoints:
                 step=step,
                 seed=seed,
             )
-        except FxpipeError as error:
+        except Exception as error:  # a scheduler's state is the user's own code: no rank may wait for this one
             found = error
         if only is None:
             return self._saver.save(path, found, in_background=async_)
         self._saver.wait()
-        self._saver.everyone().agree(found if isinstance(found, FxpipeError) else None, "what to save")
+        self._saver.everyone().agree(found if isinstance(found, Exception) else None, "what to save")
         save_trainable(path, self._model, self._stages, self._groups, self._saver.everyone())
         return None
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.errors import WeightsError
 from fxpipe.runtime.build.extra_state import load_extra_states, missing_extra_states
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors, write_state
@@ -78,7 +78,7 @@ def load(
     held = held_tensors(model.names, stages)
     added = _added(held, model, groups)
     prepared: _Prepared | None = None
-    error: FxpipeError | None = None
+    error: Exception | None = None
     try:
         listing = list_path(path)
         own = {first: stored(first, tensor) for first, tensor in held.items() if first in model.names.tensors}
@@ -88,7 +88,7 @@ def load(
         prepared.check_modules(model, stages, strict)
         named = {fqn: tensor for fqn, tensor in held.items() if isinstance(tensor, torch.nn.Parameter)}
         prepared.check_optimizer(optimizer, scheduler, named)
-    except FxpipeError as raised:
+    except Exception as raised:  # whatever it is, rename= being the user's own: no rank may wait for this one
         error = raised
     agree(groups, error, "the path to load", prepared.listing.order if prepared else "")
     assert prepared is not None
@@ -96,7 +96,7 @@ def load(
     try:
         loaded = prepared.apply()
         load_extra_states(model.names.extra, stages, prepared.modules())
-    except FxpipeError as raised:
+    except Exception as raised:
         error = raised
     agree(groups, error, "what was loaded")
     assert loaded is not None

@@ -266,16 +266,20 @@ def shown(names: Sequence[str], limit: int = SHOWN) -> str:
 def _check(wanted: Wanted) -> None:
     if wanted.dtype not in ("model", "cast"):
         raise WeightsError(f'dtype={wanted.dtype!r} is not known\n  give "model" or "cast"')
-    if isinstance(wanted.rename, str) and wanted.rename != "huggingface":
-        raise WeightsError(
-            f'rename={wanted.rename!r} is not known\n  give a mapping, a function of a name, or "huggingface"'
-        )
+    rename = wanted.rename
+    if not (rename in (None, "huggingface") or isinstance(rename, Mapping) or callable(rename)):
+        raise WeightsError(f'rename={rename!r} is not known\n  give a mapping, a function of a name, or "huggingface"')
 
 
 def _renamed(name: str, rename: Rename) -> str | None:
-    if callable(rename):
-        return rename(name)
-    return rename.get(name, name) if isinstance(rename, Mapping) else name
+    if rename is None or isinstance(rename, str):
+        return name
+    found: Any = rename.get(name, name) if isinstance(rename, Mapping) else rename(name)
+    if found is None or isinstance(found, str):
+        return found
+    raise WeightsError(
+        f"rename= gives {found!r} for {name}\n  it gives a name of the model, or None for what is not to be read"
+    )
 
 
 def _prefixed(source: Source, start: str) -> Source:
@@ -294,13 +298,14 @@ def _misfits(made: StoredTensor, expected: StoredTensor | None, dtype: str, sour
     if expected is None:
         return []
     name = made.name if source.convert is not None else source.reads[0]
+    theirs = "the model's" if name == expected.name else expected.name
     faults = []
     if made.shape != expected.shape:
-        faults.append(f"{name} has shape {list(made.shape)}, {expected.name} has {list(expected.shape)}")
+        faults.append(f"{name} has shape {list(made.shape)}, {theirs} has {list(expected.shape)}")
     if made.dtype != expected.dtype:
         kinds = {getattr(torch, each.dtype, torch.uint8).is_floating_point for each in (made, expected)}
         if dtype == "model" or len(kinds) > 1:
-            faults.append(f"{name} has dtype {made.dtype}, {expected.name} has {expected.dtype}")
+            faults.append(f"{name} has dtype {made.dtype}, {theirs} has {expected.dtype}")
     return faults
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.errors import WeightsError
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors
 from fxpipe.runtime.build.wrappers import is_peft
@@ -79,7 +79,7 @@ def save_pretrained(
     kept = {first: tensor for first, tensor in held.items() if first in model.names.tensors}
     where = holders(kept, groups)
     target = Target(path, everyone)
-    error: FxpipeError | None = None
+    error: Exception | None = None
     shards: tuple[Shard, ...] = ()
     spelled: dict[str, str] = {}
     try:
@@ -90,7 +90,7 @@ def save_pretrained(
             {fqn: StoredTensor(fqn, where[first][1].dtype, where[first][1].shape) for fqn, first in spelled.items()},
         )
         shards = _shards(sources, spelled, where, shard_bytes)
-    except FxpipeError as found:
+    except Exception as found:  # whatever it is, transformers' own: no rank may wait for this one
         error = found
     target.make(sum(shard.nbytes for shard in shards), error)
     position = groups.position if groups is not None else 0
@@ -103,7 +103,7 @@ def save_pretrained(
             continue
         try:
             write_file(target.part / _file_name(index, len(shards)), shard.entries, tensors)
-        except FxpipeError as found:
+        except Exception as found:
             error = error or found
             for _ in tensors:
                 pass

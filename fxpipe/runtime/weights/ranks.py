@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fxpipe.errors import FxpipeError
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
 
@@ -43,7 +42,7 @@ class Everyone:
         dist.all_gather_object(found, value, group=self._groups.everyone)
         return found
 
-    def agree(self, error: FxpipeError | None, subject: str, *parts: object) -> None:
+    def agree(self, error: Exception | None, subject: str, *parts: object) -> None:
         """Go on together, or raise the same error on every rank."""
         agree(self._groups, error, subject, *parts)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.errors import WeightsError
 from fxpipe.runtime.build.extra_state import own_extra_states
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors
@@ -123,7 +123,7 @@ class Saver:
         return self._everyone
 
     def save(
-        self, path: str | os.PathLike[str], snapshot: Snapshot | FxpipeError, *, in_background: bool = False
+        self, path: str | os.PathLike[str], snapshot: Snapshot | Exception, *, in_background: bool = False
     ) -> Future[None] | None:
         """Write a checkpoint; every rank calls it.
 
@@ -140,7 +140,7 @@ class Saver:
         """
         self.wait()
         everyone = self.everyone()
-        error = snapshot if isinstance(snapshot, FxpipeError) else None
+        error = snapshot if isinstance(snapshot, Exception) else None
         everyone.agree(error, "what to save")
         assert isinstance(snapshot, Snapshot)
         if in_background:
@@ -163,7 +163,7 @@ class Saver:
 
     def _plan(
         self, snapshot: Snapshot, everyone: Everyone
-    ) -> tuple[WritePlan | None, Manifest | None, FxpipeError | None]:
+    ) -> tuple[WritePlan | None, Manifest | None, Exception | None]:
         own = snapshot.optimizer
         parts = everyone.gather((None if own is None else (own.kind, own.scalars, own.groups), snapshot.modules))
         try:
@@ -212,10 +212,10 @@ class Saver:
 def _write(target: Target, plan: WritePlan, manifest: Manifest) -> None:
     """Write this rank's file; the first rank writes the manifest when all files are there."""
     files: dict[str, int] = {}
-    error: FxpipeError | None = None
+    error: Exception | None = None
     try:
         files = plan.write(target.part)
-    except FxpipeError as found:
+    except Exception as found:  # whatever it is, the other ranks must not wait for this one
         error = found
     target.agree(error)
     whole = {name: size for part in target.everyone.gather(files) for name, size in part.items()}

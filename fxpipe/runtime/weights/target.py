@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.errors import WeightsError
 from fxpipe.runtime.weights.disk.files import cannot_write, sync_directory
 from fxpipe.runtime.weights.ranks import Everyone
 
@@ -32,7 +32,7 @@ class Target:
         """The directory that is written to; what an interrupted save left there is thrown away by the next."""
         return self.path.with_name(f".{self.path.name}.part")
 
-    def make(self, nbytes: int, error: FxpipeError | None = None) -> None:
+    def make(self, nbytes: int, error: Exception | None = None) -> None:
         """Make the directory to write to.
 
         Args:
@@ -45,9 +45,14 @@ class Target:
         if error is None and self.everyone.position == 0:
             try:
                 self._make(nbytes)
-            except FxpipeError as found:
+            except Exception as found:  # whatever it is, the other ranks must not wait for this one
                 error = found
-        self.everyone.agree(error, "where to save", str(self.path))
+        try:
+            self.everyone.agree(error, "where to save", str(self.path))
+        except Exception:
+            if error is None and self.everyone.position == 0:
+                shutil.rmtree(self.part, ignore_errors=True)
+            raise
 
     def _make(self, nbytes: int) -> None:
         if self.path.exists() or self.path.is_symlink():
@@ -68,11 +73,11 @@ class Target:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def agree(self, error: FxpipeError | None) -> None:
+    def agree(self, error: Exception | None) -> None:
         """Go on with all ranks, or remove what was written and raise on all of them."""
         try:
             self.everyone.agree(error, "what was saved")
-        except FxpipeError:
+        except Exception:
             if self.everyone.position == 0:
                 shutil.rmtree(self.part, ignore_errors=True)
             self.everyone.gather(None)  # no rank goes on while something is left
@@ -87,12 +92,12 @@ class Target:
         Raises:
             WeightsError: On every rank; nothing is left then.
         """
-        error: FxpipeError | None = None
+        error: Exception | None = None
         if self.everyone.position == 0:
             try:
                 last(self.part)
                 self._rename()
-            except FxpipeError as found:
+            except Exception as found:
                 error = found
         self.agree(error)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.errors import WeightsError
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors
 from fxpipe.runtime.build.wrappers import is_peft
@@ -43,7 +43,7 @@ def save_trainable(
     held = held_tensors(model.names, stages)
     where = holders({fqn: tensor for fqn, tensor in held.items() if _is_kept(fqn, tensor, model)}, groups)
     target = Target(path, everyone)
-    error: FxpipeError | None = None
+    error: Exception | None = None
     files: list[Named] = []
     configurations: list[tuple[Path, Any]] = []
     try:
@@ -54,7 +54,7 @@ def save_trainable(
             files = [(Path(TRAINABLE), tuple(where[fqn][1] for fqn in names), names)]
         if not any(names for _, _, names in files):
             raise WeightsError(f"{model.name} has no trainable tensors\n  save all of it: leave out only=")
-    except FxpipeError as found:
+    except Exception as found:  # whatever it is, peft's own: no rank may wait for this one
         error = found
     target.make(sum(entry.nbytes for _, entries, _ in files for entry in entries), error)
     # Every replica holds the same; the first one's first rank writes.
@@ -129,10 +129,10 @@ def _write(path: Path, entries: Sequence[StoredTensor], tensors: Any) -> None:
         _exhaust(tensors)  # others are sending
 
 
-def _attempt(error: FxpipeError | None, action: Callable[[], None]) -> FxpipeError | None:
+def _attempt(error: Exception | None, action: Callable[[], None]) -> Exception | None:
     try:
         action()
-    except FxpipeError as found:
+    except Exception as found:
         return error or found
     return error
 

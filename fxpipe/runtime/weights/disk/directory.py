@@ -66,6 +66,8 @@ def list_path(path: str | os.PathLike[str]) -> Listing:
     Raises:
         WeightsError: There is nothing of the kind, or it is not whole; names the file.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise WeightsError(f"{path!r} is no path\n  give a directory of weights, a .safetensors file or a checkpoint")
     place = Path(path)
     if not place.exists():
         raise WeightsError(f"there is no {place}\n  give a directory of weights, a .safetensors file or a checkpoint")
