@@ -138,6 +138,7 @@ class Running:
             ScheduleError: A stage holds a module that the schedule would get wrong.
         """
         self.check_filled()
+        self.checkpoints.keep_adapters()
         if self.groups is not None:
             self.engine.check()
 
@@ -228,6 +229,8 @@ def materialize(
     gradients = Gradients(stages, plan.ties, [s.rank for s in plan.stages], groups, keep_wide=options.keep_wide)
     engine = _engine(plan, stages, groups, where, gradients)
     model = Model(capture.skeleton.module, state_names(capture.skeleton.module, capture.skeleton.aliases))
+    checkpoints = Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching, seed)
+    checkpoints.start_adapters(has_all=init != "empty")
     return Running(
         plan,
         capture,
@@ -240,7 +243,7 @@ def materialize(
         _stage_of_tensor(plan, layers),
         unfilled,
         started,
-        Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching),
+        checkpoints,
         options.recorder(engine, where),
         options.check_batches,
     )

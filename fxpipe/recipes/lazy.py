@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fxpipe._torch import replaced, without_functions, without_modes
 
@@ -26,7 +26,7 @@ def recorded_lazily() -> Iterator[None]:
         for kind in (UninitializedParameter, UninitializedBuffer):
             new = staticmethod(functools.partial(_made, kind.__new__))
             stack.enter_context(replaced(kind, "__new__", new))
-        stack.enter_context(replaced(UninitializedTensorMixin, "materialize", _materialize))
+            stack.enter_context(replaced(kind, "materialize", _materialize))
         yield
 
 
@@ -42,4 +42,4 @@ def _materialize(
     if tensor.cls_to_become is nn.Parameter:
         made = nn.Parameter(made, requires_grad=tensor.requires_grad)
     vars(made).update(vars(tensor))
-    torch.utils.swap_tensors(tensor, made)
+    torch.utils.swap_tensors(tensor, made)  # type: ignore[no-untyped-call]

@@ -35,14 +35,14 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from tests.benchmarks.sections import write_section
+
 MIB = 2**20
 ALLOWANCE = 64 * 10**6
 """Bytes above 1.05 times its own that a rank may need at its peak."""
 SHARD = 400 * 10**6
 """Bytes of a file of the directory that is read."""
 QUARTERS = 4
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md"
-TITLE, NEXT = "## First values and loading", "## Simulated steps"
 
 
 def gpt2_medium() -> nn.Module:
@@ -188,7 +188,7 @@ def write(name: str, folder: str) -> int:
         values = (torch.empty_like(tensor, device="cpu").uniform_(-0.1, 0.1) for tensor in held.values())
         write_file(pathlib.Path(folder, file), [stored(fqn, tensor) for fqn, tensor in held.items()], values)
         weight_map.update(dict.fromkeys(held, file))
-    write_json(pathlib.Path(folder, "model.safetensors.index.json"), {"weight_map": weight_map})
+    write_json(pathlib.Path(folder, "model.safetensors.index.json"), {"metadata": {}, "weight_map": weight_map})
     return size_of(list(model.parameters()))
 
 
@@ -281,9 +281,9 @@ def skip() -> list[list[float]]:
     rows = []
     for draws in (10**4, 10**6, 10**8, 10**10, 8 * 10**11, 10**15, 2**62):
         mersenne._power.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()
         mersenne.advance(state, draws)
-        rows.append([draws, time.perf_counter() - start])
+        rows.append([draws, time.process_time() - start])
     return rows
 
 
@@ -348,10 +348,10 @@ def main() -> None:
         parts.append(tell())
         print(parts[-1], end="\n\n", flush=True)
     if options.page:
-        _write_section(SECTION.format(title=TITLE, parts="\n\n".join(parts)))
+        write_section("weights", SECTION.format(parts="\n\n".join(parts)))
 
 
-SECTION = """{title}
+SECTION = """## First values and loading
 
 Written by `python -m tests.benchmarks weights --page`: each row is a process of its own, of one thread; seconds are its
 processor time. *Peak* is the highest resident memory above what a rank has that captured the model and joined its
@@ -359,21 +359,7 @@ group. A rank may need 1.05 × its own bytes and 64 MB (*of allowed*), 1.15 × a
 DeepSpeed's rows build the blocks of a middle stage as its `PipelineModule` does, without embeddings and head, and with
 other numbers than one build of the whole model.
 
-{parts}
-"""
-
-
-def _write_section(text: str) -> None:
-    """Put the section in the place of the older one; else before the page's last section, which another one writes."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, found, after = page.partition(TITLE)
-    if found:
-        _, heading, rest = after.partition("\n## ")
-    else:
-        before, heading, rest = page.partition(NEXT)
-        heading, rest = f"\n{heading}", rest
-    ending = f"\n{heading.strip()} {rest.lstrip()}" if heading.strip() else ""
-    PAGE.write_text(f"{before.rstrip()}\n\n{text}{ending}", encoding="utf-8")
+{parts}"""
 
 
 def told_model(name: str, numbers: Sequence[int]) -> str:

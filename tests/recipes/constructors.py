@@ -469,3 +469,20 @@ def scatter_and_index():
     table.masked_fill_(torch.rand(6, 5) > 0.8, -1)
     parts = torch.cat([table, torch.stack([torch.rand(5), torch.ones(5)])])
     return Holder(table=table, parts=parts, split=parts.split([3, 5])[1].clone(), unique=torch.unique(table))
+
+
+@case
+def lazy_layers():
+    layer = nn.Sequential(nn.LazyConv1d(4, 3), nn.LazyBatchNorm1d(), nn.Flatten(), nn.LazyLinear(3))
+    layer(torch.rand(2, 3, 8))
+    return layer
+
+
+@case
+def skipped_and_emptied():
+    skipped = nn.utils.skip_init(nn.Linear, 4, 3)
+    skipped.reset_parameters()
+    with torch.device("meta"):
+        emptied = nn.Linear(3, 5)
+    emptied.to_empty(device="cpu").reset_parameters()
+    return nn.ModuleList([skipped, emptied, nn.Linear(2, 2)])

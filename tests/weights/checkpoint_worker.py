@@ -346,6 +346,12 @@ def bad_input() -> None:
             pipe.save(FOLDER / "no", extra={"model": torch.nn.Linear(1, 1)})
         assert not (FOLDER / "no").exists()
         torch.testing.assert_close(pipe.state_dict(), before, rtol=0, atol=0)
+        error = pytest.raises(KeyError if first() else fxpipe.RankError, match=r"rank 0 failed.*KeyError|^'")
+        with error:
+            pipe.load(FOLDER / "gpt2-one", rename=lambda name: {}[name] if first() else name)
+        with pytest.raises(fxpipe.PlanError, match="where to save differs between ranks"):
+            pipe.save(FOLDER / f"apart-{first()}")
+        assert not list(FOLDER.glob("*apart*"))
         pipe.load(FOLDER / "gpt2-one", rename=lambda name: name)
 
 

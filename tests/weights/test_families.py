@@ -47,3 +47,22 @@ def test_a_directory_goes_into_stages_and_back(name, stages, tmp_path):
     with again.materialize(init=tmp_path / "checkpoint"):
         found = again.state_dict()
         assert {fqn for fqn in wanted if not torch.equal(found[fqn], wanted[fqn])} == set()
+
+
+def test_what_a_directory_leaves_out_because_it_can_be_computed_is_computed(tmp_path):
+    """transformers writes no positions of Marian, and makes them anew when it reads the rest."""
+    options = families.FAMILIES["whisper"].options
+    left_out = ("num_mel_bins", "max_source_positions", "max_target_positions")
+    options = {
+        **{name: value for name, value in options.items() if name not in left_out},
+        "max_position_embeddings": 16,
+    }
+    family = families.Family("MarianMTModel", "MarianConfig", options)
+    family.build("cpu").save_pretrained(tmp_path / "theirs")
+    assert not any("embed_positions" in name for name in files_of(tmp_path / "theirs"))
+    wanted = type(family.build()).from_pretrained(tmp_path / "theirs").state_dict()
+    with fxpipe.compile(family.build(), 2, (), family.batch(), microbatches=4, schedule="GPipe") as pipe:
+        pipe.materialize(init=tmp_path / "theirs")
+        found = pipe.state_dict()
+        assert {fqn for fqn in wanted if not torch.equal(found[fqn], wanted[fqn])} == set()
+        assert torch.isfinite(pipe.step(**family.batch()))

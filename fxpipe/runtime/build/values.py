@@ -74,7 +74,7 @@ def initial_values(
         constructed: Recorded tensors of a hand-written sequence, by first FQN: what ``init`` functions start from.
 
     Returns:
-        The tensors, and with ``"empty"`` the names of those that have no value yet.
+        The tensors, and the names of those that have no value yet: with ``"empty"``, or made by peft of others.
 
     Raises:
         MaterializeError: Tensors have no value, ``init`` is unknown, or a function of a module fails.
@@ -122,8 +122,9 @@ def initial_values(
                 unfilled += [fqn for fqn in left if fqn in wanted]
                 tensors.update((fqn, _owned(filled[fqn], device, dtype)) for fqn in filled if fqn in wanted)
                 del filled, start  # the next unit's memory comes after this one's is free
-        if init != "empty":
-            _refuse(skeleton, unfilled, init)
+        if init != "empty":  # adapters that peft makes of other weights come later
+            is_added = added_by_tuners(skeleton)
+            _refuse(skeleton, [fqn for fqn in unfilled if not is_added(fqn)], init)
         for fqn in fqns:
             if fqn in tensors:
                 continue

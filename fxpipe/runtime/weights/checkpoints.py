@@ -9,8 +9,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.errors import FxpipeError, MaterializeError, WeightsError
 from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.build.state import held_tensors, write_state
+from fxpipe.runtime.build.wrappers import is_peft, started_around
+from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.weights.loading import Loaded, load
 from fxpipe.runtime.weights.matching import Rename, shown
@@ -29,6 +32,7 @@ class Checkpoints:
         groups: The pipeline's groups; None where one process holds it all.
         unfilled: First FQNs of tensors without a value; those that are loaded are taken out.
         caching: Configurations whose ``use_cache`` was switched off for capture.
+        seed: Of initialisation.
     """
 
     def __init__(
@@ -38,12 +42,15 @@ class Checkpoints:
         groups: Groups | None,
         unfilled: set[str],
         caching: Sequence[Any] = (),
+        seed: int = 0,
     ) -> None:
         self._model = model
         self._stages = stages
         self._groups = groups
         self._unfilled = unfilled
         self._caching = caching
+        self._seed = seed
+        self._made: set[str] = set()
         self._saver = Saver(model, groups)
 
     def load(
@@ -72,7 +79,42 @@ class Checkpoints:
             scheduler=scheduler,
         )
         self._unfilled.difference_update(loaded.filled)
+        self._made.difference_update(loaded.filled)
+        self.start_adapters()
         return loaded
+
+    def start_adapters(self, has_all: bool = False) -> None:
+        """Start what peft makes of the weights of the layers that it wraps; every rank calls it, with new weights.
+
+        Args:
+            has_all: Whether all of these have their values.
+
+        Raises:
+            MaterializeError: On every rank: peft fails, or leaves something that no other weights come for.
+        """
+        if not is_peft(self._model.module):
+            return
+        error: Exception | None = None
+        try:
+            held = held_tensors(self._model.names, self._stages)
+            known = {name: tensor for name, tensor in held.items() if name not in self._unfilled}
+            wanted = (self._unfilled | self._made) & held.keys() & self._model.added()
+            values = started_around(self._model.module, known, self._model.names.first, wanted, self._seed)
+            write_state([(held[name], value) for name, value in values.items()])
+            self._made.update(values)
+            self._unfilled.difference_update(values)
+            if has_all and self._unfilled:
+                raise MaterializeError(
+                    f"peft gives no value to {shown(sorted(self._unfilled))}, when the model was wrapped on meta\n"
+                    "  wrap a model with real weights, or build and wrap it in fxpipe.deferred_init"
+                )
+        except Exception as found:  # whatever it is, peft's own: no rank may wait for this one
+            error = found
+        agree(self._groups, error, "how adapters start")
+
+    def keep_adapters(self) -> None:
+        """From now on adapters keep their values, whatever weights are loaded: they are trained."""
+        self._made.clear()
 
     def save(
         self,

@@ -47,12 +47,7 @@ class Target:
                 self._make(nbytes)
             except Exception as found:  # whatever it is, the other ranks must not wait for this one
                 error = found
-        try:
-            self.everyone.agree(error, "where to save", str(self.path))
-        except Exception:
-            if error is None and self.everyone.position == 0:
-                shutil.rmtree(self.part, ignore_errors=True)
-            raise
+        self.agree(error, "where to save", str(self.path))
 
     def _make(self, nbytes: int) -> None:
         if self.path.exists() or self.path.is_symlink():
@@ -73,10 +68,10 @@ class Target:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: Exception | None, subject: str = "what was saved", *parts: object) -> None:
         """Go on with all ranks, or remove what was written and raise on all of them."""
         try:
-            self.everyone.agree(error, "what was saved")
+            self.everyone.agree(error, subject, *parts)
         except Exception:
             if self.everyone.position == 0:
                 shutil.rmtree(self.part, ignore_errors=True)
