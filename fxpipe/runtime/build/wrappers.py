@@ -161,10 +161,8 @@ def started_around(
 
 def _configurations(layer: Any, place: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Give what wraps a layer; tokens that are trained beside another adapter have no configuration of their own."""
-    import peft
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-
-    if not isinstance(layer, TrainableTokensLayer):
+    peft: Any = sys.modules["peft"]
+    if not isinstance(layer, peft.tuners.trainable_tokens.TrainableTokensLayer):
         return given
     name = place.rpartition(".")[2]
     return {
@@ -191,8 +189,7 @@ def _wrapped(
     base: nn.Module, place: str, model: nn.Module, configurations: Mapping[str, Any], seed: int
 ) -> dict[str, torch.Tensor]:
     """Have peft wrap a layer that stands alone in its place; gives the tensors of the result."""
-    import peft
-
+    peft: Any = sys.modules["peft"]
     *path, name = place.split(".")
     root = inside = nn.Module()
     for step in path:
