@@ -89,8 +89,9 @@ def compile(
             ``"ZBVZeroBubble"`` or ``"DualPipeV"``; ``"auto"``: chosen. What is chosen has the fastest simulated step of
             all that keep the memory limit (without one, the device's); a note names it and the runners-up.
         ranks: Number of ranks; None: as many as stages, half as many for schedules with several stages per rank.
-        cost: ``"parameters"``, ``"flops"``, ``"roofline"``; ``"profile"``: times measured on this machine's device by
-            rank 0; a ``Profile`` measured elsewhere; or seconds by FQN (forward and backward of one microbatch).
+        cost: ``"parameters"``, ``"flops"``, ``"roofline"``; ``"profile"``: times and memory of layers measured on this
+            machine's device by rank 0, and of links between ranks; a ``Profile`` measured elsewhere; or seconds by FQN
+            (forward and backward of one microbatch).
         hardware: A preset's name, a ``Hardware``, or a TOML file.
         memory_limit: Most bytes of a rank; ``"device"``: the hardware's memory less a margin; None: no limit.
         grain: ``"block"``: cut between the model's blocks only; ``"op"``: anywhere; ``"auto"``: open a block where
@@ -138,7 +139,8 @@ def compile(
     whole = example_batch(module, example_args, example_kwargs, needs_target=needs_target)
     said: tuple[str, ...] = ()
     if "auto" in (stages, schedule, microbatches):
-        chooser = Chooser(capture, whole, dims, cost, hardware, training)
+        linked = cost.on_links(hardware) if isinstance(cost, Profile) else hardware
+        chooser = Chooser(capture, whole, dims, cost, linked, training)
         asked = Asked.of(stages=stages, ranks=ranks, schedule=schedule, microbatches=microbatches, limit=limit)
         chosen, line = chooser.choose(asked)
         stages, ranks, schedule = chosen.stages, chosen.ranks, chosen.schedule
@@ -235,7 +237,8 @@ class _Compiler:
             return compare(make_layout(*self._by_parameters()))
         self.counter = self._counter()  # the model may have been cast since
         graph, captured = self._captured("block")
-        return compare(make_layout(graph, self._estimate(graph, captured), self.settings))
+        estimate = self._estimate(graph, captured)
+        return compare(make_layout(*self._measured(graph, estimate, self.settings)))
 
     def _looks_inside(self) -> bool:
         """Tell whether recomputation needs to know what lies in blocks, whatever the grain."""
@@ -283,14 +286,23 @@ class _Compiler:
         return replace(made, grain=self.settings.grain)
 
     def _planned(self, graph: LayerGraph, captured: Captured, settings: Settings) -> PipelinePlan:
-        estimate = self._estimate(graph, captured)
+        given = self._measured(graph, self._estimate(graph, captured), settings)
         with shown_progress(f"planning {graph.name}", None, "cut") as progress:
-            return plan_pipeline(graph, estimate, settings, Learned(lambda: progress("")))
+            return plan_pipeline(*given, Learned(lambda: progress("")))
+
+    def _measured(
+        self, graph: LayerGraph, estimate: Estimate, settings: Settings
+    ) -> tuple[LayerGraph, Estimate, Settings]:
+        """Put what was measured of memory and links in the place of what is counted and named."""
+        if self.profile is None:
+            return graph, estimate, settings
+        links = self.profile.on_links(settings.hardware)
+        return self.profile.with_kept(graph), estimate, replace(settings, hardware=links)
 
     def _estimate(self, graph: LayerGraph, captured: Captured) -> Estimate:
         cost = self.cost
         if self.profiler is not None:
-            cost = self.profile = self.profiler.measure(captured)
+            cost = self.profile = self.profiler.measure(captured, graph)
         return estimate_costs(graph, cost, self.settings.hardware, self.settings.training)
 
 

@@ -1,4 +1,4 @@
-"""``cost="profile"``: every distinct layer is measured once on the real device, by rank 0."""
+"""``cost="profile"``: every distinct layer is measured once on the real device by rank 0, and its links to others."""
 
 from __future__ import annotations
 
@@ -13,41 +13,53 @@ from tqdm import tqdm
 from fxpipe.capture.capture import Captured
 from fxpipe.capture.cut.single_layers import Activation, LayerAlone, Weight, layers_alone
 from fxpipe.ir.cost import LayerCost, LayerCounts
-from fxpipe.ir.profile import Profile
+from fxpipe.ir.graph import LayerGraph
+from fxpipe.ir.profile import LinkTime, Profile
 from fxpipe.runtime.ranks.groups import start_process_group
+from fxpipe.runtime.ranks.links import measure_links
 from fxpipe.runtime.ranks.place import default_device, from_first, is_distributed, is_first
-from fxpipe.runtime.run.profile import measure_layer, random_like
+from fxpipe.runtime.run.profile import measure_kept, measure_layer, random_like
 
 
 class Profiler:
     """Measures the layers of captures; what was measured once is not measured again."""
 
     def __init__(self) -> None:
-        self._times: dict[LayerCounts, LayerCost] = {}
-        self._layers: dict[str, LayerCost] = {}
+        self._times: dict[LayerCounts, tuple[LayerCost, int]] = {}
+        self._layers: dict[str, tuple[LayerCost, int]] = {}
+        self._links: list[LinkTime] = []
+        self._most_bytes = 0
 
-    def measure(self, captured: Captured) -> Profile:
-        """Measure what is new in a capture; gives the times of everything measured so far.
+    def measure(self, captured: Captured, graph: LayerGraph) -> Profile:
+        """Measure what is new in a capture; gives all that was measured so far.
 
-        Under torchrun it starts the process group, measures on rank 0 and hands the times to all.
+        Under torchrun it starts the process group; all ranks measure at once, since they work at once in a step and
+        share what a machine shares, and what rank 0 found counts. Then links between ranks are measured, up to the
+        largest value of the graph.
         """
         device = default_device()
         layers = layers_alone(captured.observation, captured.structure)
         if is_distributed():
             start_process_group(device)
-        if is_first():
-            self._measure([layer for layer in layers if layer.counts not in self._times], device)
+        self._measure([layer for layer in layers if layer.counts not in self._times], device)
         if is_distributed():
-            self._times = from_first(self._times, device)
+            most = max((value.meta.nbytes for value in graph.values), default=0)
+            if most > self._most_bytes:
+                self._most_bytes, self._links = most, measure_links(device, most)
+            self._times, self._links = from_first((self._times, self._links), device)
         self._layers.update({layer.name: self._times[layer.counts] for layer in layers})
-        return Profile.of(_describe(device), self._layers)
+        costs = {name: cost for name, (cost, _) in self._layers.items()}
+        kept = {name: nbytes for name, (_, nbytes) in self._layers.items()}
+        return Profile.of(_describe(device), costs, links=self._links, kept=kept)
 
     def _measure(self, layers: list[LayerAlone], device: torch.device) -> None:
         distinct = {layer.counts: layer for layer in reversed(layers)}
-        bar = tqdm(distinct.values(), desc="measuring layers", unit="layer", disable=not sys.stderr.isatty())
+        silent = not (is_first() and sys.stderr.isatty())
+        bar = tqdm(distinct.values(), desc="measuring layers", unit="layer", disable=silent)
         for layer in bar:
             bar.set_postfix_str(layer.name)
-            self._times[layer.counts] = measure_layer(layer.call, layer.args, layer.kwargs, device, _make)
+            given = layer.call, layer.args, layer.kwargs, device, _make
+            self._times[layer.counts] = measure_layer(*given), measure_kept(*given)
 
 
 def _make(leaf: Any, device: torch.device) -> Any:

@@ -150,7 +150,7 @@ def _cut(
     if key not in cuts:
         settings = _settings(configuration, "GPipe", configuration.stages, hardware, cost)
         layout = lay_out(graph, estimate, settings, recomputed_modules(graph, choice))
-        cuts[key] = solve(layout).partition.stage_of
+        cuts[key] = solve(layout, simulated=False).partition.stage_of
     return cuts[key]
 
 

@@ -81,23 +81,43 @@ def compare(layout: Layout) -> tuple[Baseline, ...]:
         One row for each rule, with the largest load of a rank, transfers included.
     """
     units = units_of(layout)
-    stages = layout.settings.stages
-    repeated = [unit.is_repeated for unit in units]
-    rules = (
-        ("DeepSpeed parameters", "partition_balanced", _cuts(lambda: balanced([u.parameters for u in units], stages))),
-        ("DeepSpeed uniform", "partition_uniform", _cuts(lambda: uniform(len(units), stages))),
-        ("torchtitan", "generate_llm_fqn_per_model_part", _cuts(lambda: counted(repeated, stages))),
-        ("Megatron", "get_num_layers_to_build", _cuts(lambda: divided(repeated, stages))),
-        ("torchgpipe", "balance_by_time", _cuts(lambda: block_partition([unit.seconds for unit in units], stages))),
+    return tuple(_row(layout, units, name, source, _cuts(rule)) for name, source, rule in _rules(layout, units))
+
+
+def partitions(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Give the stage of each node by each rule that makes a cut: what a search's shortlist should not be behind.
+
+    Rules that take long where there are many modules are left out there.
+    """
+    units, stages = units_of(layout), layout.settings.stages
+    rules = _rules(layout, units)
+    if len(units) ** 2 * stages > MANY:
+        rules = tuple(entry for entry in rules if entry[0] not in SLOW)
+    cuts = (_cuts(rule) for _, _, rule in rules)
+    return tuple(dict.fromkeys(_stages(layout, units, each) for each in cuts if not isinstance(each, str)))
+
+
+Rule = Callable[[], list[int]]
+SLOW = ("DeepSpeed parameters", "torchgpipe")
+MANY = 200_000  # modules squared times stages
+
+
+def _rules(layout: Layout, units: Sequence[Unit]) -> tuple[tuple[str, str, Rule], ...]:
+    stages, repeated = layout.settings.stages, [unit.is_repeated for unit in units]
+    return (
+        ("DeepSpeed parameters", "partition_balanced", lambda: balanced([u.parameters for u in units], stages)),
+        ("DeepSpeed uniform", "partition_uniform", lambda: uniform(len(units), stages)),
+        ("torchtitan", "generate_llm_fqn_per_model_part", lambda: counted(repeated, stages)),
+        ("Megatron", "get_num_layers_to_build", lambda: divided(repeated, stages)),
+        ("torchgpipe", "balance_by_time", lambda: block_partition([unit.seconds for unit in units], stages)),
     )
-    return tuple(_row(layout, units, name, source, cuts) for name, source, cuts in rules)
 
 
 class NoCutError(ValueError):
     """The rule makes no cut of this model into so many stages."""
 
 
-def _cuts(rule: Callable[[], list[int]]) -> list[int] | str:
+def _cuts(rule: Rule) -> list[int] | str:
     try:
         return rule()
     except NoCutError as error:
@@ -107,11 +127,7 @@ def _cuts(rule: Callable[[], list[int]]) -> list[int] | str:
 def _row(layout: Layout, units: Sequence[Unit], name: str, source: str, cuts: list[int] | str) -> Baseline:
     if isinstance(cuts, str):
         return Baseline(name, source, remark=cuts)
-    stage_of = [0] * len(layout.layers)
-    for stage, (low, high) in enumerate(pairwise(cuts)):
-        for unit in units[low:high]:
-            for node in unit.nodes:
-                stage_of[node] = stage
+    stage_of = _stages(layout, units, cuts)
     if any(stage_of[before] > stage_of[after] for before, after in layout.problem.edges):
         return Baseline(name, source, remark="its order of modules is not one of calling")
     measured = measure(layout.problem, stage_of, placement=layout.placement)
@@ -127,6 +143,15 @@ def _row(layout: Layout, units: Sequence[Unit], name: str, source: str, cuts: li
         "a stage is empty" if any(low == high for low, high in pairwise(cuts)) else "",
         stages,
     )
+
+
+def _stages(layout: Layout, units: Sequence[Unit], cuts: Sequence[int]) -> tuple[int, ...]:
+    stage_of = [0] * len(layout.layers)
+    for stage, (low, high) in enumerate(pairwise(cuts)):
+        for unit in units[low:high]:
+            for node in unit.nodes:
+                stage_of[node] = stage
+    return tuple(stage_of)
 
 
 def uniform(count: int, stages: int) -> list[int]:

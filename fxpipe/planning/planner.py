@@ -12,9 +12,8 @@ from fxpipe.ir.units import folded
 from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.costs.recompute import recomputed_modules
 from fxpipe.planning.fit import choices_of, lay_out
-from fxpipe.planning.hints import memory_hint, needs_hint, settings_that_fit
 from fxpipe.planning.layout import Layout, make_layout
-from fxpipe.planning.limits import explained, limited_by
+from fxpipe.planning.limits import explained, limited_by, memory_hint, needs_hint, settings_that_fit
 from fxpipe.planning.plan import make_plan
 from fxpipe.planning.recut import recut
 from fxpipe.planning.search.learned import Learned
@@ -78,10 +77,16 @@ def bare_plan(
 
 
 def solve_pipeline(
-    graph: LayerGraph, estimate: Estimate, settings: Settings, learned: Learned | None = None
+    graph: LayerGraph,
+    estimate: Estimate,
+    settings: Settings,
+    learned: Learned | None = None,
+    *,
+    simulated: bool = True,
 ) -> tuple[Layout, Solution]:
     """Partition as ``plan_pipeline`` does, without making the plan.
 
+    ``simulated=False`` asks for the smallest bottleneck rather than for the fastest simulated step.
     ``layout.stages(solution.partition.stage_of)`` gives the stage of every layer, ``solution.opened`` the calls of
     blocks that a cut crosses.
 
@@ -93,7 +98,7 @@ def solve_pipeline(
         return _with_recomputation(graph, estimate, settings, learned or Learned())
     layout = replace(make_layout(graph, estimate, settings), learned=learned or Learned())
     try:
-        return layout, solve(layout)
+        return layout, solve(layout, simulated=simulated)
     except InfeasibleError as error:
         raise explained(error, layout, estimate) from None
 
@@ -116,7 +121,7 @@ def _with_recomputation(
         if modules and schedule_named(settings.schedule).splits_backward:
             continue
         try:
-            starts.append(solve(layout).partition.stage_of)
+            starts.append(solve(layout, simulated=False).partition.stage_of)
         except InfeasibleError as error:
             failed = min((known for known in (failed, error) if known), key=lambda known: known.least_memory_limit or 0)
     found = recut(choices, limit, starts, _solved)
@@ -129,7 +134,7 @@ def _with_recomputation(
 
 def _solved(layout: Layout) -> tuple[int, ...] | None:
     try:
-        return solve(layout).partition.stage_of
+        return solve(layout, simulated=False).partition.stage_of
     except PartitionError:
         return None
 
@@ -152,6 +157,8 @@ def plan_of(layout: Layout, solution: Solution, estimate: Estimate) -> PipelineP
         method += ": proven best"
     elif partition.lower_bound > 0:
         method += f": within {100 * (partition.bottleneck / partition.lower_bound - 1):.2g} % of the lower bound"
+    if solution.step_gain:
+        method += f"; of cuts near it the fastest step, by {100 * solution.step_gain:.2g} %"
     return make_plan(
         layout,
         partition.stage_of,

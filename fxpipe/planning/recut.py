@@ -16,7 +16,7 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from fxpipe.planning.fit import Choices, Fitted, Floats, Front, fit, recomputed
-from fxpipe.planning.judge import stage_times
+from fxpipe.planning.judge import Judge, stage_times
 from fxpipe.planning.layout import Layout
 from fxpipe.planning.search.problem import measure
 from fxpipe.planning.simulation.engine import StageTimes
@@ -85,6 +85,7 @@ class _Search:
         self.layout = choices.layout
         self.units = units_of(self.layout)
         self.root = Front.empty()
+        self._judge = Judge(self.layout)
         self.best: Recut | None = None
         self._seen: set[tuple[int, ...]] = set()
 
@@ -125,7 +126,7 @@ class _Search:
             more = {stage: seconds for rank in added for stage, seconds in rank.seconds.items()}
             times = [
                 replace(time, input_grad_s=time.input_grad_s + more.get(stage, 0.0))
-                for stage, time in enumerate(stage_times(self.layout, stage_of))
+                for stage, time in enumerate(self._judge.stage_times(stage_of))
             ]
             if self._step_s(times) >= self.best.step_s:
                 return False

@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 
 from fxpipe.errors import InfeasibleError, PartitionError
 from fxpipe.planning.costs.blocks import Block
+from fxpipe.planning.fastest import Shortlist
 from fxpipe.planning.judge import step_s
 from fxpipe.planning.layout import Layout
+from fxpipe.planning.peers import partitions
 from fxpipe.planning.search.partition import Partition, most_stages, partition_nodes
-from fxpipe.planning.search.problem import PartitionProblem
+from fxpipe.planning.search.problem import PartitionProblem, measure
 
 LEAST_GAIN = 0.02  # share of the bottleneck, and then of a simulated step, that opening blocks must save
 EVENNESS = 0.005  # share that a rank of several stages may have more, so that its stages are more alike
+STEP_GAIN = 0.001  # share of a simulated step that is worth a slower slowest stage
 ROUNDING = 1e-9  # two searches of one problem round differently
 CLOSING_NODES = 40_000  # layers looked at in vain while blocks are closed again
 COLOCATION_NODES = 3_000  # largest problem for which co-locating ties is tried
@@ -31,6 +34,7 @@ class Solution:
         opened: Calls of blocks that a cut crosses.
         bare: Whether some stage has no parameters, since the model or the limit forces it.
         gain: Share of a simulated step that opening the blocks saves; 0 where none is open, or none can stay whole.
+        step_gain: Share of a simulated step that it saves over the partition with the smallest bottleneck.
     """
 
     problem: PartitionProblem
@@ -38,6 +42,7 @@ class Solution:
     opened: tuple[Block, ...] = ()
     bare: bool = False
     gain: float = 0.0
+    step_gain: float = 0.0
 
     @property
     def bottleneck(self) -> float:
@@ -45,11 +50,15 @@ class Solution:
         return self.partition.bottleneck
 
 
-def solve(layout: Layout) -> Solution:
+def solve(layout: Layout, *, simulated: bool = True) -> Solution:
     """Partition a layout at its grain.
 
     ``"block"`` keeps all blocks whole, ``"op"`` opens any; ``"auto"`` opens as few as come within two per cent of
     what opening all of them gives, and none where that saves less than two per cent of a simulated step.
+
+    Args:
+        layout: The layers, laid out.
+        simulated: Whether the fastest of simulated steps is wanted, or the smallest bottleneck will do.
 
     Raises:
         PartitionError: There are fewer parts than stages; the message says how many stages are possible.
@@ -67,19 +76,41 @@ def solve(layout: Layout) -> Solution:
         whole = _tried(layout, layout.grouped()) if several else None  # the search over ranks may miss what these give
         if isinstance(whole, Solution) and whole.bottleneck < solution.bottleneck and whole.bare <= solution.bare:
             solution = _solved(layout, layout.problem, whole)
-    finished = _finished(layout, solution)
+    finished = _finished(layout, solution, simulated=simulated)
     if unopened is None or not finished.opened:
         return finished
-    whole = _finished(layout, unopened)
+    whole = _finished(layout, unopened, simulated=simulated)
     gain = 1 - step_s(layout, finished.partition.stage_of) / step_s(layout, whole.partition.stage_of)
     return replace(finished, gain=gain) if gain >= LEAST_GAIN else _bounded(whole, finished.partition.lower_bound)
 
 
-def _finished(layout: Layout, solution: Solution) -> Solution:
+def _finished(layout: Layout, solution: Solution, *, simulated: bool) -> Solution:
     together = _with_ties_together(layout, solution)
-    if _has_several_per_rank(layout):
-        return together  # every search evens out
-    return _evened(layout, together)
+    if not _has_several_per_rank(layout):  # with several, every search evens out
+        together = _evened(layout, together)
+    return _fastest(layout, together) if simulated else together
+
+
+def _fastest(layout: Layout, solution: Solution) -> Solution:
+    """Take the fastest simulated step of a shortlist: cuts near this one, and those by the rules of others."""
+    old = solution.partition
+    groups = layout.grouped([block.name for block in solution.opened]) if layout.settings.grain != "op" else None
+    shortlist = Shortlist(layout, groups or layout.problem, old.stage_of, bare=solution.bare)
+    for stage_of in partitions(layout):
+        shortlist.look_at(stage_of)
+    shortlist.search()
+    stage_of = shortlist.best
+    measured = measure(layout.problem, stage_of, placement=layout.placement)
+    bottleneck = max(measured.rank_loads)
+    if shortlist.gain <= (STEP_GAIN if bottleneck > old.bottleneck * (1 + ROUNDING) else 0.0):
+        return solution
+    bound = min(old.lower_bound, bottleneck)
+    partition = replace(
+        old, stage_of=stage_of, loads=measured.loads, bottleneck=bottleneck, lower_bound=bound,
+        proven=old.proven and bottleneck <= old.bottleneck * (1 + ROUNDING),
+    )  # fmt: skip
+    opened = layout.cut_blocks(stage_of)
+    return replace(solution, partition=partition, opened=opened, step_gain=shortlist.gain)
 
 
 def _fewest_opened(layout: Layout) -> tuple[Solution, Solution | None]:

@@ -11,9 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxpipe.ir.hardware import Hardware
+from fxpipe.planning.judge import step_s
 from fxpipe.planning.layout import make_layout
-from fxpipe.planning.peers import NoCutError, balanced, block_partition, compare, counted, divided, uniform, units_of
-from fxpipe.planning.planner import plan_pipeline
+from fxpipe.planning.peers import (
+    NoCutError,
+    balanced,
+    block_partition,
+    compare,
+    counted,
+    divided,
+    partitions,
+    uniform,
+    units_of,
+)
+from fxpipe.planning.planner import plan_of, plan_pipeline, solve_pipeline
+from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.planning.solve import EVENNESS
 
 SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=9)
@@ -110,8 +122,11 @@ def test_no_rule_cuts_better_than_the_plan(model, stages, hardware):
     ]
     cut = [row for row in rows if row.bottleneck is not None]
     assert len(cut) >= 3
+    layout = make_layout(graph, estimate, made_for)
+    assert all(step_s(layout, other) >= simulate(found).step_s * (1 - 1e-9) for other in partitions(layout))
+    _, least = solve_pipeline(graph, estimate, made_for, simulated=False)
     for row in cut:
-        assert found.bottleneck <= row.bottleneck * (1 + 1e-9)
+        assert least.bottleneck <= row.bottleneck * (1 + 1e-9)
         assert row.balance >= 1 - 1e-12
         assert len(row.stages) == stages
     for row in rows:
@@ -126,7 +141,7 @@ def test_rows_and_plan_are_both_of_ranks_where_they_have_several_stages(schedule
     layout = make_layout(graph, estimate, made_for)
     seconds = {unit.name: unit.seconds for unit in units_of(layout)}
     rank_of = made_for.rank_of_stage
-    found = plan_pipeline(graph, estimate, made_for)
+    found = plan_of(*solve_pipeline(graph, estimate, made_for, simulated=False), estimate)
     loads = [math.fsum(stage.seconds for stage in found.stages if stage.rank == rank) for rank in range(4)]
     assert found.bottleneck == pytest.approx(max(loads), rel=1e-12)
     rows = [row for row in compare(layout) if row.bottleneck is not None]

@@ -19,6 +19,7 @@ from fxpipe.planning.judge import step_s
 from fxpipe.planning.planner import plan_of, solve_pipeline
 from fxpipe.planning.simulation.engine import StageTimes
 from fxpipe.planning.simulation.simulate import Reduction, simulate_stages, step_seconds
+from tests.benchmarks.papers import ZERO_BUBBLE
 
 EQUAL = StageTimes(1, 1, 1)
 
@@ -52,6 +53,12 @@ def test_two_stages_per_rank_take_what_torchs_action_lists_take(ranks, count, st
     assert tuple(done.step_s for done in found.values()) == steps
     assert found["ZBVZeroBubble"].window_s == 6 * count
     assert found["ZBVZeroBubble"].window_bubble == 0
+
+
+@pytest.mark.parametrize("row", ZERO_BUBBLE, ids=lambda row: f"{row.model}-{row.microbatches}")
+def test_the_bubble_of_1f1b_is_that_of_the_zero_bubble_paper(row):
+    """Profiled times of four models on 8, 16 and 32 ranks (arXiv 2401.10241): to the four digits that it gives."""
+    assert round(row.simulated(), 4) == row.bubble
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

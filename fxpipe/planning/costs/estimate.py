@@ -10,11 +10,13 @@ from fxpipe.errors import PartitionError
 from fxpipe.ir.cost import LayerCost, LayerCounts, OpCount, Phase
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
-from fxpipe.ir.profile import Profile
+from fxpipe.ir.profile import Profile, line_through
+from fxpipe.ir.units import seconds_text
 from fxpipe.planning.costs.precision import Precision, precision_of
 from fxpipe.planning.costs.recompute import recomputed_modules, with_recompute
 
 COSTS = ("parameters", "flops", "roofline", "profile")
+MOST_TYPES = 6  # of layers, that a note names
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,9 @@ def estimate_costs(
     """
     precision = precision_of(graph, training)
     if isinstance(cost, Profile):
-        estimate = Estimate(_measured(graph, cost), "profile", (f"times measured on {cost.device}",))
+        costs = _measured(graph, cost)
+        notes = (f"times measured on {cost.device}", *_links_note(cost), *_roofline_note(graph, costs, hardware))
+        estimate = Estimate(costs, "profile", notes)
     elif isinstance(cost, Mapping):
         estimate = _given(graph, cost)
     elif cost == "parameters":
@@ -218,6 +222,34 @@ def _measured(graph: LayerGraph, profile: Profile) -> tuple[LayerCost, ...]:
             cost = known[key]
             costs[layer] = LayerCost(cost.forward_s * share, cost.input_grad_s * share, cost.weight_grad_s * share)
     return tuple(costs)
+
+
+def _links_note(profile: Profile) -> tuple[str, ...]:
+    found = []
+    for name, far in (("links", False), ("links between nodes", True)):
+        line = line_through([link for link in profile.links if link.far is far])
+        if line is not None:
+            found.append(f"{name} as measured: {line[0] / 1e9:.3g} GB/s, {seconds_text(line[1])} latency")
+    return tuple(found)
+
+
+def _roofline_note(graph: LayerGraph, costs: Sequence[LayerCost], hardware: Hardware) -> tuple[str, ...]:
+    """Say how far the roofline of the hardware is off, by type of layer, those that take longest first."""
+    if len(graph.counts) != len(graph.specs):
+        return ()
+    precision = precision_of(graph, Training())
+    expected = _by_counts(graph, precision, hardware, _roofline_s)
+    sums: dict[str, tuple[float, float]] = {}
+    for spec, cost, other in zip(graph.specs, costs, expected, strict=True):
+        name = spec.type_path.rpartition(":")[2].rpartition(".")[2]
+        real, roofline = sums.get(name, (0.0, 0.0))
+        sums[name] = real + cost.seconds, roofline + other.seconds
+    known = [(real, name, real / roofline) for name, (real, roofline) in sums.items() if real > 0 and roofline > 0]
+    if not known:
+        return ()
+    known.sort(key=lambda entry: (-entry[0], entry[1]))
+    shown = ", ".join(f"{name} {ratio:.2g}" for _, name, ratio in known[:MOST_TYPES])
+    return (f"measured over the roofline of {hardware.name}, by type of layer: {shown}",)
 
 
 def _added(parts: Sequence[LayerCost]) -> LayerCost:

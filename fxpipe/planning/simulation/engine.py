@@ -67,7 +67,9 @@ class Played:
         return max(self.ends)
 
 
-def play(name: str, times: Sequence[StageTimes], num_ranks: int, num_microbatches: int) -> Played:
+def play(
+    name: str, times: Sequence[StageTimes], num_ranks: int, num_microbatches: int, *, overlapped: bool = False
+) -> Played:
     """Run every rank's actions in order, each as soon as its input is there.
 
     Args:
@@ -75,6 +77,8 @@ def play(name: str, times: Sequence[StageTimes], num_ranks: int, num_microbatche
         times: Seconds of each stage.
         num_ranks: Ranks that run them.
         num_microbatches: Microbatches of the step.
+        overlapped: Whether every transfer hides behind work on both sides, whatever torch's engine does: what papers
+            assume.
 
     Returns:
         Start of every action. Linear in the number of actions.
@@ -87,8 +91,9 @@ def play(name: str, times: Sequence[StageTimes], num_ranks: int, num_microbatche
     """
     size = len(times) * num_microbatches
     known = programs_of if size <= KEPT_ACTIONS else programs_of.__wrapped__
-    programs = known(name, len(times), num_ranks, num_microbatches)
-    return _run(programs, times, placement(name, len(times), num_ranks), num_microbatches, early=_asks_early(name))
+    programs = known(name, len(times), num_ranks, num_microbatches, overlapped=overlapped)
+    early = overlapped or _asks_early(name)
+    return _run(programs, times, placement(name, len(times), num_ranks), num_microbatches, early=early)
 
 
 def _asks_early(name: str) -> bool:
@@ -96,7 +101,9 @@ def _asks_early(name: str) -> bool:
 
 
 @lru_cache(maxsize=64)
-def programs_of(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> tuple[tuple[int, ...], ...]:
+def programs_of(
+    name: str, num_stages: int, num_ranks: int, num_microbatches: int, *, overlapped: bool = False
+) -> tuple[tuple[int, ...], ...]:
     """Give each rank's program: computing, sending, receiving and waiting, as numbers.
 
     Messages are numbered ``channel * microbatches + microbatch``; channel ``s`` is into stage ``s`` from before,
@@ -104,9 +111,9 @@ def programs_of(name: str, num_stages: int, num_ranks: int, num_microbatches: in
     """
     orders = orders_of(name, num_stages, num_ranks, num_microbatches)
     writer = _Writer(placement(name, num_stages, num_ranks), num_microbatches)
-    if name == "1F1B":
+    if name == "1F1B" and not overlapped:
         return tuple(tuple(writer.exchanging(order)) for order in orders)
-    ask, pairs = not _asks_early(name), name == "DualPipeV"
+    ask, pairs = not (overlapped or _asks_early(name)), name == "DualPipeV" and not overlapped
     return tuple(tuple(writer.streaming(order, ask=ask, pairs=pairs)) for order in orders)
 
 

@@ -107,6 +107,8 @@ def simulate_stages(
     num_microbatches: int,
     reductions: Sequence[Reduction] = (),
     memory: StageMemory | None = None,
+    *,
+    overlapped: bool = False,
 ) -> Simulation:
     """Simulate a step of stages of known times.
 
@@ -117,6 +119,7 @@ def simulate_stages(
         num_microbatches: Microbatches of the step.
         reductions: Sums of gradients at the end, one after the other on each rank.
         memory: What stages hold; None: nothing.
+        overlapped: Whether transfers hide behind work as papers assume it, rather than as torch's engine does.
 
     Returns:
         The whole simulation.
@@ -128,7 +131,7 @@ def simulate_stages(
     check_times(times, reductions)
     orders = orders_of(schedule, len(times), num_ranks, num_microbatches)
     ranks = placement(schedule, len(times), num_ranks)
-    played = play(schedule, times, num_ranks, num_microbatches)
+    played = play(schedule, times, num_ranks, num_microbatches, overlapped=overlapped)
     step_s = _reduced(played.ends, reductions)
     busy_s = _busy(times, ranks, num_ranks, num_microbatches)
     memory = memory or StageMemory((0,) * num_ranks, (0,) * len(times))

@@ -55,6 +55,47 @@ def measure_layer(
     return LayerCost(forward, for_inputs, max(both - for_inputs, 0.0))
 
 
+def measure_kept(
+    call: nn.Module | Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+    make: Callable[[Any, torch.device], Any],
+) -> int:
+    """Run one layer's forward and give the bytes that it alone keeps for its backward.
+
+    Each storage once; weights, and what goes in and comes out, are not counted: a stage counts those by value.
+
+    Args:
+        call: As of ``measure_layer``.
+        args: Likewise.
+        kwargs: Likewise.
+        device: Likewise.
+        make: Likewise.
+    """
+    if isinstance(call, nn.Module):
+        call = with_memory(call, device)
+    given = map_tree(lambda _, leaf: make(leaf, device), (args, dict(kwargs)))
+    given = map_tree(lambda _, leaf: _usable(leaf), given)
+    sizes: dict[int, int] = {}
+    held = []  # so that no storage takes the place of another
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor.detach())
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call(*given[0], **given[1])
+    known = [leaf for _, leaf in tree_leaves((given, result)) if isinstance(leaf, torch.Tensor)]
+    if isinstance(call, nn.Module):
+        known += [*call.parameters(), *call.buffers()]
+    for tensor in known:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
 def with_memory(module: nn.Module, device: torch.device) -> nn.Module:
     """Copy a module and give the copy small random weights on a device."""
     memo: dict[int, Any] = {}

@@ -1,0 +1,79 @@
+"""Measure how long messages between ranks take."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+from fxpipe.ir.profile import LinkTime
+
+LEAST_BYTES, MOST_BYTES = 1024, 2**30
+WARM_UPS, LEAST_RUNS, MOST_RUNS = 2, 5, 100
+ENOUGH_S = 0.1
+"""Seconds of messages of one size after which there are enough of them."""
+
+
+def sizes_up_to(most_bytes: int) -> list[int]:
+    """Give the sizes that are measured: from 1 KiB on, each four times the one before, and the largest.
+
+    >>> sizes_up_to(20_000)
+    [1024, 4096, 16384, 20000]
+    """
+    most = min(max(most_bytes, 2 * LEAST_BYTES), MOST_BYTES)
+    sizes = [LEAST_BYTES]
+    while 4 * sizes[-1] < most:
+        sizes.append(4 * sizes[-1])
+    return [*sizes, most]
+
+
+def measure_links(device: torch.device, most_bytes: int) -> list[LinkTime]:
+    """Send messages to and fro between rank 0 and its neighbours: the next rank, and the first one of the next node.
+
+    Collective over the default process group. Half of the median round trip counts, as rank 0 sees it.
+
+    Args:
+        device: Where tensors of a pipeline lie.
+        most_bytes: The largest message, 1 GiB at most.
+
+    Returns:
+        On rank 0 what was measured; elsewhere nothing.
+    """
+    world = dist.get_world_size()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    others = [(1, False)] if per_node > 1 else []
+    others += [(per_node, True)] if per_node < world else []
+    found = []
+    for other, far in others if world > 1 else []:
+        for size in sizes_up_to(most_bytes):
+            seconds = _half_round_trip_s(other, size, device) if dist.get_rank() in (0, other) else 0.0
+            found += [LinkTime(size, seconds, far)] if dist.get_rank() == 0 else []
+    dist.barrier()
+    return found
+
+
+def _half_round_trip_s(other: int, size: int, device: torch.device) -> float:
+    message = torch.zeros(size, dtype=torch.uint8, device=device)
+    first = dist.get_rank() == 0
+    times: list[float] = []
+    goes_on = torch.ones(1, device=device)
+    while goes_on.item():
+        start = time.perf_counter()
+        if first:
+            dist.send(message, other)
+            dist.recv(message, other)
+        else:
+            dist.recv(message, 0)
+            dist.send(message, 0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+        if first:
+            few = len(times) < WARM_UPS + LEAST_RUNS or (sum(times) < ENOUGH_S and len(times) < MOST_RUNS)
+            dist.send(goes_on.fill_(float(few)), other)
+        else:
+            dist.recv(goes_on, 0)
+    return max(statistics.median(times[WARM_UPS:]) / 2, 1e-9)
