@@ -27,6 +27,7 @@ from fxpipe.ir.plan import Baseline, PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import default_ranks, least_microbatches, placement, schedule_named
 from fxpipe.ir.spec import LayerSpec
+from fxpipe.logs import log
 from fxpipe.materialize import Source
 from fxpipe.pipeline import Pipeline
 from fxpipe.planning.costs.estimate import Estimate, estimate_costs
@@ -177,6 +178,10 @@ def compile(
     if captured is not None:
         variants.add(captured, with_loss=captured.structure.is_loss)
     dims = example.dims if example is not None else dims
+    log.info(
+        "planned %s: %d stages, %s, %d microbatches, the slowest %.3g s a microbatch",
+        made.model, made.num_stages, made.schedule, made.num_microbatches, made.bottleneck,
+    )  # fmt: skip
     source = Source(capture, dims, needs_target, loss_weight, mesh, compiler.baselines, compiler.profile)
     return Pipeline(graph, made, source, variants)
 

@@ -26,6 +26,7 @@ from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.source import WeightSource
 from fxpipe.ir.spec import LayerSpec
+from fxpipe.ir.units import folded
 from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages
 from fxpipe.runtime.build.state import StateNames, state_names
 from fxpipe.runtime.build.values import initial_values
@@ -124,7 +125,7 @@ class Running:
         """
         if self.unfilled:
             names = sorted(self.unfilled)
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            shown = folded(names, 8)
             raise MaterializeError(
                 f"{len(names)} tensors were allocated (init='empty') and never filled: {shown}\n"
                 "  call pipe.load or pipe.load_state_dict with all of them first"
@@ -290,7 +291,7 @@ def _join(
     """Meet the other ranks, if there are any; tells whether the process group was started here."""
     started = is_distributed() and start_process_group(device, timeout)
     groups = _groups(mesh, plan, device, timeout) if is_distributed() else None
-    agree(groups, None, "the plan", plan.fingerprint)
+    agree(groups, None, "the plan", plan.fingerprint, within=plan.described)
     return groups, started
 
 

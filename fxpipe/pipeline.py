@@ -18,6 +18,7 @@ from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.simulation import Explanation
+from fxpipe.logs import log
 from fxpipe.materialize import Init, Running, Source, materialize, tied_names, weight_sources
 from fxpipe.planning.explain import advice_of, explain
 from fxpipe.planning.simulation.simulate import simulate
@@ -124,7 +125,7 @@ class Pipeline:
 
     def __repr__(self) -> str:
         plan = self.plan
-        state = "materialized" if self._running is not None else "not materialized"
+        state = "closed" if self._closed else "materialized" if self._running is not None else "not materialized"
         return f"Pipeline({plan.model}, {plan.num_stages} stages, {plan.num_ranks} ranks, {plan.schedule}, {state})"
 
     @property
@@ -206,6 +207,10 @@ class Pipeline:
             init=words,
         )
         self._start = (seed, words)
+        own, device = self._running.stages, self._running.device
+        log.info(
+            "materialized %d stages on %s: %d parameters", len(own), device, sum(p.numel() for p in self.parameters())
+        )
         if path is not None:
             self.load(path)
         return self
@@ -443,6 +448,7 @@ class Pipeline:
             scheduler=scheduler,
         )
         self._trainer.resume(loaded.step, loaded.seed)
+        log.info("loaded %d tensors from %s", len(loaded.filled), path)
         self._loaded.update(dict.fromkeys(loaded.filled, f"file {os.path.basename(os.path.normpath(path))}"))
         return loaded.extra
 
@@ -474,6 +480,7 @@ class Pipeline:
         Raises:
             WeightsError: On every rank: the target exists, there is no room, or something cannot be saved.
         """
+        log.info("saving step %d to %s", self._trainer.num_steps, path)
         return self._materialized().checkpoints.save(
             path,
             optimizer=optimizer,
@@ -554,9 +561,12 @@ class Pipeline:
     # --- to end ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the pipeline: frees its stages and groups. Later calls raise; the plan and its report stay."""
+        """End the pipeline: frees its stages and groups. Later calls raise; the plan and its report stay.
+
+        A pipeline is a context manager that closes itself: ``with fxpipe.compile(...) as pipe``.
+        """
         running, self._running = self._running, None
-        self._closed = self._closed or running is not None
+        self._closed = True
         if running is not None:
             running.close()
 

@@ -29,6 +29,7 @@ TABLE = {
         "errors ir recipes planning.search planning.simulation pipeline compiler"
     ),  # for type checkers; loaded on first use
     "errors": Room(""),
+    "logs": Room(""),
     "_heard": Room("errors", "torch"),  # whether torch still calls what _torch puts in its place
     "_torch": Room("errors _heard", "torch"),
     "ir": Room("errors", "networkx"),
@@ -59,14 +60,14 @@ TABLE = {
     "runtime.run": Room("errors ir program batch _torch runtime.ranks runtime.build", "torch"),
     # Modules that compose the rooms; each sees the ones above it here.
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
-    "materialize": Room("errors ir batch capture runtime", "torch"),
+    "materialize": Room("errors logs ir batch capture runtime", "torch"),
     "training": Room("errors ir program batch capture runtime materialize", "torch"),
     "comparison": Room("errors ir runtime", "torch"),
     "verification": Room("errors ir batch capture runtime materialize training comparison", "torch"),
-    "pipeline": Room("errors ir planning report runtime materialize training comparison verification", "torch"),
+    "pipeline": Room("errors logs ir planning report runtime materialize training comparison verification", "torch"),
     "choosing": Room("errors ir batch planning capture", "torch tqdm"),
     "compiler": Room(
-        "choosing errors ir batch recipes planning capture profiling materialize training pipeline", "torch"
+        "choosing errors logs ir batch recipes planning capture profiling materialize training pipeline", "torch"
     ),
     "cli": Room(
         "errors ir batch planning report export capture runtime.weights choosing compiler pipeline",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fxpipe.cli import budget, compare, completion, convert, export, inspect, plan, show, verify
+from fxpipe.cli.options import is_first_rank
 from fxpipe.errors import FxpipeError, MismatchError
 
 COMMANDS = (plan, budget, show, compare, verify, export, inspect, convert, completion)
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except MismatchError as error:
-        print(f"fxpipe: {_one_line(str(error))}", file=sys.stderr)
+        if is_first_rank():  # every rank has the same
+            print(f"fxpipe: {_one_line(str(error))}", file=sys.stderr)
         return 1
     except FxpipeError as error:
         print(f"fxpipe: {_one_line(str(error))}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,11 @@ def compiled(options: argparse.Namespace, *, on_meta: bool = True, **changes: An
         **changes,
     }
     return compile(model, arguments.pop("stages"), args, kwargs, **arguments)
+
+
+def is_first_rank() -> bool:
+    """Tell whether this process may speak for all that torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def read_cost(text: str) -> Any:

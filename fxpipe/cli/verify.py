@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fxpipe.cli.options import add_command, add_model, add_planning, compiled
+from fxpipe.cli.options import add_command, add_model, add_planning, compiled, is_first_rank
 
 
 def add(commands: Any) -> None:
@@ -39,4 +39,5 @@ def _run(options: argparse.Namespace) -> None:
     with compiled(options, on_meta=False) as pipe:
         pipe.materialize()
         found = pipe.verify(*args, **kwargs)
-    print(json.dumps(dataclasses.asdict(found), indent=1) if options.json else found)
+    if is_first_rank():
+        print(json.dumps(dataclasses.asdict(found), indent=1) if options.json else found)

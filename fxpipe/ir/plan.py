@@ -14,6 +14,7 @@ from fxpipe.ir.files.reading import check_dtype, read_fields, read_json
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.schedule import placement
 from fxpipe.ir.tensor import TensorMeta
+from fxpipe.ir.units import folded
 
 FORMAT = 2
 MOST_MICROBATCHES = 10**6
@@ -196,6 +197,22 @@ class PipelinePlan:
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the plan's JSON: equal plans, equal text, on every rank and in every process."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def described(self) -> dict[str, str]:
+        """Say what is planned, part by part, in names, counts and shapes: in what two plans differ."""
+        said = {
+            "the model": self.model,
+            "the number of stages": str(self.num_stages),
+            "its schedule": f"{self.schedule} on {self.num_ranks} ranks",
+            "its microbatches": f"{self.num_microbatches} of {self.microbatch_size}",
+            "its inputs": ", ".join(self.inputs),
+        }
+        for stage in self.stages:
+            said[f"stage {stage.index}"] = f"{folded(stage.layers)}, {stage.parameters:,} parameters"
+            said[f"what stage {stage.index} sends"] = ", ".join(f"{m.dtype}{list(m.shape)}" for m in stage.sends)
+        rest = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return said | {name: str(value) for name, value in rest.items() if name not in ("stages", "inputs")}
 
     def stage_of(self, layer: str) -> int | None:
         """Give the stage that runs ``layer``, None for a layer the plan does not know."""

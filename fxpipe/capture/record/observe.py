@@ -15,9 +15,10 @@ They share one ``Forward``.
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,10 +156,26 @@ def _enter(stack: ExitStack, skeleton: Skeleton, left: Sequence[Change], grad_en
     apply_changes(skeleton.module, left)
     attributes = Attributes(skeleton.module) if left else before
     stack.enter_context(torch.set_grad_enabled(grad_enabled))
+    stack.enter_context(_unlogged())
     stack.enter_context(skeleton.mode)
     if torch.get_default_device().type != "cpu":
         stack.enter_context(torch.device("cpu"))  # over the user's default device; every call passes it
     return attributes
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging the traceback of a call that fails on fakes: our error names the user's line."""
+    logger = logging.getLogger(FakeTensor.__module__)
+    logger.addFilter(_is_no_failure)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_failure)
+
+
+def _is_no_failure(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
 
 def _restore_flags(flags: Sequence[tuple[nn.Parameter, bool]]) -> None:

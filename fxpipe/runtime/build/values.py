@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from torch import nn
 
 from fxpipe._torch import FakeTensor
 from fxpipe.errors import MaterializeError
+from fxpipe.ir.units import folded
 from fxpipe.recipes.deferred import is_recorded, replay
 from fxpipe.runtime.build.generators import kept_generators
 from fxpipe.runtime.build.initialize import InitFunction, Initializer, Unit, has_reset, is_huggingface
@@ -208,7 +207,7 @@ def _refuse(skeleton: nn.Module, fqns: Sequence[str], init: InitFunction | str |
     if not fqns:
         return
     count = "1 tensor" if len(fqns) == 1 else f"{len(fqns)} tensors"
-    listed = f"{count} of {type(skeleton).__qualname__}: {_listing(fqns)}"
+    listed = f"{count} of {type(skeleton).__qualname__}: {folded(fqns)}"
     huggingface = " or 'huggingface'" if _has_huggingface(skeleton) else ""
     other = "build the model with real weights, or use init='empty' and load weights"
     if init is None:
@@ -232,41 +231,6 @@ def _refuse(skeleton: nn.Module, fqns: Sequence[str], init: InitFunction | str |
     raise MaterializeError(
         f"init= gives no value to {listed}\n  let the function fill them when called on {owned}; or {other}"
     )
-
-
-def _listing(fqns: Sequence[str], limit: int = 12) -> str:
-    """Name tensors, those that differ by number as one: ``h.{0-11}.attn.bias``.
-
-    >>> _listing(["wte", "h.0.bias", "h.1.bias", "h.2.bias", "h.4.bias"])
-    'wte, h.{0-2,4}.bias'
-    """
-    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-    for fqn in fqns:
-        parts = fqn.split(".")
-        key = tuple("" if part.isdigit() else part for part in parts)
-        groups.setdefault(key, []).append(tuple(int(part) for part in parts if part.isdigit()))
-    entries: list[tuple[str, int]] = []
-    for key, numbers in groups.items():
-        columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
-        if math.prod(len(column) for column in columns) == len(numbers):
-            entries.append((_spelled(key, [_ranges(column) for column in columns]), len(numbers)))
-        else:
-            entries += [(_spelled(key, [str(number) for number in row]), 1) for row in numbers]
-    shown = ", ".join(text for text, _ in entries[:limit])
-    left = sum(count for _, count in entries[limit:])
-    return f"{shown} and {left} more" if left else shown
-
-
-def _spelled(key: Sequence[str], numbers: Sequence[str]) -> str:
-    fill = iter(numbers)
-    return ".".join(part or next(fill) for part in key)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Write ascending numbers as ranges, in braces unless there is only one."""
-    runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    texts = [f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs]
-    return str(numbers[0]) if len(numbers) == 1 else "{" + ",".join(texts) + "}"
 
 
 def _is_real(tensor: torch.Tensor) -> bool:

@@ -100,6 +100,9 @@ def _error(groups: Groups, subject: str, verdicts: list[_Verdict]) -> FxpipeErro
         for key in (-1, verdict.replica):  # of all, and of its own replica
             there, other = first.setdefault(key, (rank, verdict))
             if key < 0 and other.parts != verdict.parts:
+                for (name, one), (_, two) in zip(other.within, verdict.within, strict=False):
+                    if one != two:
+                        return _differs(subject, there, one, rank, two, f" in {name}")
                 return _differs(subject, there, other.parts, rank, verdict.parts)
             for (name, one), (_, two) in zip(other.within, verdict.within, strict=False) if key >= 0 else ():
                 if one != two:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxpipe.errors import WeightsError
+from fxpipe.ir.units import folded
 from fxpipe.runtime.build.wrappers import is_peft
 from fxpipe.runtime.weights.conversions import Source, ignored_names, is_transformers, reading_sources
 from fxpipe.runtime.weights.disk.directory import Listing
@@ -256,11 +257,10 @@ class _Faults:
 def shown(names: Sequence[str], limit: int = SHOWN) -> str:
     """List names, the first ones where there are many.
 
-    >>> shown(["a", "b", "c"], 2)
-    'a, b and 1 more'
+    >>> shown(["a.0", "b", "c", "a.1"], 2)
+    'a.{0-1}, b and 1 more'
     """
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return folded(names, limit)
 
 
 def _check(wanted: Wanted) -> None:
