@@ -72,6 +72,10 @@ def print_best(options: argparse.Namespace) -> None:
     way = training(options)
     ways = [way if way.recompute else replace(way, recompute="auto")]
     found, budget, hardware, tokens = _spent(options, ways)
+    if options.json:
+        write(options.json, json.dumps([_row(each, tokens) for each in found], indent=1))
+    if options.json == "-":
+        return
     print(_table(found[:SHOWN], tokens))
     for line in _changes(found, budget, hardware):
         print(line)
@@ -106,7 +110,7 @@ def _spent(options: argparse.Namespace, ways: list[Training]) -> tuple[list[Spen
         value = getattr(options, name)
         if value is not None and value < 1:
             raise PlanError(f"--{name.replace('_', '-')} is {value}\n  give a number, 1 or more")
-    example = Example(options.batch or max(SIZES), options.sequence, options.dtype)
+    example = Example.asked(options.batch, max(SIZES), options.sequence, options.dtype)
     model, args, kwargs = build(find_factory(options.model, example), "meta")
     capture = Capture(model)
     batch, dims = example_batch(model, args, kwargs, needs_target=False), BatchDims(capture.parameter_names)

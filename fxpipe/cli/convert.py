@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from fxpipe.cli.options import add_command
@@ -23,10 +24,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="a checkpoint, a directory of them, or safetensors")
     parser.add_argument("target", metavar="DST", help="a new directory, or a new .safetensors file")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 
 def _run(options: argparse.Namespace) -> None:
     from fxpipe.runtime.weights.consolidation import convert
 
     path, what = convert(options.source, options.target)
-    print(f"{path}: {what}")
+    print(json.dumps({"path": str(path), "written": what}, indent=1) if options.json else f"{path}: {what}")

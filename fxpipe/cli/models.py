@@ -36,6 +36,11 @@ def find_factory(text: str, example: Example) -> Callable[[], Any]:
     if text in SHAPES:
         return _from_shape(SHAPES[text], example)
     if ":" in text:
+        if example.given:
+            raise PlanError(
+                f"{', '.join(example.given)} is for a config or a shape, and {text} brings its own batch\n"
+                "  leave it out, and change the batch that the function returns"
+            )
         place, _, name = text.rpartition(":")
         if not name.isidentifier():
             raise PlanError(f"{text!r} names no function\n  write FILE.py:FUNCTION, as in train.py:build")

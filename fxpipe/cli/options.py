@@ -6,6 +6,9 @@ import argparse
 import json
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +95,13 @@ def compiled(options: argparse.Namespace, *, on_meta: bool = True, **changes: An
         on_meta: Whether the model is built without memory.
         **changes: Arguments of ``compile`` that replace those of the options.
     """
-    from fxpipe.capture.model.factory import build
-    from fxpipe.compiler import compile
-
+    with waiting(f"reading {options.model}"):
+        from fxpipe.capture.model.factory import build
+        from fxpipe.compiler import compile
     size = options.stages if isinstance(options.stages, int) else options.ranks or 8
-    example = Example(options.batch or 4 * max(size, 1), options.sequence, options.dtype)
-    model, args, kwargs = build(find_factory(options.model, example), "meta" if on_meta else "cpu")
+    example = Example.asked(options.batch, 4 * max(size, 1), options.sequence, options.dtype)
+    with waiting(f"building {options.model}"):
+        model, args, kwargs = build(find_factory(options.model, example), "meta" if on_meta else "cpu")
     arguments: dict[str, Any] = {
         "stages": options.stages,
         "microbatches": options.microbatches,
@@ -112,6 +116,19 @@ def compiled(options: argparse.Namespace, *, on_meta: bool = True, **changes: An
         **changes,
     }
     return compile(model, arguments.pop("stages"), args, kwargs, **arguments)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on a terminal what is waited for, and take it away again; silent in pipes and on other ranks."""
+    shown = sys.stderr.isatty() and is_first_rank()
+    if shown:
+        print(f"{what} …", end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print(" " * (len(what) + 2), end="\r", file=sys.stderr, flush=True)
 
 
 def is_first_rank() -> bool:

@@ -28,11 +28,20 @@ class Example:
         batch: Samples.
         sequence: Tokens of each; None for what suits the model.
         dtype: Name of the weights' dtype; None for bfloat16.
+        given: The options that asked for any of these.
     """
 
     batch: int
     sequence: int | None = None
     dtype: str | None = None
+    given: tuple[str, ...] = ()
+
+    @classmethod
+    def asked(cls, batch: int | None, usual: int, sequence: int | None, dtype: str | None) -> Example:
+        """Take what was asked for, and the usual batch where none was."""
+        options = (("--batch", batch), ("--sequence", sequence), ("--dtype", dtype))
+        given = tuple(name for name, value in options if value is not None)
+        return cls(usual if batch is None else batch, sequence, dtype, given)
 
 
 def _gpt2(layers: int, width: int, heads: int) -> Shape:

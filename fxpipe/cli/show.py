@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from fxpipe.cli.options import add_command, read_plan, write
+from fxpipe.errors import PlanError
+from fxpipe.ir.files.schema import plan_schema
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.schedule import default_ranks
 from fxpipe.planning.explain import advice_of
@@ -24,15 +27,22 @@ def add(commands: Any) -> None:
         examples="""
         fxpipe show plan.json
         fxpipe show plan.json --html plan.html
+        fxpipe show --schema
         """,
     )
-    parser.add_argument("plan", metavar="PLAN.json", help="what fxpipe plan --json wrote")
+    parser.add_argument("plan", metavar="PLAN.json", nargs="?", help="what fxpipe plan --json wrote")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of plans")
     parser.add_argument("--json", action="store_true", help="print the plan itself")
     parser.add_argument("--html", metavar="FILE", help="write the report as a page")
     parser.add_argument("--markdown", metavar="FILE", help="write the report as Markdown")
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.schema:
+        print(json.dumps(plan_schema(), indent=1))
+        return
+    if options.plan is None:
+        raise PlanError("show is given no plan\n  give a file that fxpipe plan --json wrote, or --schema")
     plan = read_plan(options.plan)
     simulation = simulate(plan)
     advice, command = advice_of(plan, simulation), _command(plan)

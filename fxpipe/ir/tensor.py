@@ -53,7 +53,12 @@ def dtype_name(dtype: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """Shape, dtype (torch's name without the prefix) and whether a gradient flows through it.
+    """What a tensor is, without the tensor.
+
+    Attributes:
+        shape: Its sizes.
+        dtype: torch's name without the prefix.
+        requires_grad: Whether a gradient flows through it.
 
     >>> TensorMeta((4, 1024, 768), "bfloat16").nbytes
     6291456

@@ -80,7 +80,8 @@ def _is_true(family: str, dtype: torch.dtype) -> bool:
             return True
     warnings.warn(
         f"this torch ({torch.__version__}) draws other amounts of {family} {str(dtype).removeprefix('torch.')} numbers "
-        "than fxpipe knows: recording runs such operations once, which is slower and as exact",
+        "than fxpipe knows: recording runs such operations once, which is slower and as exact; "
+        "for speed take a torch that fxpipe was tested with (2.13, 2.14)",
         stacklevel=2,
     )
     return False
