@@ -449,7 +449,7 @@ class Pipeline:
         )
         self._trainer.resume(loaded.step, loaded.seed)
         log.info("loaded %d tensors from %s", len(loaded.filled), path)
-        self._loaded.update(dict.fromkeys(loaded.filled, f"file {os.path.basename(os.path.normpath(path))}"))
+        self._loaded.update(dict.fromkeys(loaded.filled, f"file {loaded.name}"))
         return loaded.extra
 
     def save(

@@ -320,6 +320,41 @@ def test_what_modules_save_beside_tensors_is_kept_without_a_pickle(tmp_path):
         pipe.load(tmp_path / "one")
 
 
+class Around(torch.nn.Sequential):
+    """Saves something beside its tensors, and is cut: no stage holds it whole."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.seen = {"epoch": 1, "mean": torch.ones(2)}
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_module_saves_that_no_stage_holds_whole_is_kept(device, tmp_path):
+    def pipeline(stages):
+        with torch.device(device):
+            model = Around(*(torch.nn.Linear(4, 4) for _ in range(4)))
+        model.seen["mean"] = torch.ones(2)
+        batch = {"target": torch.zeros(4, 4)}
+        options = {"loss_fn": torch.nn.functional.mse_loss, "microbatches": 4, "schedule": "GPipe"}
+        return fxpipe.compile(model, stages, (torch.zeros(4, 4),), batch, **options).materialize(init="reset")
+
+    with pipeline(2) as pipe:
+        state = pipe.state_dict(full=True)
+        pipe.load_state_dict({**state, "_extra_state": {"epoch": 5, "mean": torch.full((2,), 3.0)}})
+        pipe.save(tmp_path / "one")
+    with pipeline(3) as pipe:
+        pipe.load(tmp_path / "one")
+        found = pipe.state_dict(full=True)["_extra_state"]
+        assert (found["epoch"], found["mean"].tolist()) == (5, [3.0, 3.0])
+        assert torch.equal(pipe.state_dict()["0.weight"], state["0.weight"])
+
+
 def test_a_buffer_that_grew_is_loaded_by_the_size_it_has(tmp_path):
     def pipeline():
         model = torch.nn.Sequential(*(Grown() for _ in range(2)))

@@ -29,6 +29,11 @@ def own_extra_states(modules: Mapping[str, nn.Module], stages: Sequence[StageMod
     return {key: held.get_extra_state() for key, held in _held(modules, stages).items()}
 
 
+def held_extra_states(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> list[str]:
+    """List the keys of the modules that this rank's stages hold whole."""
+    return list(_held(modules, stages))
+
+
 def full_extra_states(
     modules: Mapping[str, nn.Module], stages: Sequence[StageModule], groups: Groups | None
 ) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from fxpipe.errors import FxpipeError, MaterializeError, WeightsError
+from fxpipe.runtime.build.extra_state import held_extra_states
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors, write_state
 from fxpipe.runtime.build.wrappers import is_peft, started_around
@@ -134,6 +135,7 @@ class Checkpoints:
             WeightsError: On every rank. Nothing is left then.
         """
         found: Snapshot | Exception
+        unheld = self._unheld() if only is None else []
         try:
             self._check(only, optimizer, scheduler, extra, async_)
             found = take_snapshot(
@@ -144,6 +146,7 @@ class Checkpoints:
                 extra=extra,
                 step=step,
                 seed=seed,
+                unheld=unheld,
             )
         except Exception as error:  # a scheduler's state is the user's own code: no rank may wait for this one
             found = error
@@ -169,6 +172,14 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for a save in the background, and end what belongs to it."""
         self._saver.close()
+
+    def _unheld(self) -> list[str]:
+        """Give the first rank the keys of what modules save beside tensors that no stage holds whole."""
+        extra, everyone = self._model.names.extra, self._saver.everyone()
+        if not extra:
+            return []
+        held = {key for keys in everyone.gather(held_extra_states(extra, self._stages)) for key in keys}
+        return [key for key in extra if key not in held] if everyone.position == 0 else []
 
     def _check(self, only: str | None, optimizer: object, scheduler: object, extra: object, async_: bool) -> None:
         self._check_filled()

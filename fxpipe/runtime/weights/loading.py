@@ -34,12 +34,14 @@ class Loaded:
 
     Attributes:
         filled: First FQNs of this rank's tensors that have their values now.
+        name: Of the file or directory they were in: of several checkpoints the one that was taken.
         step: Steps the saved pipeline had made; None where the path is no checkpoint.
         seed: Seed of its random numbers; None likewise.
         extra: The user's own values.
     """
 
     filled: tuple[str, ...]
+    name: str = ""
     step: int | None = None
     seed: int | None = None
     extra: Any = None
@@ -198,8 +200,8 @@ class _Prepared:
             if first in self._held
         )
         if manifest is None:
-            return Loaded(filled)
-        return Loaded(filled, manifest.step, manifest.seed, decode(manifest.extra))
+            return Loaded(filled, self.listing.path.name)
+        return Loaded(filled, self.listing.path.name, manifest.step, manifest.seed, decode(manifest.extra))
 
     def _own(self, source: Source) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield this rank's tensors that a source is for, with the given name."""

@@ -208,7 +208,9 @@ def _matched_groups(
     """Give for every group of the optimiser its saved options and its parameters' FQNs."""
     kind = type(optimizer).__qualname__
     if kind != record.kind:
-        raise WeightsError(f"the checkpoint has the state of {record.kind}, not of {kind}\n  make a {record.kind}")
+        raise WeightsError(
+            f"the checkpoint has the state of {record.kind}, not of {kind}\n  give an optimiser of that class"
+        )
     members = _members(optimizer, named)
     place = {fqn: index for index, (_, fqns) in enumerate(record.groups) for fqn in fqns}
     unknown = [fqn for own in members for fqn in _present(own) if fqn not in place]

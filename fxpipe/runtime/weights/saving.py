@@ -71,8 +71,20 @@ def take_snapshot(
     extra: Any,
     step: int,
     seed: int,
+    unheld: Sequence[str] = (),
 ) -> Snapshot:
     """Collect what a checkpoint holds of this rank; nothing is copied.
+
+    Args:
+        model: The whole model's names.
+        stages: This rank's stages.
+        optimizer: Over some of this rank's parameters.
+        scheduler: Of that optimiser.
+        extra: The user's values.
+        step: Steps made.
+        seed: Seed of the random numbers.
+        unheld: Keys of modules that save something beside tensors, and that no stage holds whole: the model's copy of
+            them is asked.
 
     Raises:
         WeightsError: Something is neither a tensor nor a JSON value; names it.
@@ -94,7 +106,9 @@ def take_snapshot(
             return MODULE + place
         return None
 
-    modules = {key: encode(value, key, keep=keep) for key, value in own_extra_states(model.names.extra, stages).items()}
+    states = own_extra_states(model.names.extra, stages)
+    states.update((key, model.names.extra[key].get_extra_state()) for key in unheld)
+    modules = {key: encode(value, key, keep=keep) for key, value in states.items()}
     for name, tensor in tensors.items():
         stored(name, tensor)
     return Snapshot(tensors, own, state, step, seed, encode(extra, "extra", strict=True), modules)
