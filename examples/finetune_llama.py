@@ -2,8 +2,10 @@
 
     python examples/finetune_llama.py --lora                                   # all stages in one process
     torchrun --nproc-per-node 4 examples/finetune_llama.py --lora --stages 2   # two stages by two replicas
+    python examples/finetune_llama.py --weights DIR --save runs                # a directory of from_pretrained
+    python examples/finetune_llama.py --weights DIR --save runs --resume       # goes on from the newest checkpoint
 
-The model is transformers' own, unmodified; only ``main`` knows of fxpipe.
+The model is transformers' own, unmodified; only ``main`` knows of fxpipe. Without ``--weights`` it is a small one.
 """
 
 import argparse
@@ -22,9 +24,9 @@ import fxpipe
 CONTEXT, BATCH, MICROBATCHES = 64, 16, 4
 
 
-def build(lora):
-    """A small Llama, with adapters in its attention if wanted: then nothing else is trained."""
-    config = LlamaConfig(
+def build(lora, weights=None):
+    """A Llama of a directory's sizes, or a small one; with adapters in its attention if wanted: only they train."""
+    small = LlamaConfig(
         vocab_size=256,
         hidden_size=64,
         intermediate_size=128,
@@ -34,7 +36,7 @@ def build(lora):
         max_position_embeddings=CONTEXT,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(weights) if weights else small)
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -62,6 +64,9 @@ def main():
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--weights", help="a directory with config.json and safetensors")
+    parser.add_argument("--save", help="a directory for checkpoints; the last step is saved")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --save")
     parser.add_argument("--log", help="a file for a JSON line per step")
     options = parser.parse_args()
 
@@ -73,17 +78,22 @@ def main():
         replica = mesh.get_local_rank("dp")
 
     with fxpipe.deferred_init(seed=0):  # no memory yet: each rank makes its own stage's weights, and the same ones
-        model = build(options.lora)
+        model = build(options.lora, options.weights)
     rows = slice(replica * BATCH // replicas, (replica + 1) * BATCH // replicas)
     stream = batches()
     example = {name: value[rows] for name, value in next(stream).items()}
     pipe = fxpipe.compile(model, options.stages, (), example, microbatches=MICROBATCHES, mesh=mesh)
     pipe.print_report()
     pipe.materialize()
+    if options.weights and not options.resume:
+        pipe.load(options.weights, strict=not options.lora)  # this rank's tensors; adapters are in no such directory
     optimizer = pipe.optimizer(torch.optim.AdamW, lr=options.lr)  # also where a stage has nothing to train
+    start = pipe.load(options.save, optimizer=optimizer)["steps"] if options.resume else 0
+    for _ in range(start):
+        next(stream)  # what was trained on already
     first = not dist.is_initialized() or dist.get_rank() == 0
     log = open(options.log, "w", encoding="utf-8") if options.log and first else None  # noqa: SIM115
-    for step in range(options.steps):
+    for step in range(start, start + options.steps):
         batch = {name: value[rows] for name, value in next(stream).items()}
         pipe.zero_grad()
         loss = pipe.step(**batch)  # of the whole batch, however its valid targets are spread over replicas
@@ -93,6 +103,9 @@ def main():
             print(f"step {step:3}  loss {loss:.4f}", flush=True)
         if log:
             log.write(json.dumps({"step": step, "loss": float(loss)}) + "\n")
+    if options.save:
+        steps = start + options.steps
+        pipe.save(f"{options.save}/step-{steps}", optimizer=optimizer, extra={"steps": steps})
     pipe.close()
 
 

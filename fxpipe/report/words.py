@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -92,10 +93,6 @@ def memory_by_rank(plan: PipelinePlan) -> dict[int, int]:
     return per_rank
 
 
-FIT: Mapping[str, str] = {"memory_limit": "device", "recompute": "auto"}
-"""What to ask for where a plan does not fit: it fits then, or the error says what would."""
-
-
 def too_full(plan: PipelinePlan) -> str:
     """Say which ranks need more memory than the hardware has; empty where none does."""
     per_rank = memory_by_rank(plan)
@@ -107,9 +104,17 @@ def too_full(plan: PipelinePlan) -> str:
     return f"{who} {most}, and a {plan.hardware.name} has {size_text(plan.hardware.memory)}"
 
 
+def _room(plan: PipelinePlan) -> Mapping[str, str | int | None]:
+    """Give what to ask for where a plan does not fit: recomputation, and more stages where weights are too many."""
+    kept = [memory_of(stage).total - memory_of(stage).activations for stage in plan.stages]
+    times = math.ceil(1.25 * sum(kept) / plan.num_ranks / plan.hardware.memory)  # a quarter for activations
+    more: dict[str, str | int | None] = {"stages": plan.num_stages * times, "ranks": None} if times > 1 else {}
+    return more | {"memory_limit": "device", "recompute": "auto"}
+
+
 def tries(plan: PipelinePlan, changes: Sequence[Change], command: Sequence[str]) -> list[tuple[str, str]]:
     """Give what would help as what to type, and what each gives, the best first."""
-    found = [(typed(FIT, command), "keeps every rank within its memory, or says what would")] if too_full(plan) else []
+    found = [(typed(_room(plan), command), "keeps every rank within its memory")] if too_full(plan) else []
     for change in changes:
         if not change.options:
             continue
