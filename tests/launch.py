@@ -136,6 +136,8 @@ def _run(command: list[str], env: dict[str, str], out: str, err: str) -> None:
     os.setsid()
     os.environ.update(env)
     _say_to(out, err)
+    if FILES in env:
+        _stay_of_one_thread()
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
@@ -144,6 +146,17 @@ def _say_to(out: str, err: str) -> None:
     for path, number in ((out, 1), (err, 2)):
         with open(path, "w") as file:
             os.dup2(file.fileno(), number)
+
+
+def _stay_of_one_thread() -> None:
+    """In a script that will fork its ranks: let autograd look for devices now, when there is none.
+
+    It does so once. A torch that was built for CUDA finds one, on a machine without, as soon as there are fake tensors,
+    and starts a thread for it: what is forked then refuses every backward.
+    """
+    import torch
+
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 def fork_ranks(main: Callable[[], None]) -> None:
