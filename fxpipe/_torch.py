@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -22,11 +21,14 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException as Dynamic
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.attention import _cur_sdpa_kernel_backends
 from torch.nn.modules._functions import BackwardHookFunction as BackwardHookFunction
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import fxpipe._heard as heard
+from fxpipe._heard import splits_backward as splits_backward
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -50,7 +52,7 @@ def _apart() -> Iterator[None]:
         yield
 
 
-def _tried(trial: Callable[[Any], bool]) -> Callable[[Hook], Hook]:
+def tried(trial: Callable[[Any], bool]) -> Callable[[Hook], Hook]:
     """Try a hook at its first use."""
 
     def decorate(hook: Hook) -> Hook:
@@ -64,6 +66,11 @@ def functorch_is_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def attention_kernels() -> tuple[str, ...]:
+    """Give the names in ``torch.nn.attention.SDPBackend`` of the kernels that attention may take, preferred first."""
+    return tuple(kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True))
+
+
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 """A matrix product per group of rows: what mixtures of experts compute with."""
 
@@ -72,6 +79,7 @@ _real_apply = vars(torch._C._FunctionBase)["apply"]
 _REGION = "_checkpoint_without_reentrant_generator"  # what runs before, between and after a region and its forward
 if hasattr(torch.utils.checkpoint, f"{_REGION}_impl"):  # from 2.14
     _REGION = f"{_REGION}_impl"
+_KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # until 2.12: a region's own function
 
 
 def device_asked(func: Any, args: Sequence[Any]) -> torch.device | None:
@@ -128,13 +136,13 @@ def is_higher_order(func: Any) -> bool:
     return isinstance(func, torch._ops.HigherOrderOperator)
 
 
-@_tried(heard.leaves_distributions_alone)
+@tried(heard.leaves_distributions_alone)
 def unvalidated_distributions() -> AbstractContextManager[None]:
     """Let ``torch.distributions`` take their arguments unseen, unless ``validate_args=True`` asks for a look."""
     return replaced(torch.distributions.Distribution, "_validate_args", False)
 
 
-@_tried(heard.hears_conversions)
+@tried(heard.hears_conversions)
 def module_conversions(convert: Callable[..., Any]) -> AbstractContextManager[None]:
     """Have ``convert(real, module, function)`` called for ``module.to()``, ``module.half()`` and the like."""
     real = torch.nn.Module._apply
@@ -145,7 +153,7 @@ def module_conversions(convert: Callable[..., Any]) -> AbstractContextManager[No
     return replaced(torch.nn.Module, "_apply", apply)
 
 
-@_tried(heard.hears_calls)
+@tried(heard.hears_calls)
 @contextmanager
 def intercepted(
     function: Callable[[type, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any],
@@ -163,7 +171,8 @@ def intercepted(
     """
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return function(cls, args, kwargs, _real_apply.__get__(None, cls))
+        call = _real_apply.__get__(None, cls)
+        return call(*args, **kwargs) if cls is _KEEPS_INPUTS else function(cls, args, kwargs, call)
 
     def apply_itself(cls: type, *args: Any, **kwargs: Any) -> Any:
         call = _real_apply.__get__(None, cls)
@@ -185,7 +194,8 @@ def intercepted(
     def checkpoint_region(*args: Any, **kwargs: Any) -> Iterator[None]:
         inner = real_region(*args, **kwargs)
         region(True)
-        next(inner)
+        with without_functions():  # nothing of the user's runs before the forward
+            next(inner)
         try:
             yield
         except BaseException as error:
@@ -224,14 +234,14 @@ def negative_view(tensor: torch.Tensor) -> torch.Tensor:
     return torch._neg_view(tensor)
 
 
-@_tried(heard.hears_truncated_normals)
+@tried(heard.hears_truncated_normals)
 def truncated_normals(record: Callable[..., Any]) -> AbstractContextManager[None]:
     """Have ``record(real, tensor, mean, std, a, b, generator)`` called for ``nn.init.trunc_normal_``."""
     real = torch.nn.init._no_grad_trunc_normal_
     return replaced(torch.nn.init, "_no_grad_trunc_normal_", functools.partial(record, real))
 
 
-@_tried(heard.hears_generators)
+@tried(heard.hears_generators)
 def checked_generators(check: Callable[[torch.device], None]) -> AbstractContextManager[None]:
     """Have ``check(device)`` called before a ``torch.Generator`` is made."""
     real = torch.Generator
@@ -247,14 +257,6 @@ def checked_generators(check: Callable[[torch.device], None]) -> AbstractContext
     return replaced(torch, "Generator", Checked("Generator", (), {}))
 
 
-@contextmanager
-def deepcopied_quietly() -> Iterator[None]:
-    """Copy a fake tensor without torch's warning that it asks for the memory it does not have."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
-        yield
-
-
 # --- runtime: torch's pipeline stage, split backward, compiled modules, FSDP2 -----------------------------------
 # What takes a second to import (torch.distributed.pipelining, torch._dynamo) is imported where it is needed.
 
@@ -263,6 +265,9 @@ class WithoutMetadata:
     """Goes before ``PipelineStage`` among a class's bases: no exchange of shapes before the first step."""
 
     chunks: int | None
+
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:  # until 2.12; the others from 2.13
+        return []
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: torch.Tensor | None = None) -> torch.Tensor:
         return torch.ones(1, dtype=torch.int32)
@@ -281,50 +286,50 @@ class WithoutMetadata:
         pass
 
 
-@_tried(lambda hook: heard.splits_backward(hook, backward_for_weights))
-def backward_for_inputs(
-    roots: list[torch.Tensor], gradients: list[torch.Tensor], inputs: list[torch.Tensor], weights: list[Any]
-) -> tuple[tuple[torch.Tensor | None, ...], list[Any]]:
-    """Compute the gradients of ``inputs``, and keep what ``backward_for_weights`` needs; detaches the roots."""
-    from torch.distributed.pipelining._backward import stage_backward_input
+def weight_groups(
+    roots: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], weights: Iterable[torch.Tensor]
+) -> list[tuple[list[Node], list[torch.Tensor], list[Any]]]:
+    """Find where the backward of weights leaves that of inputs.
 
-    try:
-        computed = stage_backward_input(roots, gradients, inputs, iter(weights))
-    except RuntimeError as error:
-        raise error.__cause__ or error from None  # torch wraps the cause in a dump of its arguments
-    return computed[0], _disjoint(computed[1])
+    Args:
+        roots: Where the backward starts.
+        inputs: What it is to reach first.
+        weights: What it is to reach later.
 
-
-def _disjoint(groups: list[Any]) -> list[Any]:
-    """Join groups that share a weight or a node.
-
-    Where a weight meets the nodes of several groups, torch adds it, and what they have, to each of them: its gradient
-    would be accumulated once for each.
+    Returns:
+        Groups of the nodes that both go through last, of the weights that are reached from them, and of what keeps the
+        nodes: no node and no weight is in two of them. A weight on no common path is in none.
     """
-    joined: list[dict[str, Any]] = []
-    for group in groups:
-        nodes = dict(zip(group["intermediates"], group["grads"], strict=True))
-        weights = dict.fromkeys(group["params"])
+    from torch.distributed.pipelining._backward import construct_reverse_graph, get_param_groups
+
+    def nodes(tensors: Iterable[torch.Tensor]) -> list[Node]:
+        return [get_gradient_edge(tensor).node for tensor in tensors]
+
+    listed = list(weights)
+    weight_of = dict(zip(nodes(listed), listed, strict=True))
+    found: list[tuple[dict[Node, None], dict[Node, None]]] = []
+    consumers = construct_reverse_graph(nodes(roots))
+    for group in get_param_groups(nodes(inputs), list(weight_of), consumers):
+        shared, reached = dict.fromkeys(group["intermediates"]), dict.fromkeys(group["params"])
         apart = []
-        for other in joined:
-            if other["nodes"].keys().isdisjoint(nodes) and other["weights"].keys().isdisjoint(weights):
-                apart.append(other)
+        # Where a weight meets the nodes of several groups, torch adds it, and what they have, to each of them.
+        for others, its in found:
+            if others.keys().isdisjoint(shared) and its.keys().isdisjoint(reached):
+                apart.append((others, its))
             else:
-                nodes, weights = other["nodes"] | nodes, other["weights"] | weights
-        joined = [*apart, {"nodes": nodes, "weights": weights}]
+                shared, reached = others | shared, its | reached
+        found = [*apart, (shared, reached)]
+
+    def owners(node: Node) -> list[Any]:  # until 2.12: the object of a Python function is not what keeps it
+        if not isinstance(node, torch.autograd.function.BackwardCFunction):
+            return [node]
+        own = [edge for edge in map(get_gradient_edge, roots) if edge.node is node]
+        return own or owners(consumers[node][0])
+
     return [
-        {"params": set(group["weights"]), "intermediates": list(group["nodes"]), "grads": list(group["nodes"].values())}
-        for group in joined
+        (list(shared), [weight_of[node] for node in reached], [owners(node) for node in shared])
+        for shared, reached in found
     ]
-
-
-def backward_for_weights(weights: list[Any], groups: list[Any]) -> None:
-    """Compute and accumulate the gradients of ``weights``."""
-    from torch.distributed.pipelining._backward import stage_backward_weight
-
-    # A weight used at two depths is reached through what lies between, which other weights' backward needs as well.
-    retain = any(len(group["intermediates"]) > 1 for group in groups)
-    stage_backward_weight(iter(weights), groups, retain)
 
 
 def norms(tensors: Sequence[torch.Tensor], order: float, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -363,7 +368,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
-@_tried(heard.sees_hooks)
+@tried(heard.sees_hooks)
 def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
     """Tell whether ``register_post_accumulate_grad_hook`` was called on a parameter."""
     return bool(parameter._post_accumulate_grad_hooks)
@@ -376,7 +381,7 @@ def default_store() -> Any:
     return _get_default_store()
 
 
-@_tried(heard.hears_checkpoints)
+@tried(heard.hears_checkpoints)
 @contextmanager
 def watched_checkpoints(
     called: Callable[[Callable[..., Any], bool], AbstractContextManager[Any] | None],
@@ -440,6 +445,6 @@ def reduce_sharded_gradients(module: Any) -> None:
     api: Any = replicate if isinstance(module, ReplicateModule) else fully_shard
     state = api.state(module)
     for each in state._state_ctx.all_states:
-        for group in each._fsdp_param_groups:
+        for group in getattr(each, "_fsdp_param_groups", None) or filter(None, [each._fsdp_param_group]):  # until 2.12
             group.post_backward()
     state._root_post_backward_final_callback()

@@ -74,8 +74,10 @@ def test_only_an_untested_version_is_warned_of(monkeypatch):
 def test_halves_of_a_backward_and_hooks_of_parameters_are_tried_too():
     import torch.distributed.pipelining._backward
 
-    halves = _torch.backward_for_inputs.__wrapped__
-    _heard.expect("halves", lambda: _heard.splits_backward(halves, _torch.backward_for_weights), _torch._apart)
+    from fxpipe.runtime.run import work
+
+    halves = work.backward_for_inputs.__wrapped__
+    _heard.expect("halves", lambda: _heard.splits_backward(halves, work.backward_for_weights), _torch._apart)
     _heard.expect("hooks", lambda: _heard.sees_hooks(_torch.has_accumulation_hooks.__wrapped__), _torch._apart)
     assert not _heard.splits_backward(lambda *_: ((torch.ones(2, 2),), []), lambda *_: None)
     assert not _heard.sees_hooks(lambda _parameter: True)

@@ -51,6 +51,13 @@ def group_of_one():
     return [dist.new_group([rank]) for rank in range(4)][dist.get_rank()]
 
 
+class Plain(PipelineStage):
+    """torch's stage; until 2.12 it sends to each neighbour first, which gloo refuses where both are on one rank."""
+
+    def _get_init_p2p_neighbors_ops(self):
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
 class Bare:
     """torch's own engine on stage modules, one pipeline of two ranks."""
 
@@ -59,7 +66,7 @@ class Bare:
         placed = placement(schedule, len(modules), dist.get_world_size(group))
         own = [index for index in range(len(modules)) if placed[index] == dist.get_rank(group)]
         self.modules = {index: wrap(modules[index]) for index in own}
-        stages = [PipelineStage(self.modules[i], i, len(modules), CPU, group=group) for i in own]
+        stages = [Plain(self.modules[i], i, len(modules), CPU, group=group) for i in own]
         kind = get_schedule_class(schedule)
         single = SCHEDULES[schedule].stages_per_rank == 1
         self.schedule = kind(stages[0] if single else stages, num, loss_fn=loss_fn, **options)
@@ -118,11 +125,12 @@ def check_exact(pipe, num):
 
 
 @contextlib.contextmanager
-def fails(word):
-    """torch's engine raises, the cause of the error naming ``word``."""
+def fails(*words):
+    """torch's engine raises, the cause of the error naming one of ``words``."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever torch raises
         yield
-    assert word in f"{caught.value} {caught.value.__cause__}"
+    said = f"{caught.value} {caught.value.__cause__}"
+    assert any(word in said for word in words), said
 
 
 def alone(modules, schedule):
@@ -204,7 +212,8 @@ def a_smaller_batch_gives_its_own_rows():
         with contextlib.suppress(RuntimeError):
             outputs.append(bare.schedule.eval(*arguments))
     if bare.is_last:
-        assert len(outputs[1]) == 8  # rows that nobody asked for: those of the first batch among them
+        # Rows that nobody asked for: those of the first batch among them. Until 2.12 it raises.
+        assert [len(output) for output in outputs] in ([8, 8], [8])
 
     pipe = pipe_of(engines.chatty(), "GPipe")
     for rows in (8, 4):
@@ -342,7 +351,7 @@ class Dictionary(nn.Module):
 
 
 def outputs_may_be_dictionaries():
-    with fails("dict"):
+    with fails("dict", "str"):  # until 2.12 its keys are taken for tensors
         alone([Dictionary(), nn.Linear(4, 4)], "Interleaved1F1B")
 
     model = nn.Module()

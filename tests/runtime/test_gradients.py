@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxpipe.runtime.run.gradients import Gradients, accumulators
+from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
+from fxpipe.runtime.run.work import backward_for_inputs, backward_for_weights
 
 
 @pytest.fixture
@@ -135,12 +136,12 @@ def test_the_norm_of_nothing_is_zero_and_of_float64_is_float64():
 
 
 def test_a_split_backward_accumulates_into_wide_gradients():
-    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    plain, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
+    weight, x = nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), torch.ones(2, dtype=torch.bfloat16)
     weight.grad_dtype = torch.float32
-    wide, same = accumulators([weight, plain, frozen])
-    assert same is plain
-    assert wide.view_as(wide).grad_fn.next_functions[0][0].variable is weight
-    wide.grad = torch.ones(2, dtype=torch.bfloat16)
-    wide.grad += torch.full((2,), 2**-9, dtype=torch.bfloat16)
+    for factor in (1.0, 2**-9):
+        y = weight * x.clone().requires_grad_()
+        _, forks = backward_for_inputs(
+            [y], [torch.full_like(y, factor)], [y.grad_fn.next_functions[1][0].variable], [weight]
+        )
+        backward_for_weights(forks)
     assert weight.grad.tolist() == [1 + 2**-9] * 2

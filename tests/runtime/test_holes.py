@@ -1,5 +1,6 @@
 """torch.distributed.pipelining's holes: shown on its own engine, and closed or refused here."""
 
+import inspect
 import types
 
 import holes_worker
@@ -28,6 +29,9 @@ def test_uneven_microbatches_abort_torch_s_engine():
     assert any(result.returncode for result in results)
 
 
+DEFERS = "defer_pp_recv" in inspect.signature(get_schedule_class("ZBVZeroBubble")).parameters
+
+
 def messages(orders, rank_of, kind, step):
     """Between each two ranks, what is sent or received, in order."""
     found = {}
@@ -53,7 +57,7 @@ def orders_of(schedule, ranks, num):
         for index in range(num_stages)
         if placed[index] == 0
     ]
-    made = get_schedule_class(schedule)(stages, num, defer_pp_recv=True)
+    made = get_schedule_class(schedule)(stages, num, **({"defer_pp_recv": True} if DEFERS else {}))
     return made.pipeline_order_with_comms, dict(enumerate(placed))
 
 
@@ -71,7 +75,8 @@ def test_deferred_receives_stay_in_the_order_of_the_sends():
                 keep_messages_in_order(orders, rank_of)
                 assert messages(orders, rank_of, "SEND", 1) == messages(orders, rank_of, "RECV", -1)
                 assert {rank: sorted(map(str, actions)) for rank, actions in orders.items()} == before
-    assert mixed >= {"ZBVZeroBubble"}  # torch 2.13 mixes up messages, silently where their sizes are the same
+    # From 2.13 torch mixes up messages, silently where their sizes are the same; before, it posts receives early.
+    assert mixed >= {"ZBVZeroBubble"} if DEFERS else not mixed
 
 
 @pytest.mark.gpu

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import join
-from fxpipe.runtime.run.gradients import accumulators
 from fxpipe.runtime.run.work import Pass, run_backward, run_backward_for_inputs, run_backward_for_weights
 
 WIDTH, WEIGHTS, RECEIVED = 3, 4, 2
@@ -18,6 +17,7 @@ step = st.one_of(
     st.tuples(st.just("linear"), st.integers(0, 9), st.integers(0, WEIGHTS - 1), st.integers(0, WEIGHTS - 1)),
     st.tuples(st.sampled_from(["add", "mul"]), st.integers(0, 9), st.integers(0, 9), st.just(0)),
     st.tuples(st.just("own"), st.just(0), st.integers(0, WEIGHTS - 1), st.just(0)),
+    st.tuples(st.just("hook"), st.integers(0, 9), st.just(0), st.just(0)),
     st.tuples(st.just("halves"), st.integers(0, 9), st.integers(0, WEIGHTS - 1), st.just(0)),
 )
 
@@ -31,6 +31,10 @@ def run(steps, ends, received, matrices, biases):
             values.append(torch.tanh(torch.nn.functional.linear(x, matrices[second], biases[third])))
         elif kind == "own":
             values.append(biases[second].expand(2, WIDTH) * 2)
+        elif kind == "hook":  # on what comes into it
+            values.append(x.clone())
+            if values[-1].requires_grad:
+                values[-1].register_hook(lambda gradient: gradient * 2)
         elif kind == "halves":  # a packed projection
             top, bottom = matrices[second].split([1, WIDTH - 1])
             values.append(torch.sin(torch.cat([x @ top.T, x.cos() @ bottom.T], 1)))
@@ -58,9 +62,8 @@ def test_halves_give_what_the_whole_gives(steps, ends):
             tensor.grad = None
         work = Pass(tuple(received), run(steps, ends, received, matrices, biases), (BOUNDARY, BOUNDARY))
         if split:
-            weights = accumulators([*matrices, *biases])
-            given_back = run_backward_for_inputs(work, weights, gradients)
-            run_backward_for_weights(work, weights)
+            given_back = run_backward_for_inputs(work, [*matrices, *biases], gradients)
+            run_backward_for_weights(work)
         else:
             given_back = run_backward(work, gradients)
         zero = torch.zeros((), dtype=torch.float64)

@@ -14,7 +14,6 @@ from fxpipe._torch import WithoutMetadata
 from fxpipe.program import StageProgram
 from fxpipe.runtime.build.boundary import MessageLayout, gradient_layout, message_layout, pack, receive_buffers
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.run.gradients import accumulators
 from fxpipe.runtime.run.refusals import CheckpointWatch
 from fxpipe.runtime.run.sharded import hold_reduction, reduce_now
 from fxpipe.runtime.run.timeline import Recorder
@@ -61,7 +60,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self._received: dict[int, Tensors] = {}
         self._gradients: dict[int, Tensors] = {}
         self._given: dict[int, Tensors] = {}
-        self._weights: list[Any] | None = None
+        self._weights: list[torch.Tensor] | None = None
         self._sharded = False
 
     # --- what crosses ---
@@ -131,14 +130,14 @@ class EngineStage(WithoutMetadata, PipelineStage):
             if full_backward:
                 given = run_backward(self._passes.pop(bwd_chunk_id), gradients)
             else:
-                given = run_backward_for_inputs(self._passes[bwd_chunk_id], self._accumulators(), gradients)
+                given = run_backward_for_inputs(self._passes[bwd_chunk_id], self._trainable(), gradients)
         if not self.is_first:
             self._given[bwd_chunk_id] = given
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Run the other half of a split backward."""
         with self._blamed(), self._timed("weights", bwd_chunk_id):
-            run_backward_for_weights(self._passes.pop(bwd_chunk_id), self._accumulators())
+            run_backward_for_weights(self._passes.pop(bwd_chunk_id))
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce the gradients of sharded modules, once per step, and say that no others will come."""
@@ -166,10 +165,10 @@ class EngineStage(WithoutMetadata, PipelineStage):
             self.failed = True
             raise
 
-    def _accumulators(self) -> list[Any]:
+    def _trainable(self) -> list[torch.Tensor]:
         # Sharded parameters come and go while a step runs.
         if self._weights is None or self._sharded:
-            self._weights = accumulators(self.submod.parameters())
+            self._weights = [parameter for parameter in self.submod.parameters() if parameter.requires_grad]
         return self._weights
 
     def _program(self, index: int) -> StageProgram:

@@ -312,41 +312,6 @@ class Gradients:
         return next((p.device for _, p in self._parameters()), torch.device("cpu"))
 
 
-class _WideWeight:
-    """A parameter with a wide gradient, as the second half of a split backward sees it: it assigns narrow ones."""
-
-    __slots__ = ("_parameter",)
-
-    requires_grad = True
-    grad_fn = None
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self._parameter = parameter
-
-    def view_as(self, _: object) -> torch.Tensor:
-        return self._parameter.view_as(self._parameter)
-
-    @property
-    def grad(self) -> torch.Tensor | None:
-        return self._parameter.grad
-
-    @grad.setter
-    def grad(self, gradient: torch.Tensor) -> None:
-        self._parameter.grad = gradient.to(self._parameter.grad_dtype)
-
-
-def accumulators(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    """List trainable parameters as a split backward accumulates into them.
-
-    torch's split backward assigns ``grad`` itself; where the gradient is wider than the parameter, a stand-in casts.
-    """
-    return [
-        _WideWeight(parameter) if parameter.grad_dtype not in (None, parameter.dtype) else parameter
-        for parameter in parameters
-        if parameter.requires_grad
-    ]
-
-
 def _assign(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
     """Set a gradient of any dtype."""
     parameter.grad = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +22,17 @@ def make_schedule(name: str, stages: Sequence[Any], num_microbatches: int, *, de
         name: The schedule.
         stages: This rank's stages, ascending.
         num_microbatches: Microbatches per step; ``check_microbatches`` passed.
-        defer_recv: Whether receives are posted late (``defer_pp_recv``); only where a rank may have several stages.
+        defer_recv: Whether receives are posted late; only where a rank may have several stages, and torch knows how
+            (``defer_pp_recv``, from 2.13).
     """
     kind: Any = schedules.get_schedule_class(name)
     # The engine's stages weigh and keep the losses; the schedule only has to know that there is a backward.
-    options = {"loss_fn": lambda _output, _target: None, "scale_grads": False}
+    options: dict[str, Any] = {"loss_fn": lambda _output, _target: None, "scale_grads": False}
     if schedule_named(name).stages_per_rank == 1:
         return kind(stages[0], num_microbatches, **options)
-    schedule = kind(list(stages), num_microbatches, defer_pp_recv=defer_recv, **options)
+    if defer_recv and "defer_pp_recv" in inspect.signature(kind).parameters:
+        options["defer_pp_recv"] = True
+    schedule = kind(list(stages), num_microbatches, **options)
     if defer_recv:
         keep_messages_in_order(schedule.pipeline_order_with_comms, schedule.stage_index_to_group_rank)
     return schedule

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge, Node
 
-from fxpipe._torch import backward_for_inputs, backward_for_weights
+from fxpipe._torch import splits_backward, tried, weight_groups
 from fxpipe.errors import ScheduleError
 from fxpipe.program import BoundaryTensor, Program, StageProgram
 from fxpipe.runtime.build.boundary import conform
@@ -56,7 +59,7 @@ class Pass:
     declared: tuple[tuple[BoundaryTensor, ...], tuple[BoundaryTensor, ...]]
     shares: tuple[tuple[torch.Tensor, float], ...] = ()
     scale: torch.Tensor | None = None
-    groups: list[Any] | None = None
+    groups: list[Fork] | None = None
     pending: tuple[list[Any], list[torch.Tensor]] = field(default_factory=lambda: ([], []))
 
     def loss(self) -> torch.Tensor:
@@ -118,8 +121,14 @@ def run_backward(work: Pass, gradients: Tensors = ()) -> Tensors:
     return _gradients(work, [leaf.grad for leaf in _leaves(work)])
 
 
-def run_backward_for_inputs(work: Pass, weights: list[Any], gradients: Tensors = ()) -> Tensors:
-    """Run the first half of a split backward: the gradients of the received tensors; arguments as ``run_backward``."""
+def run_backward_for_inputs(work: Pass, weights: Sequence[torch.Tensor], gradients: Tensors = ()) -> Tensors:
+    """Run the first half of a split backward: the gradients of the received tensors.
+
+    Args:
+        work: The microbatch.
+        weights: The stage's trainable parameters.
+        gradients: As of ``run_backward``.
+    """
     roots, of_roots = _roots(work, gradients)
     leaves = _leaves(work)
     work.pending = ([torch.autograd.graph.get_gradient_edge(root) for root in roots], of_roots)
@@ -133,13 +142,78 @@ def run_backward_for_inputs(work: Pass, weights: list[Any], gradients: Tensors =
     return _gradients(work, found)
 
 
-def run_backward_for_weights(work: Pass, weights: list[Any]) -> None:
+def run_backward_for_weights(work: Pass) -> None:
     """Run the second half of a split backward: accumulate the gradients of the weights."""
     if work.groups:
-        backward_for_weights(weights, work.groups)
+        backward_for_weights(work.groups)
     elif work.pending[0]:
         torch.autograd.backward(*work.pending)
     work.groups, work.pending = None, ([], [])
+
+
+@dataclass(slots=True, eq=False)
+class Fork:
+    """Where the backward of some weights leaves that of the received tensors.
+
+    Attributes:
+        nodes: The last ones that both go through.
+        weights: What is reached from them.
+        owners: What keeps the nodes.
+        gradients: What the first half gave to each node, by its output; nothing for one that it did not reach.
+    """
+
+    nodes: list[Node]
+    weights: list[torch.Tensor]
+    owners: list[Any]
+    gradients: dict[Node, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
+
+    def keep(self, node: Node, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        """Keep what a node gets."""
+        self.gradients[node] = gradients
+
+
+@tried(lambda hook: splits_backward(hook, backward_for_weights))
+def backward_for_inputs(
+    roots: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+) -> tuple[tuple[torch.Tensor | None, ...], list[Fork]]:
+    """Compute the gradients of ``inputs``, and keep what ``backward_for_weights`` needs; detaches the roots."""
+    forks = [Fork(*group) for group in weight_groups(roots, inputs, weights)]
+    with ExitStack() as hooks:
+        for fork in forks:
+            for node in fork.nodes:
+                hooks.callback(node.register_prehook(partial(fork.keep, node)).remove)
+        found = torch.autograd.grad(roots, inputs, gradients, retain_graph=True, allow_unused=True)
+    for root in roots:
+        root.detach_()
+    return found, forks
+
+
+def backward_for_weights(forks: Sequence[Fork]) -> None:
+    """Compute and accumulate the gradients of the weights."""
+    # A weight used at two depths is reached through what lies between, which other weights' backward needs as well.
+    retain = any(len(fork.nodes) > 1 for fork in forks)
+    for fork in forks:
+        edges = [
+            (GradientEdge(node, output), gradient)
+            for node, gradients in fork.gradients.items()
+            for output, gradient in enumerate(gradients)
+            if gradient is not None
+        ]
+        with ExitStack() as hooks:
+            # It is reached from other nodes as well, and its own hooks have run.
+            for node, gradients in fork.gradients.items():
+                hooks.callback(node.register_prehook(partial(_instead, gradients)).remove)
+            if edges:
+                starts, started = zip(*edges, strict=True)
+                torch.autograd.backward(starts, started, retain_graph=retain, inputs=fork.weights)
+        fork.gradients, fork.owners = {}, []
+
+
+def _instead(kept: tuple[torch.Tensor | None, ...], _: object) -> tuple[torch.Tensor | None, ...]:
+    return kept
 
 
 def _roots(work: Pass, gradients: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
