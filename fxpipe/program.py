@@ -44,8 +44,8 @@ class CallContext:
         grad_enabled: Gradient mode; None for the surrounding one.
         inference: Whether the call runs in inference mode.
         autocast: States of autocast that differ.
-        attention: Names in ``torch.nn.attention.SDPBackend`` of the kernels that attention may take; None for the
-            surrounding ones.
+        attention: Names in ``torch.nn.attention.SDPBackend`` of the kernels that attention may take, preferred first;
+            None for the surrounding ones.
     """
 
     grad_enabled: bool | None = None

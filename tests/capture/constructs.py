@@ -441,6 +441,30 @@ def attention_with_a_chosen_kernel(self, x):
     return self.second(z[0])
 
 
+@torch.library.custom_op("fxpipe_tests::by_kernel", mutates_args=())
+def by_kernel(x: torch.Tensor) -> torch.Tensor:
+    """As attention does, this depends on the kernels that are allowed, and on which is the first; also on a CPU."""
+    factor = 0
+    for kernel in torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True):
+        factor = 10 * factor + int(kernel.value) + 2
+    return x * factor
+
+
+by_kernel.register_fake(torch.empty_like)
+
+
+@body
+def attention_kernels_in_a_chosen_order(self, x):
+    flash, math = torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.MATH
+    total = self.first(x) + by_kernel(x.detach())
+    for kernels in ([math, flash], [flash, math]):
+        with torch.nn.attention.sdpa_kernel(kernels, set_priority=True):
+            total = total + by_kernel(x.detach())
+            with torch.nn.attention.sdpa_kernel([math, flash]):
+                total = total + by_kernel(x.detach())
+    return self.second(total)
+
+
 # --- writes and views ---
 
 

@@ -168,7 +168,7 @@ def surrounded(context: CallContext | None) -> Iterator[None]:
                 stack.enter_context(torch.set_grad_enabled(context.grad_enabled))
             if context.attention is not None:
                 kernels = [getattr(torch.nn.attention.SDPBackend, name) for name in context.attention]
-                stack.enter_context(torch.nn.attention.sdpa_kernel(kernels))
+                stack.enter_context(torch.nn.attention.sdpa_kernel(kernels, set_priority=True))
             for state in context.autocast:
                 dtype = getattr(torch, state.dtype)
                 kind = state.device_type or "cpu"

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from fxpipe._torch import attention_kernels
 from fxpipe.program import AutocastState, CallContext
 
 
 @dataclass(frozen=True, slots=True)
 class Ambient:
-    """Gradient, inference and autocast state around the forward, and the kernels that attention may take."""
+    """Gradient, inference and autocast state around the forward, and the kernels that attention may take, in order."""
 
     grad_enabled: bool
     inference: bool
@@ -24,7 +24,7 @@ class Ambient:
     @classmethod
     def now(cls) -> Ambient:
         """Read the current state."""
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast(), _attention())
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast(), attention_kernels())
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -54,18 +54,6 @@ def _autocast() -> tuple[AutocastState, ...]:
         enabled = torch.is_autocast_enabled(device_type)
         states.append(AutocastState(name, enabled, dtype, torch.is_autocast_cache_enabled()))
     return tuple(states)
-
-
-def _attention() -> tuple[str, ...]:
-    """Name the kernels that ``torch.nn.attention.sdpa_kernel`` allows."""
-    asked: Any = torch.backends.cuda
-    allowed = {
-        "FLASH_ATTENTION": asked.flash_sdp_enabled(),
-        "EFFICIENT_ATTENTION": asked.mem_efficient_sdp_enabled(),
-        "MATH": asked.math_sdp_enabled(),
-        "CUDNN_ATTENTION": asked.cudnn_sdp_enabled(),
-    }
-    return tuple(name for name, enabled in allowed.items() if enabled)
 
 
 @contextmanager

@@ -187,7 +187,7 @@ class _Writer:
             )
         if context.attention is not None:
             kernels = [self._value(getattr(SDPBackend, name), name) for name in context.attention]
-            managers.append(f"{self._value(sdpa_kernel, 'sdpa_kernel')}([{', '.join(kernels)}])")
+            managers.append(f"{self._value(sdpa_kernel, 'sdpa_kernel')}([{', '.join(kernels)}], set_priority=True)")
         return managers
 
     def _expression(self, argument: Any) -> str:
