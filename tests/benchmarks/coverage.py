@@ -5,6 +5,7 @@
     python -m tests.benchmarks coverage variants
     python -m tests.benchmarks coverage scale
     python -m tests.benchmarks coverage page
+    python -m tests.benchmarks coverage hf | vision [--seconds N] [--limit N]    (``families``)
 
 Times are seconds of processor time of one thread, after the model's library was imported. ``page`` runs everything and
 writes ``docs/coverage.md``.
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import importlib
 import io
 import json
 import logging
@@ -413,6 +415,9 @@ A Llama of 405 billion parameters (126 layers, 4,096 tokens) on meta, counted, i
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["hf"], ["vision"]):
+        sys.path.insert(0, str(Path(__file__).parent))
+        sys.exit(importlib.import_module("families").main())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("architectures", "the table of the tests"), ("peers", "others' tracers on the same models")):

@@ -1,0 +1,271 @@
+"""Try every family of a library: each model small, in two stages, against itself; ``coverage hf`` and ``vision``.
+
+Every model is tried in a process of its own, with a limit of time and of memory; what is known stands in a file beside,
+so that a run that was stopped goes on where it was. The tables are sections of ``docs/coverage.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import random
+import re
+import resource
+import sys
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import torch
+from judge import distance as distance_of
+from judge import distances, largest
+from small import Case, Unsuitable, hugging_face_cases, vision_cases
+from tabulate import tabulate
+
+import fxpipe
+from fxpipe.errors import FxpipeError
+
+SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
+MEMORY_BYTES = 5 * 2**30
+CLOSE = 1e-5  # of a tensor's largest element: many a model casts to float32 inside, whatever its weights are
+NOTHING = 1e-9  # of the largest of all tensors: such a one is zero but for rounding
+TITLES = {"hf": "Every family of transformers", "vision": "Families of torchvision and timm"}
+CASES: dict[str, Callable[[], dict[str, Case]]] = {"hf": hugging_face_cases, "vision": vision_cases}
+
+
+def squares(output: Any) -> torch.Tensor:
+    """One number of all that a model returns: means of squares over samples."""
+    found = [leaf for leaf in leaves(output) if leaf.is_floating_point() and leaf.requires_grad]
+    if not found:
+        raise Unsuitable("nothing that it returns takes a gradient")
+    return sum((leaf.double().square().mean() for leaf in found), torch.zeros((), dtype=torch.float64))
+
+
+def leaves(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from leaves(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from leaves(part)
+
+
+def loss_in(output: Any) -> torch.Tensor | None:
+    found = output.get("loss") if isinstance(output, Mapping) else None
+    return found if isinstance(found, torch.Tensor) and found.requires_grad else None
+
+
+def attempt(case: Case) -> dict[str, Any]:
+    """Build, compile, run one step, and compare; gives the row."""
+    torch.manual_seed(0)
+    real = case.build().eval()
+    size = sum(parameter.numel() for parameter in real.parameters())
+    real = real.double()
+    batch, output = case.batch_for(real, SAMPLES)
+    own = loss_in(output)
+    loss_fn = None if own is not None else squares
+    loss = own if own is not None else squares(output)
+    loss.backward()
+    del output
+    with fxpipe.deferred_init(seed=0):
+        model = case.build().eval()
+    row: dict[str, Any] = {"parameters": size, "loss": "its own" if own is not None else "squares"}
+    for microbatches in (MICROBATCHES, 1):
+        try:
+            pipe = fxpipe.compile(model, STAGES, (), batch, loss_fn=loss_fn, microbatches=microbatches)
+        except FxpipeError as error:
+            row |= {"result": "refused", "why": first_line(error)}
+            if microbatches > 1 and "microbatch" in str(error):
+                continue  # its loss couples the samples of a batch
+            return row
+        if microbatches == 1:
+            row |= {"whole": row.pop("why")}
+        break
+    else:
+        return row
+    with pipe.materialize(dtype=torch.float64):
+        initial = distances(dict(pipe.named_parameters()), dict(real.named_parameters()), bits=True)
+        changed = [name for name, far in initial.items() if far > 0]
+        pipe.load_state_dict(real.state_dict())
+        found = pipe.eval().step(**batch)
+        gradients = {fqn: p.grad for fqn, p in pipe.named_parameters() if p.grad is not None}
+    wanted = {fqn: p.grad for fqn, p in real.named_parameters() if p.grad is not None}
+    wanted["the loss"], gradients["the loss"] = loss.detach(), found
+    nothing = NOTHING * largest(wanted.values())
+    off = {
+        name: distance_of(gradients.get(name), wanted.get(name), nothing)
+        for name in dict.fromkeys((*wanted, *gradients))
+    }
+    worst = max(off, key=off.__getitem__) if off else ""
+    distance = off.get(worst, 0.0)
+    row |= {"result": "exact" if distance <= CLOSE else "differs", "distance": distance}
+    if distance > CLOSE:
+        row["why"] = f"{worst} is off by {distance:.0e}"
+    elif changed:
+        row |= {"result": "differs", "why": f"{changed[0]} is initialised otherwise"}
+    return row
+
+
+def first_line(error: BaseException) -> str:
+    text = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
+    return textwrap.shorten(f"{type(error).__name__}: {text}", 220, placeholder=" …")
+
+
+def child(case: Case, path: str) -> None:
+    """In a process of its own: try one model, and write down how it went."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        row = attempt(case)
+    except Unsuitable as error:
+        row = {"result": "not built", "why": first_line(error).removeprefix("Unsuitable: ")}
+    except FxpipeError as error:
+        row = {"result": "refused", "why": first_line(error)}
+    except MemoryError:
+        row = {"result": "not built", "why": f"needs more than {MEMORY_BYTES >> 30} GiB"}
+    except Exception as error:
+        row = {"result": "fails", "why": first_line(error)}
+    Path(path).write_text(json.dumps(row), encoding="utf-8")
+
+
+def tried(case: Case, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "row.json")
+        process = multiprocessing.get_context("fork").Process(target=child, args=(case, str(path)))
+        begin = time.monotonic()
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return {"result": "not finished", "why": f"more than {seconds:.0f} s"}
+        spent = round(time.monotonic() - begin, 1)
+        if not path.exists():
+            return {"result": "not finished", "why": f"its process ended with {process.exitcode}"}
+        return {**json.loads(path.read_text(encoding="utf-8")), "seconds": spent}
+
+
+def run(kind: str, names: list[str], known: Path, seconds: float, limit: float) -> dict[str, dict[str, Any]]:
+    """Try what is not known yet, in an order that makes a part of it a fair sample."""
+    rows = {}
+    if known.exists():
+        for line in known.read_text(encoding="utf-8").splitlines():
+            rows.update(json.loads(line))
+    with contextlib.redirect_stderr(None):
+        cases = CASES[kind]()
+    order = sorted(cases)
+    random.Random(0).shuffle(order)
+    end = time.monotonic() + limit
+    for name in order:
+        if not any(name.startswith(each) for each in names) if names else name in rows:
+            continue
+        if time.monotonic() > end:
+            break
+        rows[name] = tried(cases[name], seconds)
+        print(name, rows[name]["result"], rows[name].get("why", ""), file=sys.stderr, flush=True)
+        with known.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: rows[name]}) + "\n")
+    return {name: rows[name] for name in order if name in rows} | {"": {"of": len(order)}}
+
+
+SECTION = """Written by `python -m tests.benchmarks coverage {kind}` with {versions}.
+{intro} Each runs in two stages and {microbatches} microbatches of two samples in one process, in evaluation mode and
+float64, against the whole batch through the model itself, which was built eagerly with the same seed: initial weights
+bit by bit, loss and every gradient within 1e-5 of a tensor's largest element (many a model casts to float32 inside,
+whatever its weights are). The loss is the model's own where it returns one for what it is given, else the mean squares
+of all that it returns. {tried} of {all} were tried:
+
+{counts}
+
+**Not exact, and not run**
+
+{table}
+
+**Exact**: {exact}.
+"""
+INTROS = {
+    "hf": """One architecture class for each model type of the library (for language modelling, else with a head, else
+the bare model), built from its default configuration with few layers, and narrow where it would be large.""",
+    "vision": "The smallest model of each family (a module of the library) by its name.",
+}
+
+
+def section(kind: str, rows: dict[str, dict[str, Any]]) -> str:
+    total = rows.pop("")["of"]
+    results: dict[str, list[str]] = {}
+    for name in sorted(rows):
+        results.setdefault(rows[name]["result"], []).append(name)
+    order = ("exact", "differs", "fails", "refused", "not finished", "not built")
+    meanings = {
+        "exact": "as the model",
+        "differs": "another number, or another initial weight",
+        "fails": "an error that is not fxpipe's own",
+        "refused": "an error of fxpipe's that says why",
+        "not finished": "more time or memory than a model is given here",
+        "not built": "no small model, or no input for it, was found here: says nothing about fxpipe",
+    }
+    counts = [[result, len(results[result]), meanings[result]] for result in order if result in results]
+    others = [[n, r, cell(rows[n].get("why", ""))] for r in order[1:] for n in results.get(r, ())]
+    coupled = [name for name in results.get("exact", ()) if "whole" in rows[name]]
+    exact = ", ".join(f"{n}{'*' if n in coupled else ''}" for n in results.get("exact", ())) or "none"
+    text = SECTION.format(
+        kind=kind,
+        intro=INTROS[kind],
+        versions=versions(kind),
+        microbatches=MICROBATCHES,
+        tried=len(rows),
+        all=total,
+        counts=tabulate(counts, ["result", "models", "meaning"], tablefmt="github"),
+        table=tabulate(others, ["model", "result", "why"], tablefmt="github", disable_numparse=True),
+        exact="\n".join(textwrap.wrap(exact, 118, break_long_words=False, break_on_hyphens=False)).lstrip(),
+    )
+    return text + ("\n\\* In one microbatch: what it returns couples the samples of a batch.\n" if coupled else "")
+
+
+def cell(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"0x[0-9a-f]+", "0x…", text)).replace("|", "\\|").replace("<", "\\<")
+
+
+def versions(kind: str) -> str:
+    import importlib.metadata as metadata
+
+    libraries = ("torch", "transformers") if kind == "hf" else ("torch", "torchvision", "timm")
+    return ", ".join(f"{name} {metadata.version(name).partition('+')[0]}" for name in libraries)
+
+
+def put(page: Path, title: str, text: str) -> None:
+    """Replace a section of a page, or add it at the end."""
+    parts = re.split(r"(?m)^(?=## )", page.read_text(encoding="utf-8"))
+    kept = [part.rstrip() for part in parts if not part.startswith(f"## {title}\n")]
+    page.write_text("\n\n".join([*kept, f"## {title}\n\n{text.strip()}"]) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=CASES, help="which library")
+    parser.add_argument("names", nargs="*", help="only what begins like these, again; leaves the page alone")
+    parser.add_argument("--seconds", type=float, default=90, help="limit for each model")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no other one is begun")
+    parser.add_argument("--known", type=Path, help="what was tried before, and is not tried again")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
+    arguments = parser.parse_args()
+    known = arguments.known or Path(tempfile.gettempdir(), f"fxpipe-coverage-{arguments.kind}.jsonl")
+    rows = run(arguments.kind, arguments.names, known, arguments.seconds, arguments.limit)
+    if not arguments.names:
+        put(arguments.docs / "coverage.md", TITLES[arguments.kind], section(arguments.kind, rows))
+
+
+if __name__ == "__main__":
+    main()
