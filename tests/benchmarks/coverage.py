@@ -7,8 +7,7 @@
     python -m tests.benchmarks coverage page
     python -m tests.benchmarks coverage hf | vision [--seconds N] [--limit N]    (``families``)
 
-Times are seconds of processor time of one thread, after the model's library was imported. ``page`` runs everything and
-writes ``docs/coverage.md``.
+Times are seconds of processor time of one thread, the model's library imported. ``page`` runs all but the last two.
 """
 
 from __future__ import annotations
@@ -35,10 +34,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "capture"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from architectures import ARCHITECTURES, Architecture, hugging_face, padded, split, tokens, without_mask
 from judge import CLOSE
+from sections import write_section
 from staged import (
     Outcome,
     cut,
@@ -416,7 +417,6 @@ A Llama of 405 billion parameters (126 layers, 4,096 tokens) on meta, counted, i
 
 def main() -> None:
     if sys.argv[1:2] in (["hf"], ["vision"]):
-        sys.path.insert(0, str(Path(__file__).parent))
         sys.exit(importlib.import_module("families").main())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -443,7 +443,7 @@ def main() -> None:
         text = PAGE.format(
             architectures=run_architectures([]), peers=run_peers([]), variants=run_variants(), scale=run_scale()
         )
-        (arguments.docs / "coverage.md").write_text(text, encoding="utf-8")
+        write_section("coverage page", text, arguments.docs / "coverage.md")
 
 
 if __name__ == "__main__":

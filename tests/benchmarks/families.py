@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from judge import distance as distance_of
 from judge import distances, largest
+from sections import write_section
 from small import Case, Unsuitable, hugging_face_cases, vision_cases
 from tabulate import tabulate
 
@@ -245,13 +246,6 @@ def versions(kind: str) -> str:
     return ", ".join(f"{name} {metadata.version(name).partition('+')[0]}" for name in libraries)
 
 
-def put(page: Path, title: str, text: str) -> None:
-    """Replace a section of a page, or add it at the end."""
-    parts = re.split(r"(?m)^(?=## )", page.read_text(encoding="utf-8"))
-    kept = [part.rstrip() for part in parts if not part.startswith(f"## {title}\n")]
-    page.write_text("\n\n".join([*kept, f"## {title}\n\n{text.strip()}"]) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=CASES, help="which library")
@@ -264,7 +258,8 @@ def main() -> None:
     known = arguments.known or Path(tempfile.gettempdir(), f"fxpipe-coverage-{arguments.kind}.jsonl")
     rows = run(arguments.kind, arguments.names, known, arguments.seconds, arguments.limit)
     if not arguments.names:
-        put(arguments.docs / "coverage.md", TITLES[arguments.kind], section(arguments.kind, rows))
+        text = f"## {TITLES[arguments.kind]}\n\n{section(arguments.kind, rows)}"
+        write_section(f"coverage {arguments.kind}", text, arguments.docs / "coverage.md")
 
 
 if __name__ == "__main__":
