@@ -79,7 +79,7 @@ _real_apply = vars(torch._C._FunctionBase)["apply"]
 _REGION = "_checkpoint_without_reentrant_generator"  # what runs before, between and after a region and its forward
 if hasattr(torch.utils.checkpoint, f"{_REGION}_impl"):  # from 2.14
     _REGION = f"{_REGION}_impl"
-_KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # until 2.12: a region's own function
+_KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # until 2.11: a region's own function
 
 
 def device_asked(func: Any, args: Sequence[Any]) -> torch.device | None:
@@ -266,7 +266,7 @@ class WithoutMetadata:
 
     chunks: int | None
 
-    def _get_init_p2p_neighbors_ops(self) -> list[Any]:  # until 2.12; the others from 2.13
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:  # until 2.11 alone
         return []
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: torch.Tensor | None = None) -> torch.Tensor:
@@ -445,6 +445,6 @@ def reduce_sharded_gradients(module: Any) -> None:
     api: Any = replicate if isinstance(module, ReplicateModule) else fully_shard
     state = api.state(module)
     for each in state._state_ctx.all_states:
-        for group in getattr(each, "_fsdp_param_groups", None) or filter(None, [each._fsdp_param_group]):  # until 2.12
+        for group in getattr(each, "_fsdp_param_groups", None) or filter(None, [each._fsdp_param_group]):  # until 2.11
             group.post_backward()
     state._root_post_backward_final_callback()

@@ -52,7 +52,7 @@ def group_of_one():
 
 
 class Plain(PipelineStage):
-    """torch's stage; until 2.12 it sends to each neighbour first, which gloo refuses where both are on one rank."""
+    """torch's stage; until 2.11 it sends to each neighbour first, which gloo refuses where both are on one rank."""
 
     def _get_init_p2p_neighbors_ops(self):
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
@@ -212,7 +212,7 @@ def a_smaller_batch_gives_its_own_rows():
         with contextlib.suppress(RuntimeError):
             outputs.append(bare.schedule.eval(*arguments))
     if bare.is_last:
-        # Rows that nobody asked for: those of the first batch among them. Until 2.12 it raises.
+        # Rows that nobody asked for: those of the first batch among them. Until 2.11 it raises.
         assert [len(output) for output in outputs] in ([8, 8], [8])
 
     pipe = pipe_of(engines.chatty(), "GPipe")
@@ -351,7 +351,7 @@ class Dictionary(nn.Module):
 
 
 def outputs_may_be_dictionaries():
-    with fails("dict", "str"):  # until 2.12 its keys are taken for tensors
+    with fails("dict", "str"):  # until 2.11 its keys are taken for tensors
         alone([Dictionary(), nn.Linear(4, 4)], "Interleaved1F1B")
 
     model = nn.Module()
