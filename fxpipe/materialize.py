@@ -6,9 +6,8 @@ Everything above this file is values; from here on there are effects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from fxpipe.batch.dims import BatchDims
 from fxpipe.batch.weights import LossWeight
 from fxpipe.capture.capture import Capture
 from fxpipe.capture.model.sequence import SpecSequential
-from fxpipe.errors import MaterializeError, ScheduleError
+from fxpipe.errors import FxpipeError, MaterializeError
 from fxpipe.ir.canonical import import_path
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
@@ -30,10 +29,11 @@ from fxpipe.ir.units import folded
 from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages
 from fxpipe.runtime.build.state import StateNames, state_names
 from fxpipe.runtime.build.values import initial_values
-from fxpipe.runtime.ranks.agreement import agree
-from fxpipe.runtime.ranks.dimensions import check_mesh, dimensions
-from fxpipe.runtime.ranks.groups import Groups, make_groups, start_process_group, stop_process_group
-from fxpipe.runtime.ranks.place import default_device, is_distributed
+from fxpipe.runtime.ranks.agreement import CALL, agree
+from fxpipe.runtime.ranks.dimensions import check_mesh
+from fxpipe.runtime.ranks.groups import Groups, busy, stop_process_group
+from fxpipe.runtime.ranks.joining import join
+from fxpipe.runtime.ranks.place import default_device
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
@@ -112,6 +112,22 @@ class Running:
             return step < FIRST_CHECKED or step % CHECKED_EVERY == 0
         return bool(self.check_batches)
 
+    @contextmanager
+    def together(self, call: str) -> Iterator[None]:
+        """Guard a call in which all ranks meet, once they have agreed that it is this one.
+
+        Raises:
+            PlanError: Another rank makes another call.
+            RankError: From within: another rank failed.
+        """
+        with self.guard(call):
+            agree(self.groups, None, call, within={CALL: call})
+            yield
+
+    def guard(self, call: str) -> AbstractContextManager[None]:
+        """Guard a call that lets the ranks agree by itself; see ``Failures.guard``."""
+        return self.groups.guard(call) if self.groups is not None else nullcontext()
+
     @property
     def placement(self) -> list[int]:
         """Rank of each stage."""
@@ -183,11 +199,17 @@ class Running:
 
     def close(self) -> None:
         """End the groups, and the process group if it is fxpipe's own; a save in the background ends first."""
-        self.checkpoints.close()
-        if self.groups is not None:
-            self.groups.close()
-            if self.started:
-                stop_process_group()
+        ended = self.groups is not None and self.groups.failures is not None and self.groups.failures.cause is not None
+        try:
+            self.checkpoints.close()
+        except (RuntimeError, FxpipeError):
+            if not ended:  # what a failure has interrupted is no news
+                raise
+        finally:
+            if self.groups is not None:
+                self.groups.close()
+                if self.started:
+                    stop_process_group()
 
 
 def materialize(
@@ -219,19 +241,19 @@ def materialize(
         ScheduleError: There are more or fewer processes than ranks.
     """
     capture = source.capture
-    options.check(plan.schedule)
-    check_mesh(source.mesh, parallelized=options.parallelize is not None)
-    where = default_device() if device is None else torch.device(device)
-    groups, started = _join(source.mesh, plan, where, options.patience)
-    if dtype is not None:
-        capture.cast(dtype)
     layers = _layers_by_name(graph)
-    stages, unfilled = _build_own(capture, plan, layers, groups, where, seed, init, options)
-    gradients = Gradients(stages, plan.ties, [s.rank for s in plan.stages], groups, keep_wide=options.keep_wide)
-    engine = _engine(plan, stages, groups, where, gradients)
-    model = Model(capture.skeleton.module, state_names(capture.skeleton.module, capture.skeleton.aliases))
-    checkpoints = Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching, seed)
-    checkpoints.start_adapters(has_all=init != "empty")
+    where, error = _where(source, plan, device, options)
+    same = {"the seed": seed, "check_batches": options.check_batches, "timeout": options.timeout}
+    groups, started = join(source.mesh, plan, where, options.patience, same, error)
+    with groups.guard("materialize") if groups is not None else nullcontext():
+        if dtype is not None:
+            capture.cast(dtype)
+        stages, unfilled = _build_own(capture, plan, layers, groups, where, seed, init, options)
+        gradients = Gradients(stages, plan.ties, [s.rank for s in plan.stages], groups, keep_wide=options.keep_wide)
+        engine = _engine(plan, stages, groups, where, gradients)
+        model = Model(capture.skeleton.module, state_names(capture.skeleton.module, capture.skeleton.aliases))
+        checkpoints = Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching, seed)
+        checkpoints.start_adapters(has_all=init != "empty")
     return Running(
         plan,
         capture,
@@ -250,6 +272,18 @@ def materialize(
     )
 
 
+def _where(
+    source: Source, plan: PipelinePlan, device: torch.device | str | int | None, options: RunOptions
+) -> tuple[torch.device, Exception | None]:
+    """Give this rank's device, and what is wrong with how it is to be run: the other ranks must not wait for it."""
+    try:
+        options.check(plan.schedule)
+        check_mesh(source.mesh, parallelized=options.parallelize is not None)
+        return default_device() if device is None else torch.device(device), None
+    except Exception as error:
+        return torch.device("cpu"), error
+
+
 def _build_own(
     capture: Capture,
     plan: PipelinePlan,
@@ -265,15 +299,16 @@ def _build_own(
     stages: list[StageModule] = []
     unfilled: set[str] = set()
     error: Exception | None = None
-    try:
-        parts = [_parts(capture, plan, layers, stage) for stage in own]
-        stages, unfilled = _build(capture, parts, device, seed, init)
-        capture.release()
-        for stage, planned in zip(stages, own, strict=True):
-            options.apply(stage, planned.recompute, capture.blocks)
-    except Exception as found:  # whatever it is, an initialiser's or memory, the other ranks must not wait for this one
-        error = found
-    agree(groups, error, "what is built", within={"the seed": seed, "check_batches": options.check_batches})
+    with busy(groups, "building"):
+        try:
+            parts = [_parts(capture, plan, layers, stage) for stage in own]
+            stages, unfilled = _build(capture, parts, device, seed, init)
+            capture.release()
+            for stage, planned in zip(stages, own, strict=True):
+                options.apply(stage, planned.recompute, capture.blocks)
+        except Exception as found:  # whatever it is, an initialiser's or memory, the others must not wait for this one
+            error = found
+    agree(groups, error, "what is built")
     return stages, unfilled
 
 
@@ -283,16 +318,6 @@ def _engine(
     if groups is None:
         return LocalEngine(stages)
     return DistributedEngine(stages, plan.num_stages, plan.schedule, groups, device, when_done=gradients.stage_done)
-
-
-def _join(
-    mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device, timeout: timedelta
-) -> tuple[Groups | None, bool]:
-    """Meet the other ranks, if there are any; tells whether the process group was started here."""
-    started = is_distributed() and start_process_group(device, timeout)
-    groups = _groups(mesh, plan, device, timeout) if is_distributed() else None
-    agree(groups, None, "the plan", plan.fingerprint, within=plan.described)
-    return groups, started
 
 
 def weight_sources(
@@ -352,25 +377,6 @@ def tied_names(capture: Capture) -> dict[str, str]:
         return {}
     names = {id(part): fqn for fqn, part in model.named_modules()}
     return {key: names[id(module)] for key, module in model.tied_modules.items()}
-
-
-def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device, timeout: timedelta) -> Groups:
-    """Join the other ranks."""
-    found = dimensions(mesh)
-    size = len(found.pipelines[0])
-    if size != plan.num_ranks:
-        raise ScheduleError(
-            f"the plan is for {plan.num_ranks} ranks, but {size} processes were started\n"
-            f"  use torchrun --nproc-per-node {plan.num_ranks}, or compile with {_stages_for(plan, size)}"
-        )
-    placement = {stage.index: stage.rank for stage in plan.stages}
-    ties = [[placement[stage] for stage in tie.stages] for tie in plan.ties]
-    return make_groups(found.pipelines, ties, device, timeout, replicas=found.replicas, unions=found.unions)
-
-
-def _stages_for(plan: PipelinePlan, ranks: int) -> str:
-    per_rank = plan.num_stages // plan.num_ranks
-    return f"stages={ranks * per_rank}" if per_rank == 1 else f"stages={ranks * per_rank}, ranks={ranks}"
 
 
 def _layers_by_name(graph: LayerGraph) -> dict[str, list[LayerSpec]]:

@@ -173,7 +173,8 @@ class Pipeline:
                 ``"stage"``, or a mapping of its options, for the blocks; with ``"of": "stage"`` for the stage.
             keep_wide: Whether gradients of bfloat16 and float16 parameters stay in float32, in which they accumulate,
                 for optimisers with master weights; else they are rounded once, to the parameter's dtype.
-            timeout: Seconds a rank waits for another one before it gives up; None: ten minutes.
+            timeout: Seconds that a rank may stand still while another one waits; None: ten minutes. One that says
+                that it is busy (building, loading, measuring) may take as long as it likes.
             check_batches: Whether ranks compare checksums of their batches before they exchange anything: True, False,
                 or ``"auto"``: in the first steps, and then in some. Only tensors on the host are read.
             debug: Whether a step names the first layer, forward or backward, with a value that is NaN or infinite
@@ -248,8 +249,9 @@ class Pipeline:
             CaptureError: The model does something for this batch that cannot be recorded.
             MaterializeError: There are no stages yet, or tensors without values.
         """
-        batch = args, kwargs, target
-        return self._trainer.step(self._materialized(), batch, microbatches, last=last, scaler=scaler)
+        running = self._materialized()
+        with running.guard("step"):
+            return self._trainer.step(running, (args, kwargs, target), microbatches, last=last, scaler=scaler)
 
     def evaluate(
         self, *args: Any, target: Any = None, microbatches: Sequence[Any] | None = None, **kwargs: Any
@@ -269,7 +271,9 @@ class Pipeline:
             ScheduleError: The batch cannot be cut into microbatches for the schedule.
             CaptureError: The model does something for this batch that cannot be recorded.
         """
-        return self._trainer.evaluate(self._materialized(), (args, kwargs, target), microbatches)
+        running = self._materialized()
+        with running.guard("evaluate"):
+            return self._trainer.evaluate(running, (args, kwargs, target), microbatches)
 
     def infer(self, *args: Any, gather: bool = True, microbatches: int = 1, **kwargs: Any) -> Any:
         """Run the model forward, without gradients.
@@ -287,7 +291,9 @@ class Pipeline:
         Raises:
             CaptureError: The model does something for this batch that cannot be recorded.
         """
-        return self._trainer.infer(self._materialized(), (args, kwargs, None), microbatches, gather=gather)
+        running = self._materialized()
+        with running.guard("infer"):
+            return self._trainer.infer(running, (args, kwargs, None), microbatches, gather=gather)
 
     def _materialized(self) -> Running:
         if self._closed:
@@ -349,7 +355,8 @@ class Pipeline:
             MaterializeError: There are no parameters yet, or ``groups`` gives no mapping.
         """
         running = self._materialized()
-        return make_optimizer(cls, self.named_parameters(), running.groups, running.device, groups, options)
+        with running.together("optimizer"):
+            return make_optimizer(cls, self.named_parameters(), running.groups, running.device, groups, options)
 
     def grad_scaler(self, **options: Any) -> torch.amp.GradScaler:
         """Make a loss scaler for float16, for ``step(scaler=)``; every rank calls it.
@@ -377,7 +384,9 @@ class Pipeline:
         Returns:
             The norm before, of all ranks' parameters, ties once; the same on every rank.
         """
-        return self._materialized().gradients.clip(max_norm, norm_type)
+        running = self._materialized()
+        with running.together("clip_grad_norm_"):
+            return running.gradients.clip(max_norm, norm_type)
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
         """Give tensors under all of the model's names, as ``nn.Module.state_dict`` has them.
@@ -388,7 +397,8 @@ class Pipeline:
         """
         running = self._materialized()
         if full:
-            return full_state(running.names, running.stages, running.groups)
+            with running.together("state_dict(full=True)"):
+                return full_state(running.names, running.stages, running.groups)
         return own_state(running.names, running.stages)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -402,7 +412,8 @@ class Pipeline:
                 changed then.
         """
         running = self._materialized()
-        load_state(running.names, running.stages, running.groups, state)
+        with running.together("load_state_dict"):
+            load_state(running.names, running.stages, running.groups, state)
         running.unfilled.difference_update(running.names.first.get(fqn, fqn) for fqn in state)
 
     def load(
@@ -438,15 +449,16 @@ class Pipeline:
             WeightsError: On every rank; lists all that is wrong. Nothing was changed then.
         """
         running = self._materialized()
-        loaded = running.checkpoints.load(
-            path,
-            rename=rename,
-            dtype=dtype,
-            strict=strict,
-            prefix=prefix,
-            optimizer=optimizer,
-            scheduler=scheduler,
-        )
+        with running.together("load"):
+            loaded = running.checkpoints.load(
+                path,
+                rename=rename,
+                dtype=dtype,
+                strict=strict,
+                prefix=prefix,
+                optimizer=optimizer,
+                scheduler=scheduler,
+            )
         self._trainer.resume(loaded.step, loaded.seed)
         log.info("loaded %d tensors from %s", len(loaded.filled), path)
         self._loaded.update(dict.fromkeys(loaded.filled, f"file {loaded.name}"))
@@ -481,16 +493,18 @@ class Pipeline:
             WeightsError: On every rank: the target exists, there is no room, or something cannot be saved.
         """
         log.info("saving step %d to %s", self._trainer.num_steps, path)
-        return self._materialized().checkpoints.save(
-            path,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            extra=extra,
-            only=only,
-            async_=async_,
-            step=self._trainer.num_steps,
-            seed=self._trainer.seed,
-        )
+        running = self._materialized()
+        with running.together("save"):
+            return running.checkpoints.save(
+                path,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                extra=extra,
+                only=only,
+                async_=async_,
+                step=self._trainer.num_steps,
+                seed=self._trainer.seed,
+            )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a directory that ``from_pretrained`` of the plain model reads; every rank calls it.
@@ -504,7 +518,9 @@ class Pipeline:
         Raises:
             WeightsError: On every rank: it is no model of transformers, the target exists, or there is no room.
         """
-        self._materialized().checkpoints.save_pretrained(path)
+        running = self._materialized()
+        with running.together("save_pretrained"):
+            running.checkpoints.save_pretrained(path)
 
     # --- to check -------------------------------------------------------------------------------------------------
 
@@ -530,9 +546,10 @@ class Pipeline:
         """
         running = self._materialized()
         batch = (args, kwargs, target)
-        step = self._trainer.prepare(running, batch, None, "verify")
-        verifier = Verifier(running, self._trainer.variants)
-        return verifier.verify(step, batch, seed=self._trainer.seed, step=self._trainer.num_steps)
+        with running.guard("verify"):
+            step = self._trainer.prepare(running, batch, None, "verify")
+            verifier = Verifier(running, self._trainer.variants)
+            return verifier.verify(step, batch, seed=self._trainer.seed, step=self._trainer.num_steps)
 
     @property
     def timings(self) -> tuple[StepTiming, ...]:
@@ -556,7 +573,9 @@ class Pipeline:
             MaterializeError: Nothing was recorded.
         """
         running = self._materialized()
-        write_trace(path, running.recorded(), running.groups, running.device, self.plan, simulate(self.plan).bubble)
+        recorded, planned = running.recorded(), simulate(self.plan).bubble
+        with running.together("trace"):
+            write_trace(path, recorded, running.groups, running.device, self.plan, planned)
 
     # --- to end ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -15,9 +16,10 @@ from fxpipe.capture.cut.single_layers import Activation, LayerAlone, Weight, lay
 from fxpipe.ir.cost import LayerCost, LayerCounts
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.profile import LinkTime, Profile
-from fxpipe.runtime.ranks.groups import start_process_group
+from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.groups import Groups, busy, make_groups, start_process_group
 from fxpipe.runtime.ranks.links import measure_links
-from fxpipe.runtime.ranks.place import default_device, from_first, is_distributed, is_first
+from fxpipe.runtime.ranks.place import default_device, is_distributed, is_first
 from fxpipe.runtime.run.profile import measure_kept, measure_layer, random_like
 
 
@@ -39,18 +41,38 @@ class Profiler:
         """
         device = default_device()
         layers = layers_alone(captured.observation, captured.structure)
-        if is_distributed():
+        missing = [layer for layer in layers if layer.counts not in self._times]
+        if not is_distributed():
+            self._measure(missing, device)
+        else:
             start_process_group(device)
-        self._measure([layer for layer in layers if layer.counts not in self._times], device)
-        if is_distributed():
-            most = max((value.meta.nbytes for value in graph.values), default=0)
-            if most > self._most_bytes:
-                self._most_bytes, self._links = most, measure_links(device, most)
-            self._times, self._links = from_first((self._times, self._links), device)
+            groups = make_groups([range(dist.get_world_size())], [], device)
+            try:
+                with groups.guard("profiling"):
+                    self._measure_together(missing, graph, device, groups)
+            finally:
+                groups.close()
         self._layers.update({layer.name: self._times[layer.counts] for layer in layers})
         costs = {name: cost for name, (cost, _) in self._layers.items()}
         kept = {name: nbytes for name, (_, nbytes) in self._layers.items()}
         return Profile.of(_describe(device), costs, links=self._links, kept=kept)
+
+    def _measure_together(
+        self, layers: list[LayerAlone], graph: LayerGraph, device: torch.device, groups: Groups
+    ) -> None:
+        """Measure on all ranks; they wait for each other for as long as it takes."""
+        error: Exception | None = None
+        with busy(groups, "measuring layers"):
+            try:
+                self._measure(layers, device)
+            except Exception as found:  # memory, for one
+                error = found
+        agree(groups, error, "the times of layers")
+        most = max((value.meta.nbytes for value in graph.values), default=0)
+        if most > self._most_bytes:
+            with groups.waiting():
+                self._most_bytes, self._links = most, measure_links(groups.pipeline, device, most)
+        self._times, self._links = groups.gather((self._times, self._links))[0]
 
     def _measure(self, layers: list[LayerAlone], device: torch.device) -> None:
         distinct = {layer.counts: layer for layer in reversed(layers)}

@@ -13,25 +13,27 @@ from typing import Any
 
 import torch
 
-from fxpipe.batch.digest import digest_inputs
+from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
 from fxpipe.batch.dims import Microbatch
 from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.merge import merge_outputs
-from fxpipe.batch.order import Order
+from fxpipe.batch.order import Order, check_call
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.numbers import with_numbers
-from fxpipe.errors import CaptureError, ScheduleError
+from fxpipe.errors import CaptureError, FxpipeError, ScheduleError
 from fxpipe.materialize import Running, Source
 from fxpipe.program import Program
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.ranks.agreement import TENSORS, agree
-from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.ranks.agreement import CALL, agree
+from fxpipe.runtime.ranks.groups import Groups, busy
+from fxpipe.runtime.ranks.trained import Trained
 from fxpipe.runtime.run.reduction import sum_over
+from fxpipe.runtime.run.refusals import refuse_overlap
 from fxpipe.runtime.run.work import Job
 
 MOST_VARIANTS = 64
@@ -200,7 +202,8 @@ class Step:
         """Give every loss term its share in the batch of all replicas; every rank calls this."""
         totals = add_counts(self.counts)
         if groups is not None and groups.replicas is not None:
-            totals = sum_over(groups.replicas.control, totals)
+            with groups.waiting():
+                totals = sum_over(groups.replicas.control, totals)
         terms = [variant.program.loss_terms for variant in self.variants]
         return replace(self, shares=make_shares(terms, self.counts, totals))
 
@@ -258,20 +261,6 @@ class Step:
         return jobs
 
 
-def check_overlap(program: Program) -> None:
-    """Refuse a model whose forward changes what the backward of the microbatch before still needs.
-
-    Raises:
-        ScheduleError: Names the buffers.
-    """
-    if program.overwritten:
-        raise ScheduleError(
-            f"each forward writes in place to {', '.join(program.overwritten)}, whose value its backward needs: the "
-            "forward of the next microbatch would change it first\n"
-            "  let the forward read a copy (buffer.clone()), or use one rank"
-        )
-
-
 class Trainer:
     """Runs the batches of a pipeline: the same call on every rank, agreed before anything is exchanged.
 
@@ -285,6 +274,7 @@ class Trainer:
         self.variants = variants
         self.seed = seed
         self.num_steps = 0
+        self._trained = Trained()
         self._source = source
 
     def step(
@@ -300,13 +290,31 @@ class Trainer:
         step = self.prepare(running, batch, ready)
         scale = scaler.scale(torch.ones((), device=running.device)) if scaler is not None else None
         jobs = self.jobs(running, step, scale)
+        late: LateDigest | None = None
+        if self._checks(running) and not on_host(running.device):
+            late = LateDigest(step.inputs, running.device)
         running.gradients.begin(last=last)
         with running.recording(sum(step.sizes)):
             loss = running.engine.train(jobs)
+            if late is not None:  # before this step's gradients are anybody's
+                self._compare(running, late)
             with running.span("communication"):
                 running.gradients.finish(last=last)
         self.num_steps += 1
+        if running.groups is not None:
+            self._trained.after_step(parameter for stage in running.stages for parameter in stage.parameters())
         return loss
+
+    def _checks(self, running: Running) -> bool:
+        return running.groups is not None and running.checks_batch(self.num_steps)
+
+    def _compare(self, running: Running, late: LateDigest) -> None:
+        """Compare batches that lie on accelerators; where they differ, the step's gradients are forgotten."""
+        try:
+            agree(running.groups, None, "the batch", within={CALL: "step"}, tensors=late.read())
+        except FxpipeError:
+            running.gradients.zero()
+            raise
 
     def resume(self, step: int | None, seed: int | None) -> None:
         """Go on from a step, with the random numbers of a seed; None changes nothing."""
@@ -343,7 +351,7 @@ class Trainer:
     def _held(self, running: Running, step: Step, what: str) -> dict[str, object]:
         """Give what must be the same on all ranks of a pipeline before a batch is exchanged."""
         held: dict[str, object] = {
-            "the call": what,
+            CALL: what,
             "steps since materialize": self.num_steps,
             "the sizes of its microbatches": step.sizes if step.counts else (),
             "what the model does with them": step.keys,
@@ -351,21 +359,22 @@ class Trainer:
             "the seed": self.seed,
             "the weights of the loss": step.counts,
         }
-        if running.groups is not None and running.checks_batch(self.num_steps):
-            held[TENSORS] = digest_inputs(step.inputs)
         return held
 
     def _agreed(self, running: Running, make: Callable[[], Step], what: str) -> Step:
         step: Step | None = None
         error: Exception | None = None
         try:
-            step = make()
-            step.install(running.stages)
+            with busy(running.groups, "preparing the batch"):
+                step = make()
+                step.install(running.stages)
         except Exception as found:  # whatever it is, the other ranks must not wait for this one
             error = found
         number = (len(step.inputs) if step.counts else 0,) if step else ()  # replicas may infer at their own pace
         within = self._held(running, step, what) if step is not None else None
-        agree(running.groups, error, "the batch", *number, within=within)
+        trained = self._trained.before_step() if what == "step" else None
+        tensors = digest_inputs(step.inputs) if step is not None and self._checks(running) else None
+        agree(running.groups, error, "the batch", *number, within=within, tensors=tensors, trained=trained)
         assert step is not None
         for stage in running.stages:
             if stage.num_programs > MOST_VARIANTS:
@@ -381,7 +390,7 @@ class Trainer:
             CaptureError: The model does something new that cannot be recorded.
         """
         running.check_ready()
-        self._check_batch(batch, ready)
+        check_call(batch, ready, needs_target=self._source.needs_target)
         plan = running.plan
         order = Order(
             plan.schedule,
@@ -398,7 +407,7 @@ class Trainer:
         for variant in found if len(parts) > 1 else ():
             variant.captured.check_separates()
             if running.groups is not None and running.plan.num_ranks > 1:
-                check_overlap(variant.program)
+                refuse_overlap(variant.program)
         return Step(inputs, found, sizes, self._counts(found, inputs, sizes, parts))
 
     def _counts(
@@ -409,23 +418,6 @@ class Trainer:
         if self._source.loss_weight is not None:
             return given_counts(self._source.loss_weight, parts, terms)
         return count_terms(terms, [each.values for each in inputs], sizes)
-
-    def _check_batch(self, batch: Microbatch, ready: Sequence[Any] | None) -> None:
-        args, kwargs, target = batch
-        needs_target = self._source.needs_target
-        if ready is not None:
-            if args or kwargs or target is not None:
-                raise ScheduleError(
-                    "step got a batch and microbatches=[...]\n  pass one of them, targets within the microbatches"
-                )
-            return
-        if needs_target and target is None:
-            raise ScheduleError("step got no target for loss_fn\n  pass it by name: pipe.step(inputs, target=targets)")
-        if not needs_target and target is not None:
-            raise ScheduleError(
-                "step got a target, but the pipeline was compiled without a loss_fn that takes one\n"
-                "  compile with loss_fn=, or pass the model's own argument (labels=)"
-            )
 
     def _for_inference(self, running: Running, batch: Microbatch, num_microbatches: int) -> Step:
         """Cut a batch for a forward alone; every output is the model's own where it is one microbatch."""

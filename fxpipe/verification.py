@@ -25,13 +25,14 @@ from fxpipe.comparison import (
     named_outputs,
     nudged,
 )
-from fxpipe.errors import FxpipeError, MismatchError
+from fxpipe.errors import MismatchError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tree import map_tree
 from fxpipe.materialize import Running
 from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages, build_whole
 from fxpipe.runtime.build.state import gather_tensors
 from fxpipe.runtime.ranks.agreement import agree
+from fxpipe.runtime.ranks.groups import busy
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.reduction import any_over
@@ -173,11 +174,11 @@ class Verifier:
             else:
                 differences, name, note = *self._against_stages(jobs, output_jobs, found), ""
         result: Verification | None = None
-        error: FxpipeError | None = None
+        error: Exception | None = None
         gathered = self._of_all(differences)
         try:
             result = check([difference for part in gathered for difference in part], name, note)
-        except FxpipeError as raised:
+        except Exception as raised:
             error = raised
         agree(groups, error, "the result")
         assert result is not None
@@ -194,16 +195,15 @@ class Verifier:
         """Give every rank what the first one has."""
         box = [value]
         if self._running.groups is not None:
-            dist.broadcast_object_list(box, group=self._running.groups.control, group_src=0)
+            with self._running.groups.waiting():
+                dist.broadcast_object_list(box, group=self._running.groups.control, group_src=0)
         return box[0]
 
     def _of_all(self, value: Any) -> list[Any]:
         """Give every rank what each of them has."""
         if self._running.groups is None:
             return [value]
-        everywhere: list[Any] = [None] * len(self._running.groups.ranks)
-        dist.all_gather_object(everywhere, value, group=self._running.groups.control)
-        return everywhere
+        return self._running.groups.gather_along(value)
 
     def _tried(
         self,
@@ -237,22 +237,23 @@ class Verifier:
         sent = Figures(found.loss, {}, found.gradients, found.buffers)
         everywhere = self._of_all(sent)
         groups = self._running.groups
-        error: FxpipeError | None = None
+        error: Exception | None = None
         references: list[Figures] = []
         name, note = "", ""
         try:
             if groups is None or groups.position == 0:
-                model = WholeModel(self._variants.capture, tensors, self._running.device)
-                alone = prepared[0].on_one_stage(), prepared[1].on_one_stage()
-                for each in alone:
-                    each.install([model.stage])
-                jobs = self._jobs([model.stage], alone, seed, step)
-                wanted, name = model.run(alone[0], *jobs)
-                with nudged([model.stage]):
-                    control, _ = model.run(alone[0], *jobs)
-                references = [wanted, control]
-                note = self._of_the_batch(model, alone[0], batch, jobs[0])
-        except FxpipeError as raised:
+                with busy(groups, "computing the reference"):
+                    model = WholeModel(self._variants.capture, tensors, self._running.device)
+                    alone = prepared[0].on_one_stage(), prepared[1].on_one_stage()
+                    for each in alone:
+                        each.install([model.stage])
+                    jobs = self._jobs([model.stage], alone, seed, step)
+                    wanted, name = model.run(alone[0], *jobs)
+                    with nudged([model.stage]):
+                        control, _ = model.run(alone[0], *jobs)
+                    references = [wanted, control]
+                    note = self._of_the_batch(model, alone[0], batch, jobs[0])
+        except Exception as raised:
             error = raised
         agree(groups, error, "the reference")
         differences: list[Difference] = []

@@ -10,6 +10,7 @@ from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
 from fxpipe.batch.example import as_microbatch
 from fxpipe.batch.microbatches import fit_microbatches
 from fxpipe.batch.split import check_ready_split, cut
+from fxpipe.errors import ScheduleError
 from fxpipe.ir.schedule import check_microbatches
 
 
@@ -62,3 +63,25 @@ class Order:
         if number > 1:
             layout.check_clear()
         return cut(batch, layout, number, self.dims), [replace(layout, size=size // number)] * number
+
+
+def check_call(batch: Microbatch, ready: Sequence[Any] | None, *, needs_target: bool) -> None:
+    """Refuse a batch given twice, and a target that is missing or that nothing takes.
+
+    Raises:
+        ScheduleError: Says how to call ``step``.
+    """
+    args, kwargs, target = batch
+    if ready is not None:
+        if args or kwargs or target is not None:
+            raise ScheduleError(
+                "step got a batch and microbatches=[...]\n  pass one of them, targets within the microbatches"
+            )
+        return
+    if needs_target and target is None:
+        raise ScheduleError("step got no target for loss_fn\n  pass it by name: pipe.step(inputs, target=targets)")
+    if not needs_target and target is not None:
+        raise ScheduleError(
+            "step got a target, but the pipeline was compiled without a loss_fn that takes one\n"
+            "  compile with loss_fn=, or pass the model's own argument (labels=)"
+        )

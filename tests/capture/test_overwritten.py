@@ -6,7 +6,7 @@ from torch import nn
 
 from fxpipe.capture.capture import Capture
 from fxpipe.errors import ScheduleError
-from fxpipe.training import check_overlap
+from fxpipe.runtime.run.refusals import refuse_overlap
 
 
 class Averaging(nn.Module):
@@ -58,9 +58,9 @@ def test_buffers_that_the_next_forward_would_change_are_named(case, grain):
     assert program.overwritten == (("0.mean", "1.mean", "2.mean") if expected else ())
     if expected:
         with pytest.raises(ScheduleError, match=r"writes in place to 0\.mean, 1\.mean, 2\.mean"):
-            check_overlap(program)
+            refuse_overlap(program)
     else:
-        check_overlap(program)
+        refuse_overlap(program)
 
 
 def test_batch_norm_is_no_such_module():

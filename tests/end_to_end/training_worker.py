@@ -38,7 +38,7 @@ STAGES = {
 def one_process() -> Iterator[None]:
     """Run as outside torchrun: every rank has all stages."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fxpipe.materialize, "is_distributed", lambda: False)
+        patch.setattr(fxpipe.runtime.ranks.joining, "is_distributed", lambda: False)
         yield
 
 

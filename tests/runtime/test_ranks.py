@@ -21,7 +21,7 @@ def test_what_differs_between_ranks_is_named_and_the_pipeline_goes_on():
     same = [line for line, other in zip(first, second, strict=True) if line == other]
     assert "the batch differs between ranks in the values of its tensors" in first[0]
     assert "DistributedSampler" in first[0]
-    assert "the batch differs between ranks in the call: rank 0 has 'evaluate', rank 1 has 'step'" in first[1]
+    assert "what is called differs between ranks: rank 0 has 'evaluate', rank 1 has 'step'" in first[1]
     assert "step got a batch and microbatches=[...]" in first[2]
     assert "differs between ranks" in first[3]
     assert "step got no target for loss_fn" in first[4]
@@ -33,10 +33,7 @@ def test_what_differs_between_ranks_is_named_and_the_pipeline_goes_on():
 
 
 def test_another_seed_on_one_rank_is_refused():
-    assert all(
-        "what is built differs between ranks in the seed: rank 0 has 0, rank 1 has 1" in rows[0]
-        for rows in run("seeds")
-    )
+    assert all("the seed differs between ranks: rank 0 has 0, rank 1 has 1" in rows[0] for rows in run("seeds"))
 
 
 def test_an_initialiser_that_fails_on_one_rank_is_told_to_the_others():
@@ -47,7 +44,8 @@ def test_an_initialiser_that_fails_on_one_rank_is_told_to_the_others():
 
 def test_a_rank_that_ends_in_the_middle_of_a_step_is_a_failure_like_others():
     first, second = run("leaving")
-    assert first[0].startswith("RankError: rank 1 (stage 1) failed: SystemExit: enough")
+    cause = "rank 1 (stage 1, microbatch 0, layer 2) failed: SystemExit: enough"
+    assert first[0].startswith(f"RankError: {cause}")
     assert second[0] == "SystemExit: enough"
     for rows in (first, second):
-        assert rows[1].startswith("RankError: the pipeline ended earlier: rank 1 (stage 1) failed: SystemExit: enough")
+        assert rows[1].startswith(f"RankError: the pipeline ended earlier: {cause}")

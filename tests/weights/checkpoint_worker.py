@@ -32,7 +32,7 @@ FOLDER = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else pathlib.Path()
 def one_process() -> Iterator[None]:
     """Run as outside torchrun: this rank has all stages."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fxpipe.materialize, "is_distributed", lambda: False)
+        patch.setattr(fxpipe.runtime.ranks.joining, "is_distributed", lambda: False)
         yield
 
 

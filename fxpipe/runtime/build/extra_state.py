@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from fxpipe.runtime.build.stage import StageModule
@@ -45,8 +44,7 @@ def full_extra_states(
         return {}
     everywhere = [own_extra_states(modules, stages)]
     if groups is not None:
-        everywhere = [{} for _ in groups.ranks]
-        dist.all_gather_object(everywhere, own_extra_states(modules, stages), group=groups.control)
+        everywhere = groups.gather_along(everywhere[0])
     found = {key: value for states in reversed(everywhere) for key, value in states.items()}
     return {key: found[key] if key in found else part.get_extra_state() for key, part in modules.items()}
 

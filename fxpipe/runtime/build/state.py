@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxpipe.errors import FxpipeError, WeightsError
+from fxpipe.errors import WeightsError
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import message_layout, pack, receive_buffers
@@ -164,10 +164,10 @@ def load_state(
         WeightsError: On every rank alike; nothing was changed then.
     """
     matched: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
-    error: FxpipeError | None = None
+    error: Exception | None = None
     try:
         matched = match_state(names, stages, state)
-    except FxpipeError as found:
+    except Exception as found:
         error = found
     agree(groups, error, "the state dictionary")
     write_state(matched)
@@ -253,8 +253,7 @@ def _holders(
     own = {first: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for first, t in held.items()}
     everywhere: list[dict[str, tuple[tuple[int, ...], str]]] = [own]
     if groups is not None:
-        everywhere = [{} for _ in groups.ranks]
-        dist.all_gather_object(everywhere, own, group=groups.control)
+        everywhere = groups.gather_along(own)
     seen: set[str] = set()
     for position, there in enumerate(everywhere):
         for first, meta in there.items():
@@ -278,11 +277,13 @@ def _moved(
             whole = whole.full_tensor()
     if position != holder and groups is not None:
         messages, (whole,) = receive_buffers(layout, _device(groups))
-        for message in messages:
-            dist.recv(message, group=groups.pipeline, group_src=holder)
+        with groups.waiting():
+            for message in messages:
+                dist.recv(message, group=groups.pipeline, group_src=holder)
     elif holder != 0 and whole is not None and groups is not None:
-        for message in pack(layout, (whole.contiguous(),)):
-            dist.send(message, group=groups.pipeline, group_dst=0)
+        with groups.waiting():
+            for message in pack(layout, (whole.contiguous(),)):
+                dist.send(message, group=groups.pipeline, group_dst=0)
         return None
     return None if whole is None else whole.to("cpu", copy=True)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 import fxpipe.errors as errors
-from fxpipe.errors import FxpipeError, MaterializeError, PlanError, RankError
+from fxpipe.errors import FxpipeError, PlanError, RankError
+from fxpipe.runtime.ranks.failures import mark_agreed
 from fxpipe.runtime.ranks.groups import Groups
 
 
@@ -20,6 +21,8 @@ def agree(
     subject: str,
     *parts: object,
     within: Mapping[str, object] | None = None,
+    tensors: int | None = None,
+    trained: bool | None = None,
 ) -> None:
     """Exchange verdicts with the other ranks, replicas included.
 
@@ -29,6 +32,8 @@ def agree(
         subject: What must be the same on all ranks, for the message: ``"the plan"``.
         *parts: It, in parts whose ``repr`` is the same on all ranks.
         within: What must besides be the same along each pipeline, by what it is and its ``repr``; replicas may differ.
+        tensors: A checksum that must be the same along each pipeline, on the ranks that know it; None on others.
+        trained: Whether an optimiser has changed the weights: the same on all ranks that know it; None on others.
 
     Raises:
         FxpipeError: On every rank alike, if any rank has an error of fxpipe's or the parts differ: the first failing
@@ -40,28 +45,59 @@ def agree(
         if error is not None:
             raise error
         return
-    if groups.cause is not None:
-        raise RankError(f"the pipeline ended earlier: {groups.cause}\n  start the script again")
-    if not hasattr(groups, "everyone"):
-        raise MaterializeError("this pipeline was closed\n  compile again to go on")
-    # Two replicas may hold different batches: each rank's second digest counts in the place of its own one.
+    groups.check_open()
+    # As many numbers whatever is called: two calls that differ can be told apart. Two replicas may hold different
+    # batches: what each rank holds counts in the place of its own one.
     num_replicas = len(groups.replicas.ranks) if groups.replicas is not None else 1
-    least = -(2**63)
-    votes = torch.full((3 + 2 * num_replicas,), least)
-    place = 3 + 2 * groups.replica
-    votes[:3] = torch.tensor([int(error is not None), *_digest(parts)])
-    votes[place : place + 2] = torch.tensor(_digest(within))
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=groups.everyone)
+    own = [*_digest(within), *_vote(tensors)]
+    votes = torch.full((5 + num_replicas * len(own),), _NO_VOTE)
+    place = 5 + len(own) * groups.replica
+    votes[:5] = torch.tensor([int(error is not None), *_digest(parts), *_vote(trained)])
+    votes[place : place + len(own)] = torch.tensor(own)
+    with groups.waiting():
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=groups.everyone)
     failed, *pairs = votes.tolist()
-    if not failed and all(one == -other for one, other in zip(pairs[::2], pairs[1::2], strict=True)):
+    if not failed and all(one == -other or one == _NO_VOTE for one, other in zip(pairs[::2], pairs[1::2], strict=True)):
         return
-    mine = (type(error).__name__, str(error)) if error is not None else None
-    gathered = [_Verdict()] * len(groups.members)
     held = tuple((name, repr(value)) for name, value in (within or {}).items())
-    dist.all_gather_object(gathered, _Verdict(mine, repr(parts), held, groups.replica), group=groups.everyone)
+    verdict = _Verdict(_spelled(error), repr(parts), held, tensors, trained, groups.replica)
+    raised: Exception = _error(groups.members, subject, groups.gather(verdict))
+    if error is not None and not isinstance(error, FxpipeError):
+        raised = error
+    mark_agreed(raised)
+    raise raised
+
+
+def agree_first(error: Exception | None, plan: Mapping[str, object], same: Mapping[str, object]) -> None:
+    """Exchange verdicts over the default process group, before there is another.
+
+    Args:
+        error: What is wrong on this rank, None if nothing is.
+        plan: What is planned, part by part, and ``repr``.
+        same: What else must be the same on all ranks, by what it is and its ``repr``.
+
+    Raises:
+        FxpipeError: As ``agree``.
+    """
+    verdicts = {
+        subject: _Verdict(_spelled(error), "", tuple((name, repr(value)) for name, value in within.items()))
+        for subject, within in (("the plan", plan), ("", same))
+    }
+    gathered = [verdicts] * dist.get_world_size()
+    dist.all_gather_object(gathered, verdicts)
     if error is not None and not isinstance(error, FxpipeError):
         raise error
-    raise _error(groups, subject, gathered)
+    for subject, own in verdicts.items():
+        others = [each[subject] for each in gathered]
+        if any(each.error is not None or each.within != own.within for each in others):
+            raise _error(range(len(others)), subject, others)
+
+
+def _spelled(error: Exception | None) -> tuple[str, str] | None:
+    return (type(error).__name__, str(error)) if error is not None else None
+
+
+_NO_VOTE = -(2**63)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +107,8 @@ class _Verdict:
     error: tuple[str, str] | None = None
     parts: str = ""
     within: tuple[tuple[str, str], ...] = ()
+    tensors: int | None = None
+    trained: bool | None = None
     replica: int = 0
 
 
@@ -84,44 +122,80 @@ def _digest(value: object) -> list[int]:
     return [number, -number]
 
 
-def _error(groups: Groups, subject: str, verdicts: list[_Verdict]) -> FxpipeError:
-    for rank, verdict in zip(groups.members, verdicts, strict=True):
+def _vote(value: object) -> list[int]:
+    return _digest(value) if value is not None else [_NO_VOTE] * 2
+
+
+def _error(members: Sequence[int], subject: str, verdicts: Sequence[_Verdict]) -> FxpipeError:
+    for rank, verdict in zip(members, verdicts, strict=True):
         if verdict.error is not None:
             name, message = verdict.error
             kind: type[FxpipeError] | None = getattr(errors, name, None)
             if kind is None:
                 return RankError(
-                    f"rank {rank} failed while it prepared {subject}: {name}: {message}\n  see the output of that rank"
+                    f"rank {rank} failed while it prepared {subject or 'materialize'}: {name}: {message}\n"
+                    "  see the output of that rank"
                 )
             everywhere = all(other.error == verdict.error for other in verdicts)
             return kind(message if everywhere else f"rank {rank}: {message}")
-    first: dict[int, tuple[int, _Verdict]] = {}
-    for rank, verdict in zip(groups.members, verdicts, strict=True):
-        for key in (-1, verdict.replica):  # of all, and of its own replica
-            there, other = first.setdefault(key, (rank, verdict))
-            if key < 0 and other.parts != verdict.parts:
-                for (name, one), (_, two) in zip(other.within, verdict.within, strict=False):
-                    if one != two:
-                        return _differs(subject, there, one, rank, two, f" in {name}")
-                return _differs(subject, there, other.parts, rank, verdict.parts)
-            for (name, one), (_, two) in zip(other.within, verdict.within, strict=False) if key >= 0 else ():
-                if one != two:
-                    return _differs(subject, there, one, rank, two, f" in {name}", _WAYS_OUT.get(name, _SAME_SCRIPT))
-    return PlanError(f"{subject} differs between ranks\n  {_SAME_SCRIPT}")
+    return _difference(members, subject, verdicts) or PlanError(f"{subject} differs between ranks\n  {_SAME_SCRIPT}")
+
+
+def _difference(members: Sequence[int], subject: str, verdicts: Sequence[_Verdict]) -> PlanError | None:
+    """Name the first two ranks that differ; another call first, for what else differs follows from it."""
+    ranks = list(zip(members, verdicts, strict=True))
+    calls = [(rank, call) for rank, verdict in ranks for call in _of(verdict.within, CALL)]
+    for rank, call in calls[1:]:
+        if call != calls[0][1]:
+            return _differs("what is called", *calls[0], rank, call, way_out=_SAME_ORDER)
+    (first, mine) = ranks[0]
+    for rank, verdict in ranks[1:]:
+        if verdict.parts != mine.parts:
+            return _differs(subject, first, mine.parts, rank, verdict.parts)
+    of_replica: dict[int, tuple[int, _Verdict]] = {}
+    for rank, verdict in ranks:
+        there, other = of_replica.setdefault(verdict.replica, (rank, verdict))
+        for (name, one), (_, two) in zip(other.within, verdict.within, strict=False):
+            if one != two:
+                return _differs(subject, there, one, rank, two, f" in {name}", _WAYS_OUT.get(name, _SAME_SCRIPT))
+    for replica in of_replica:
+        sums = [(rank, v.tensors) for rank, v in ranks if v.replica == replica and v.tensors is not None]
+        if found := _unequal(subject, TENSORS, sums):
+            return found
+    return _unequal(subject, TRAINED, [(rank, v.trained) for rank, v in ranks if v.trained is not None])
+
+
+def _unequal(subject: str, name: str, known: Sequence[tuple[int, object]]) -> PlanError | None:
+    for rank, value in known[1:]:
+        if value != known[0][1]:
+            first, one = known[0]
+            return _differs(subject, first, repr(one), rank, repr(value), f" in {name}", _WAYS_OUT[name])
+    return None
+
+
+def _of(pairs: tuple[tuple[str, str], ...], name: str) -> list[str]:
+    return [value for found, value in pairs if found == name]
 
 
 _SAME_SCRIPT = "run the same script with the same arguments on every rank"
+_SAME_ORDER = "make the same calls in the same order on every rank"
+CALL = "the call"
+"""What ``within`` calls the method that was called."""
 TENSORS = "the values of its tensors"
-"""What ``within`` calls the checksum of a batch."""
+"""What a checksum of a batch is of."""
+TRAINED = "whether an optimiser has changed the weights since the last step"
 _WAYS_OUT = {
+    TRAINED: "call the optimiser's step on every rank, or on none: once per step that it follows",
     TENSORS: "every rank of a pipeline gets the same whole batch: give loaders the same seed, and leave "
-    "DistributedSampler, which hands each rank a shard of its own, to data-parallel replicas"
+    "DistributedSampler, which hands each rank a shard of its own, to data-parallel replicas",
 }
 
 
 def _differs(
     subject: str, rank: int, one: str, other: int, two: str, where: str = "", way_out: str = _SAME_SCRIPT
 ) -> PlanError:
+    if not subject:
+        subject, where = where.removeprefix(" in "), ""
     return PlanError(
         f"{subject} differs between ranks{where}: rank {rank} has {_short(one)}, rank {other} has {_short(two)}\n"
         f"  {way_out}"

@@ -1,104 +1,162 @@
-"""When a rank fails in the middle of a step: it leaves word why, and the others raise that instead of waiting."""
+"""When a rank fails while ranks work together: it leaves word why, and the others raise that instead of waiting.
+
+One guard goes around every call in which ranks meet. Whether an error is this rank's own, or the end of a connection to
+a rank that failed, is told by the state of the connections and by what the ranks have said, never by its words.
+"""
 
 from __future__ import annotations
 
-import json
-import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-import torch.distributed as dist
+from torch import nn
 
-from fxpipe._torch import default_store
-from fxpipe.errors import RankError
-from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.errors import FxpipeError, RankError
+from fxpipe.runtime.ranks.record import Record
+from fxpipe.runtime.ranks.status import Doing
+from fxpipe.runtime.ranks.watch import Watch
 
-_LOST = ("Connection", "connection", "gloo", "NCCL", "timed out", "Timed out", "Broken pipe")
+PATIENCE_S = 0.5
+"""How long a rank whose exchange ended waits for the connection's state to show why."""
+SHORT_PATIENCE_S = 0.05
+"""Likewise, where a stage was at work: it may exchange something itself, as sharded modules do."""
+
+LetGo = Callable[[BaseException], None]
+_AGREED = "_fxpipe_agreed"
+
+
+def mark_agreed(error: BaseException) -> None:
+    """Note that all ranks raise an error together: nobody waits for anybody, and the pipeline goes on."""
+    setattr(error, _AGREED, True)
 
 
 class Failures:
-    """What this rank does when it, or another one, fails."""
+    """What this rank does when it, or another one, fails; live, as long as its groups.
 
-    def __init__(self, groups: Groups, let_go: Callable[[BaseException], None], patience_s: float = 0.5) -> None:
-        """Store what to do.
+    Args:
+        rank: This rank.
+        watch: What it knows of the others.
+        close: Ends the groups.
+
+    Attributes:
+        cause: Why the pipeline ended; None as long as it lives.
+    """
+
+    def __init__(self, rank: int, watch: Watch, close: Callable[[], None]) -> None:
+        self.watch = watch
+        self.cause: str | None = None
+        self._rank = rank
+        self._close = close
+        self._is_inside = False
+        self._place: str | None = None  # where this rank's own work failed
+        self._let_go: list[LetGo] = []
+
+    def before_closing(self, let_go: LetGo) -> None:
+        """Have something called with the error when a rank failed.
 
         Args:
-            groups: Closed at a failure.
-            let_go: Drops what else refers to them, or to an exchange under way, after an error.
-            patience_s: How long to wait for word from a rank whose connection was lost.
+            let_go: Drops what else refers to the groups, or to an exchange under way.
         """
-        self._groups = groups
-        self._let_go = let_go
-        self._patience_s = patience_s
-        self._key = f"fxpipe/failure/{groups.everyone.group_name}"
-        self._cause: str | None = None
+        self._let_go.append(let_go)
+
+    def check(self) -> None:
+        """Refuse to go on after a failure.
+
+        Raises:
+            RankError: Says why the pipeline ended.
+        """
+        if self.cause is not None:
+            raise RankError(f"the pipeline ended earlier: {self.cause}\n  start the script again")
 
     @contextmanager
-    def watch(self, failed_stage: Callable[[], int | None] = lambda: None) -> Iterator[None]:
-        """Guard communication.
+    def guard(self, call: str) -> Iterator[None]:
+        """Guard a call in which ranks meet; one within another does nothing.
 
         Args:
-            failed_stage: Gives the stage whose own work failed, None where none did.
+            call: Its name.
 
         Raises:
             RankError: Another rank failed, now or before. An error of this rank's own passes as it is.
         """
-        if self._cause is not None:
-            raise RankError(f"the pipeline ended earlier: {self._cause}\n  start the script again")
+        self.check()
+        if self._is_inside:
+            yield
+            return
+        self._is_inside, self._place = True, None
+        self.watch.status.enter(call)
         try:
             yield
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
-            stage = failed_stage()
-            raised = self._fail(error, stage)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._is_inside = False
+            if getattr(error, _AGREED, False):
+                self.watch.status.finish()
+                raise
+            raised = self._fail(error, call)
             if raised is error:
                 raise
             raise raised from error
+        self._is_inside = False
+        self.watch.status.finish()
 
-    def _fail(self, error: BaseException, stage: int | None) -> BaseException:
-        rank = self._groups.ranks[self._groups.position]
-        lost = stage is None and (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST))
-        record = self._read(self._patience_s if lost else 0.0)
-        if record is None and lost:
-            record = {"text": f"rank {rank} lost the connection to another rank, which left no word"}
-            self._write(record)
-        elif record is None:
-            where = f"rank {rank}" if stage is None else f"rank {rank} (stage {stage})"
-            record = {"rank": rank, "text": f"{where} failed: {type(error).__name__}: {error}"}
-            self._write(record)
-        self._cause = self._groups.cause = str(record["text"])
-        # Whoever waits for this rank learns of it by its closed connection, and reads the record.
-        self._let_go(error)
-        self._groups.close()
-        self._leave_together()
-        if record.get("rank") == rank:
+    @contextmanager
+    def work(self, stage: int, kind: str, microbatch: int, module: nn.Module) -> Iterator[None]:
+        """Say that a stage's own work is under way, and take note where it fails.
+
+        Args:
+            stage: Index of the stage.
+            kind: As torch's schedules name it: ``F``, ``B``, ``I``, ``W``.
+            microbatch: Its index; below 0 for what belongs to none.
+            module: The stage.
+        """
+        status = self.watch.status
+        status.act(f"{stage}{kind}{microbatch if microbatch >= 0 else ''}")
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            part = f", microbatch {microbatch}" if microbatch >= 0 else ""
+            fqn = _layer_of(error, module)
+            self._place = f"stage {stage}{part}{f', layer {fqn}' if fqn else ''}"
+            raise
+        status.doing(Doing.WAITING)
+
+    def _fail(self, error: BaseException, call: str) -> BaseException:
+        # What exchanges raise is a RuntimeError; so are some errors of a rank's own.
+        may_be_lost = isinstance(error, RuntimeError) and not isinstance(error, FxpipeError)
+        patience_s = PATIENCE_S if self._place is None else SHORT_PATIENCE_S
+        record = self.watch.why(patience_s) if may_be_lost else None
+        if record is None:
+            where = self._place or f"in {call}"
+            text = f"rank {self._rank} ({where}) failed: {type(error).__name__}: {error}"
+            record = self.watch.settle(Record(self._rank, text))
+        self.cause = record.text
+        for let_go in self._let_go:
+            let_go(error)
+        self._close()
+        if record.rank == self._rank and not record.silent:
             return error
-        return RankError(f"{self._cause}\n  see the output of that rank, then start the script again")
-
-    def _write(self, record: dict[str, object]) -> None:
-        with suppress(RuntimeError, ValueError):  # the rank that keeps the store may be gone as well
-            default_store().compare_set(self._key, "", json.dumps(record))
-
-    def _read(self, patience_s: float) -> dict[str, object] | None:
-        """Read the record, waiting for it a while."""
-        with suppress(RuntimeError, ValueError):
-            if _wait(lambda: default_store().check([self._key]), patience_s):
-                found: dict[str, object] = json.loads(default_store().get(self._key))
-                return found
-        return None
-
-    def _leave_together(self) -> None:
-        """Say that the record was read; the first rank, which may keep the store, waits for the others."""
-        key = f"{self._key}/read"
-        with suppress(RuntimeError, ValueError):
-            default_store().add(key, 1)
-            if self._groups.ranks[self._groups.position] == self._groups.members[0]:
-                _wait(lambda: default_store().add(key, 0) >= len(self._groups.members), self._patience_s)
+        return RankError(f"{self.cause}\n  {_way_out(record)}")
 
 
-def _wait(condition: Callable[[], bool], patience_s: float) -> bool:
-    end = time.monotonic() + patience_s
-    while not condition():
-        if time.monotonic() >= end:
-            return False
-        time.sleep(0.01)
-    return True
+def _layer_of(error: BaseException, stage: nn.Module) -> str:
+    """Give the FQN of the innermost module of a stage that an error passed through; nothing where it met none."""
+    names: dict[int, str] = {}
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            names = names or {id(module): fqn for fqn, module in stage.named_modules()}
+            found = names.get(id(owner), found)
+    return found
+
+
+def _way_out(record: Record) -> str:
+    if not record.silent:
+        return "see the output of that rank, then start the script again"
+    if record.rank is None:
+        return "see that every rank makes the same calls in the same order"
+    return "see the output of that rank and its machine; materialize(timeout=) is how long a rank is waited for"

@@ -6,17 +6,25 @@ import atexit
 import datetime
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from fxpipe.errors import ScheduleError
+from fxpipe.errors import MaterializeError, ScheduleError
+from fxpipe.runtime.ranks.connections import Connections
+from fxpipe.runtime.ranks.failures import Failures
+from fxpipe.runtime.ranks.watch import Watch
 
 TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a rank waits for another one before it gives up."""
+"""How long a rank waits for another one that stands still before it gives up."""
+_FOR_EVER = datetime.timedelta(days=365)
+"""Of exchanges themselves: the watch beside them ends them, since it knows whether another rank is busy."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +57,7 @@ class Groups:
         members: Global ranks of all pipelines that go together.
         everyone: For tensors on the CPU, and objects, of all of them.
         replicas: This rank's data-parallel replicas; None where there are none.
-        cause: Why the pipeline ended, where a rank failed; None otherwise.
+        failures: What is done when a rank fails; None for groups beside those of a pipeline.
     """
 
     ranks: tuple[int, ...]
@@ -60,12 +68,66 @@ class Groups:
     members: tuple[int, ...]
     everyone: dist.ProcessGroup
     replicas: Replicas | None = None
-    cause: str | None = None
+    failures: Failures | None = None
 
     @property
     def replica(self) -> int:
         """Which data-parallel replica this is, from 0."""
         return self.replicas.index if self.replicas is not None else 0
+
+    def check_open(self) -> None:
+        """Refuse to go on where the pipeline has ended.
+
+        Raises:
+            RankError: A rank failed; says why.
+            MaterializeError: It was closed.
+        """
+        if self.failures is not None:
+            self.failures.check()
+        if not hasattr(self, "everyone"):
+            raise MaterializeError("this pipeline was closed\n  compile again to go on")
+
+    def guard(self, call: str) -> AbstractContextManager[None]:
+        """Guard a call in which ranks meet: what goes wrong on one of them raises on all; see ``Failures.guard``."""
+        return self.failures.guard(call) if self.failures is not None else nullcontext()
+
+    def work(self, stage: int, kind: str, microbatch: int, module: nn.Module) -> AbstractContextManager[None]:
+        """Say that a stage's own work is under way; see ``Failures.work``."""
+        return self.failures.work(stage, kind, microbatch, module) if self.failures is not None else nullcontext()
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Say that this rank exchanges something with others: it is not to blame if that takes long."""
+        return self.failures.watch.status.waiting() if self.failures is not None else nullcontext()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give every rank of all pipelines what each of them has."""
+        found: list[Any] = [None] * len(self.members)
+        with self.waiting():
+            dist.all_gather_object(found, value, group=self.everyone)
+        return found
+
+    def gather_along(self, value: Any) -> list[Any]:
+        """Give every rank of this pipeline what each of them has."""
+        found: list[Any] = [None] * len(self.ranks)
+        with self.waiting():
+            dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def beside(self) -> Groups:
+        """Make one more group of all members, for exchanges beside those of training; every rank calls this."""
+        assert self.failures is not None
+        watch = self.failures.watch
+        with watch.connections.made_here():
+            group = dist.new_group(list(self.members), backend="gloo", timeout=_FOR_EVER)
+        group = _made(group)
+        made = Groups(self.members, self.members.index(dist.get_rank()), group, group, {}, self.members, group)
+        watch.adopt(made.gather, self.members)
+        return made
+
+    def all(self) -> list[dist.ProcessGroup]:
+        """List the groups."""
+        across = (self.replicas.gradients, self.replicas.control) if self.replicas is not None else ()
+        return [self.pipeline, self.control, *self.ties.values(), *across, self.everyone]
 
     def close(self) -> None:
         """End the groups; whoever waits for this rank in one of them learns of it at once.
@@ -74,12 +136,12 @@ class Groups:
         """
         if not hasattr(self, "pipeline"):
             return
-        across = (self.replicas.gradients, self.replicas.control) if self.replicas is not None else ()
-        every = (self.pipeline, self.control, *self.ties.values(), *across, self.everyone)
-        open_ones = {id(group): group for group in every}
+        if self.failures is not None:
+            self.failures.watch.close()
+        open_ones = {id(group): group for group in self.all()}
         self.ties = {}
         self.replicas = None
-        del self.pipeline, self.control, self.everyone, across, every
+        del self.pipeline, self.control, self.everyone
         while open_ones:
             _, group = open_ones.popitem()
             if dist.is_initialized():
@@ -163,43 +225,92 @@ def make_groups(
         ScheduleError: This rank is in none of the pipelines.
     """
     own = dist.get_rank()
-    sets = sorted({tuple(sorted(set(positions))) for positions in ties if len(set(positions)) > 1})
-    found: Groups | None = None
-    for ranks in map(tuple, pipelines):
-        pipeline, control = _pair_of_groups(ranks, device, timeout)
-        tied = {
-            positions: dist.new_group([ranks[position] for position in positions], timeout=timeout)
-            for positions in sets
-        }
-        if own in ranks:
-            position = ranks.index(own)
-            held = {positions: group for positions, group in tied.items() if position in positions}
-            found = Groups(ranks, position, pipeline, control, held, ranks, control)
-    if found is None:
+    mine = next((tuple(ranks) for ranks in pipelines if own in ranks), None)
+    if mine is None:
         raise ScheduleError(
             f"rank {own} is in none of the pipelines {[list(ranks) for ranks in pipelines]}\n"
             "  start as many processes as the plan has ranks, or give a mesh that covers all of them"
         )
+    members = next((tuple(ranks) for ranks in unions if own in ranks), mine)
+    opened: list[dist.ProcessGroup] = []
+    key = f"fxpipe/failure/{next(_pipelines)}"
+    watch = Watch(members, own, timeout.total_seconds(), key, lambda: _abort(opened))
+    make = _Maker(watch.connections, device)
+    sets = sorted({tuple(sorted(set(positions))) for positions in ties if len(set(positions)) > 1})
+    found: Groups | None = None
+    for ranks in map(tuple, pipelines):
+        pipeline, control = make.pair(ranks)
+        tied = {positions: make.group([ranks[position] for position in positions]) for positions in sets}
+        if own in ranks:
+            position = ranks.index(own)
+            held = {positions: group for positions, group in tied.items() if position in positions}
+            found = Groups(ranks, position, pipeline, control, held, ranks, control)
+    assert found is not None
     for ranks in map(tuple, replicas):
-        across = _pair_of_groups(ranks, device, timeout)
+        across = make.pair(ranks)
         if own in ranks:
             found.replicas = Replicas(ranks, ranks.index(own), *across)
     for ranks in map(tuple, unions):
-        everyone = dist.new_group(list(ranks), timeout=timeout, backend="gloo" if device.type != "cpu" else None)
+        everyone = make.group(ranks, on_cpu=True)
         if own in ranks:
             found.members, found.everyone = ranks, everyone
+    opened += found.all()
     _warm_up(found, device)
+    watch.start(found.gather)
+    found.failures = Failures(own, watch, found.close)
     return found
 
 
-def _pair_of_groups(
-    ranks: Sequence[int], device: torch.device, timeout: datetime.timedelta
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Make a group for tensors on a device, and one for tensors on the CPU."""
-    group = dist.new_group(list(ranks), timeout=timeout)
-    if device.type == "cpu":
-        return group, group
-    return group, dist.new_group(list(ranks), timeout=timeout, backend="gloo")
+_pipelines = itertools.count()
+"""Of this process; every rank makes its groups in the same order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Makes groups, and notes the connections they open."""
+
+    connections: Connections
+    device: torch.device
+
+    def group(self, ranks: Sequence[int], *, on_cpu: bool = False) -> dist.ProcessGroup:
+        """Make a group for tensors on the device, or on the CPU."""
+        if self.device.type == "cpu" or on_cpu:
+            backend = "gloo" if self.device.type != "cpu" else None
+            with self.connections.made_here():
+                group = dist.new_group(list(ranks), timeout=_FOR_EVER, backend=backend)
+        else:
+            group = dist.new_group(list(ranks), timeout=_FOR_EVER)
+        return _made(group)
+
+    def pair(self, ranks: Sequence[int]) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Make a group for tensors on the device, and one for tensors on the CPU."""
+        group = self.group(ranks)
+        return group, group if self.device.type == "cpu" else self.group(ranks, on_cpu=True)
+
+
+def _made(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    assert group is not None  # torch's type for a rank outside the group
+    return group
+
+
+def busy(groups: Groups | None, action: str) -> AbstractContextManager[None]:
+    """Say that what follows may take long on this rank alone: others wait for as long as its process lives.
+
+    Args:
+        groups: The pipeline's groups; None where one process holds it all.
+        action: What is done, in a word.
+    """
+    if groups is None or groups.failures is None:
+        return nullcontext()
+    return groups.failures.watch.status.busy(action)
+
+
+def _abort(groups: list[dist.ProcessGroup]) -> None:
+    """End what is under way on accelerators: no connection tells them, and a device would wait for ever."""
+    for group in groups:
+        with suppress(RuntimeError, ValueError):
+            if dist.get_backend(group) == "nccl":
+                group.abort()
 
 
 def _warm_up(groups: Groups, device: torch.device) -> None:

@@ -30,50 +30,51 @@ def sizes_up_to(most_bytes: int) -> list[int]:
     return [*sizes, most]
 
 
-def measure_links(device: torch.device, most_bytes: int) -> list[LinkTime]:
+def measure_links(group: dist.ProcessGroup, device: torch.device, most_bytes: int) -> list[LinkTime]:
     """Send messages to and fro between rank 0 and its neighbours: the next rank, and the first one of the next node.
 
-    Collective over the default process group. Half of the median round trip counts, as rank 0 sees it.
+    Every rank of the group calls it. Half of the median round trip counts, as rank 0 sees it.
 
     Args:
+        group: All ranks.
         device: Where tensors of a pipeline lie.
         most_bytes: The largest message, 1 GiB at most.
 
     Returns:
         On rank 0 what was measured; elsewhere nothing.
     """
-    world = dist.get_world_size()
+    world, own = dist.get_world_size(group), dist.get_rank(group)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     others = [(1, False)] if per_node > 1 else []
     others += [(per_node, True)] if per_node < world else []
     found = []
     for other, far in others if world > 1 else []:
         for size in sizes_up_to(most_bytes):
-            seconds = _half_round_trip_s(other, size, device) if dist.get_rank() in (0, other) else 0.0
-            found += [LinkTime(size, seconds, far)] if dist.get_rank() == 0 else []
-    dist.barrier()
+            seconds = _half_round_trip_s(group, other, size, device) if own in (0, other) else 0.0
+            found += [LinkTime(size, seconds, far)] if own == 0 else []
+    dist.barrier(group)
     return found
 
 
-def _half_round_trip_s(other: int, size: int, device: torch.device) -> float:
+def _half_round_trip_s(group: dist.ProcessGroup, other: int, size: int, device: torch.device) -> float:
     message = torch.zeros(size, dtype=torch.uint8, device=device)
-    first = dist.get_rank() == 0
+    first = dist.get_rank(group) == 0
     times: list[float] = []
     goes_on = torch.ones(1, device=device)
     while goes_on.item():
         start = time.perf_counter()
         if first:
-            dist.send(message, other)
-            dist.recv(message, other)
+            dist.send(message, group=group, group_dst=other)
+            dist.recv(message, group=group, group_src=other)
         else:
-            dist.recv(message, 0)
-            dist.send(message, 0)
+            dist.recv(message, group=group, group_src=0)
+            dist.send(message, group=group, group_dst=0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
         if first:
             few = len(times) < WARM_UPS + LEAST_RUNS or (sum(times) < ENOUGH_S and len(times) < MOST_RUNS)
-            dist.send(goes_on.fill_(float(few)), other)
+            dist.send(goes_on.fill_(float(few)), group=group, group_dst=other)
         else:
-            dist.recv(goes_on, 0)
+            dist.recv(goes_on, group=group, group_src=0)
     return max(statistics.median(times[WARM_UPS:]) / 2, 1e-9)

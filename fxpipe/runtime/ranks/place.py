@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import platform
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
@@ -19,15 +22,21 @@ def is_first() -> bool:
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
 
 
+def versions() -> dict[str, str]:
+    """Give the versions of what computes: ranks of other ones may draw, name or order otherwise.
+
+    >>> versions()["torch"] == torch.__version__
+    True
+    """
+    found = {name: getattr(sys.modules.get(name), "__version__", "") for name in ("numpy", "transformers", "peft")}
+    found |= {"torch": str(torch.__version__), "python": platform.python_version()}
+    with suppress(PackageNotFoundError):  # from a bare checkout
+        found["fxpipe"] = version("fxpipe")
+    return {name: text for name, text in sorted(found.items()) if text}
+
+
 def default_device() -> torch.device:
     """Give ``cuda:LOCAL_RANK`` if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
-
-
-def from_first(value: Any, device: torch.device) -> Any:
-    """Give every rank what rank 0 has; the process group must exist."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0, device=device)
-    return values[0]

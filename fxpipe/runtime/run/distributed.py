@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch.distributed as dist
 
 from fxpipe.ir.schedule import placement, schedule_named
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.ranks.failures import Failures
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.engine_stage import EngineStage
 from fxpipe.runtime.run.forward_only import infer, run_forwards
@@ -48,9 +46,11 @@ class DistributedEngine:
             stage.checkpoints = self._checkpoints
             stage.over_replicas = groups.replicas is not None
             stage.when_done = when_done or stage.when_done
+            stage.work = groups.work
         self._schedules: dict[int, Any] = {}
         self._loss_dtypes: dict[Any, torch.dtype] = {}
-        self._failures = Failures(groups, self._let_go)
+        if groups.failures is not None:
+            groups.failures.before_closing(self._let_go)
 
     def record(self, recorder: Recorder) -> None:
         """Record what the stages do when."""
@@ -77,10 +77,10 @@ class DistributedEngine:
         Raises:
             RankError: Another rank failed.
         """
-        with self.guard(), torch.enable_grad():
+        with self._groups.guard("step"), torch.enable_grad():
             for stage in self._stages:
                 stage.jobs = jobs
-            with without_dumps(), self._checkpoints.watch():
+            with without_dumps(), self._checkpoints.watch(), self._groups.waiting():
                 # The stages have their inputs; torch's schedule only asks that there be as many targets.
                 self._schedule(len(jobs)).step(target=torch.empty(len(jobs)), return_outputs=False)
             for stage in self._stages:
@@ -99,7 +99,7 @@ class DistributedEngine:
         Returns:
             The model's flat output tensors of each microbatch; None on a rank that does not get them.
         """
-        with self.guard(), torch.no_grad():
+        with self._groups.guard("infer"), torch.no_grad():
             return infer(self._modules, self._placement, jobs, self._groups, self._device, gather=gather)
 
     def evaluate(self, jobs: Sequence[Job]) -> torch.Tensor:
@@ -108,19 +108,11 @@ class DistributedEngine:
         Returns:
             The loss of the batch, of all replicas' together: a scalar, the same on every rank.
         """
-        with self.guard(), torch.no_grad():
+        with self._groups.guard("evaluate"), torch.no_grad():
             passes = run_forwards(self._modules, self._placement, jobs, self._groups, self._device)
             if self._placement[-1] != self._groups.position:
                 return self._share_loss(jobs[0].key, [], None)
             return self._share_loss(jobs[0].key, [work.loss() for work in passes], passes[-1].outputs[-1].dtype)
-
-    def guard(self) -> AbstractContextManager[None]:
-        """Guard other communication of the pipeline: a rank that fails meanwhile raises on all ranks, as in a step.
-
-        Raises:
-            RankError: From within: another rank failed.
-        """
-        return self._failures.watch(self._failed_stage)
 
     def _schedule(self, num_microbatches: int) -> Any:
         if num_microbatches not in self._schedules:
@@ -138,12 +130,14 @@ class DistributedEngine:
             stage.clear_runtime_states()
         self._schedules.clear()
 
-    def _failed_stage(self) -> int | None:
-        return next((stage.stage_index for stage in self._stages if stage.failed), None)
-
     def _share_loss(self, key: Hashable, losses: Sequence[torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
         """Give every rank the sum of what the last stage computed, which has any losses."""
-        source = self._placement[-1]
+        with self._groups.waiting():
+            return self._shared(self._placement[-1], key, losses, dtype)
+
+    def _shared(
+        self, source: int, key: Hashable, losses: Sequence[torch.Tensor], dtype: torch.dtype | None
+    ) -> torch.Tensor:
         if key not in self._loss_dtypes:
             dtypes = [dtype]
             dist.broadcast_object_list(dtypes, group=self._groups.control, group_src=source)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from fxpipe.runtime.run.work import (
     take_outputs,
 )
 
+Work = Callable[[int, str, int, StageModule], AbstractContextManager[None]]
+
 
 class EngineStage(WithoutMetadata, PipelineStage):
     """One stage of a schedule; the shapes of each microbatch are those of its own job.
@@ -38,7 +40,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         submod: The stage's module.
         losses: On the last stage: the weighted loss of each microbatch so far, in float64.
         loss_dtype: On the last stage: dtype of the model's own loss.
-        failed: Whether an error came from this stage's own work, not from an exchange.
+        work: Goes around this stage's own work, with its index, the kind of action, the microbatch, and the module.
         over_replicas: Whether the losses of replicas are parts of one batch's.
         recorder: Records what is done when; None for nothing.
         when_done: Called with the stage's index after its last backward of a step.
@@ -52,7 +54,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.checkpoints = CheckpointWatch()
         self.losses: dict[int, torch.Tensor] = {}
         self.loss_dtype: torch.dtype | None = None
-        self.failed = False
+        self.work: Work = lambda *_: nullcontext()
         self.over_replicas = False
         self.recorder: Recorder | None = None
         self.when_done: Callable[[int], None] = lambda stage_index: None
@@ -112,7 +114,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         job, program = self.jobs[fwd_chunk_id], self._program(fwd_chunk_id)
         received = self._received.pop(fwd_chunk_id, ())
         self.checkpoints.stage = self.submod
-        with self._blamed(), self._timed("forward", fwd_chunk_id):
+        with self.work(self.stage_index, "F", fwd_chunk_id, self.submod), self._timed("forward", fwd_chunk_id):
             outputs = self.submod(*stage_arguments(program, job, received, training=self.has_backward))
             work = take_outputs(program, job, received, outputs)
         self._passes[fwd_chunk_id] = work
@@ -126,7 +128,8 @@ class EngineStage(WithoutMetadata, PipelineStage):
     ) -> None:
         """Run the backward of one microbatch, or the half of it that other stages wait for."""
         gradients = self._gradients.pop(bwd_chunk_id, ())
-        with self._blamed(), self._timed("backward", bwd_chunk_id):
+        kind = "B" if full_backward else "I"
+        with self.work(self.stage_index, kind, bwd_chunk_id, self.submod), self._timed("backward", bwd_chunk_id):
             if full_backward:
                 given = run_backward(self._passes.pop(bwd_chunk_id), gradients)
             else:
@@ -136,12 +139,12 @@ class EngineStage(WithoutMetadata, PipelineStage):
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Run the other half of a split backward."""
-        with self._blamed(), self._timed("weights", bwd_chunk_id):
+        with self.work(self.stage_index, "W", bwd_chunk_id, self.submod), self._timed("weights", bwd_chunk_id):
             run_backward_for_weights(self._passes.pop(bwd_chunk_id))
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce the gradients of sharded modules, once per step, and say that no others will come."""
-        with self._blamed(), self._timed("communication", -1):
+        with self.work(self.stage_index, "REDUCE_GRAD", -1, self.submod), self._timed("communication", -1):
             reduce_now(self.submod)
             self.when_done(self.stage_index)
 
@@ -149,21 +152,11 @@ class EngineStage(WithoutMetadata, PipelineStage):
         """Begin a step."""
         for kept in (self.losses, self._passes, self._received, self._gradients, self._given):
             kept.clear()
-        self.failed = False
         self._weights = None
         self._sharded = hold_reduction(self.submod, over_replicas=self.over_replicas)
 
     def _timed(self, kind: str, microbatch: int) -> AbstractContextManager[None]:
         return nullcontext() if self.recorder is None else self.recorder.span(kind, self.stage_index, microbatch)
-
-    @contextmanager
-    def _blamed(self) -> Iterator[None]:
-        """Note that an error is this stage's own, and not a lost connection."""
-        try:
-            yield
-        except (Exception, KeyboardInterrupt, SystemExit):
-            self.failed = True
-            raise
 
     def _trainable(self) -> list[torch.Tensor]:
         # Sharded parameters come and go while a step runs.

@@ -45,7 +45,10 @@ def infer(
     outputs = None
     if groups.position == source:
         outputs = [work.outputs[: len(job.program.outputs)] for work, job in zip(passes, jobs, strict=True)]
-    return _broadcast(outputs, source, groups, device) if gather else outputs
+    if not gather:
+        return outputs
+    with groups.waiting():
+        return _broadcast(outputs, source, groups, device)
 
 
 def run_forwards(
@@ -65,7 +68,8 @@ def run_forwards(
     for stage in stages:
         local = [work.outputs for work in passes] or [()] * len(jobs)
         passes = _run_stage(stage, placement, jobs, groups, device, local, sends)
-    _wait(sends)
+    with groups.waiting():
+        _wait(sends)
     return passes
 
 
@@ -92,8 +96,10 @@ def _run_stage(
         received = local[number] if index else ()
         if waiting:
             works, received = waiting[number]
-            _wait(works)
-        results.append(run_forward(stage, job, received, training=False))
+            with groups.waiting():
+                _wait(works)
+        with groups.work(index, "F", number, stage):
+            results.append(run_forward(stage, job, received, training=False))
         if to_rank != groups.position:
             for message in pack(message_layout(job.program.stages[index].sent), results[-1].outputs):
                 sends.append(dist.isend(message, group=groups.pipeline, group_dst=to_rank))

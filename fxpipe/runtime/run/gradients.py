@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -104,7 +104,8 @@ class Gradients:
         self._sum_ties()
         if self._sum is not None:
             self._start(parameter for _, parameter in self._parameters())
-            self._sum.finish()
+            with self._waiting():
+                self._sum.finish()
         for parameter in self._apart():
             self._complete(parameter)
         self._aside.clear()
@@ -221,7 +222,8 @@ class Gradients:
             if self._groups is not None and len(holders) > 1:
                 total = GroupSum(self._groups.ties[holders])
                 total.start(tensors)
-                total.finish()
+                with self._groups.waiting():
+                    total.finish()
         for gradient, other in copied:
             _assign(other, gradient.clone())
 
@@ -233,7 +235,8 @@ class Gradients:
         if not due:
             return
         self._started.update(due)
-        wanted = any_over(self._replicas.control, [parameter.grad is not None for parameter in due])
+        with self._waiting():
+            wanted = any_over(self._replicas.control, [parameter.grad is not None for parameter in due])
         found = [parameter for parameter, is_wanted in zip(due, wanted, strict=True) if is_wanted]
         for parameter in found:
             gradient = self._dense(parameter)
@@ -298,7 +301,8 @@ class Gradients:
         if self._groups is None:
             return value.unsqueeze(0)
         rows = [torch.empty_like(value) for _ in self._groups.ranks]
-        dist.all_gather(rows, value, group=self._groups.pipeline)
+        with self._groups.waiting():
+            dist.all_gather(rows, value, group=self._groups.pipeline)
         return torch.stack(rows)
 
     def _has_double(self) -> bool:
@@ -307,6 +311,9 @@ class Gradients:
             own = any(parameter.dtype == torch.float64 for _, parameter in self._parameters())
             self._is_double = own if self._groups is None else any_over(self._groups.control, [own])[0]
         return self._is_double
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return self._groups.waiting() if self._groups is not None else nullcontext()
 
     def _device(self) -> torch.device:
         return next((p.device for _, p in self._parameters()), torch.device("cpu"))

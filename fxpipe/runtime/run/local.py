@@ -35,10 +35,6 @@ class LocalEngine:
         """
         refuse_modules(self._stages)
 
-    def guard(self) -> AbstractContextManager[None]:
-        """Do nothing: there is no other rank that could fail."""
-        return nullcontext()
-
     def train(self, jobs: Sequence[Job]) -> torch.Tensor:
         """Run forward and backward of all microbatches, one after the other; gradients accumulate.
 

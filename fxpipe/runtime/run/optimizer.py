@@ -11,6 +11,7 @@ from torch import nn
 
 from fxpipe._torch import found_infinities
 from fxpipe.errors import MaterializeError
+from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
 
 GroupRule = Callable[[str, nn.Parameter], Mapping[str, Any]]
@@ -41,14 +42,19 @@ def make_optimizer(
         MaterializeError: The rule gives something else than a mapping.
     """
     members: dict[str, tuple[Mapping[str, Any], list[nn.Parameter]]] = {}
-    for fqn, parameter in named:
-        if parameter.requires_grad:
-            own = rule(fqn, parameter) if rule is not None else {}
-            if not isinstance(own, Mapping):
-                raise MaterializeError(
-                    f"groups= gave a {type(own).__name__} for {fqn}\n  give a dictionary of the group's options"
-                )
-            members.setdefault(_spelled(own), (own, []))[1].append(parameter)
+    error: Exception | None = None
+    try:
+        for fqn, parameter in named:
+            if parameter.requires_grad:
+                own = rule(fqn, parameter) if rule is not None else {}
+                if not isinstance(own, Mapping):
+                    raise MaterializeError(
+                        f"groups= gave a {type(own).__name__} for {fqn}\n  give a dictionary of the group's options"
+                    )
+                members.setdefault(_spelled(own), (own, []))[1].append(parameter)
+    except Exception as raised:  # the user's function
+        error = raised
+    agree(groups, error, "the optimiser's groups")
     found = []
     for name, own in _of_all({name: own for name, (own, _) in members.items()}, groups).items():
         parameters = members[name][1] if name in members else []
@@ -62,10 +68,7 @@ def _spelled(options: Mapping[str, Any]) -> str:
 
 def _of_all(own: dict[str, Mapping[str, Any]], groups: Groups | None) -> dict[str, Mapping[str, Any]]:
     """Give the groups that any rank of the pipeline has, in one order: group ``i`` is the same one everywhere."""
-    everywhere = [own]
-    if groups is not None:
-        everywhere = [{} for _ in groups.ranks]
-        dist.all_gather_object(everywhere, own, group=groups.control)
+    everywhere = groups.gather_along(own) if groups is not None else [own]
     found = {name: options for each in everywhere for name, options in each.items()}
     return found or {"": {}}
 
@@ -82,6 +85,7 @@ def make_scaler(groups: Groups | None, device: torch.device, options: Mapping[st
         return torch.amp.GradScaler(device.type, **options)
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+    guard, waiting = groups.guard, groups.waiting
     replicas = groups.replicas.gradients if groups.replicas is not None else None
 
     class SharedScaler(ShardedGradScaler):
@@ -89,10 +93,11 @@ def make_scaler(groups: Groups | None, device: torch.device, options: Mapping[st
 
         def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
             """Divide the gradients by the scale, and tell all ranks whether one is not finite."""
-            super().unscale_(optimizer)
-            self._is_unscaled = {*getattr(self, "_is_unscaled", ()), id(optimizer)}
-            for found in found_infinities(self, optimizer) if replicas is not None else ():
-                dist.all_reduce(found, group=replicas)
+            with guard("unscale_"), waiting():
+                super().unscale_(optimizer)
+                self._is_unscaled = {*getattr(self, "_is_unscaled", ()), id(optimizer)}
+                for found in found_infinities(self, optimizer) if replicas is not None else ():
+                    dist.all_reduce(found, group=replicas)
 
         def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
             """Step unless a gradient on any rank is not finite; a fused optimiser would ask its own rank alone."""

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fxpipe._torch import has_accumulation_hooks, is_compiled, watched_checkpoints
 from fxpipe.errors import ScheduleError
+from fxpipe.program import Program
 from fxpipe.runtime.build.stage import StageModule
 
 _WHOLE_BACKWARD = "GPipe, 1F1B, Interleaved1F1B or LoopedBFS"
@@ -101,3 +102,17 @@ def _caller(function: Any, stage: StageModule | None) -> str:
         return "a module"
     names = [fqn for fqn, module in stage.named_modules() if module is owner]
     return f"module {names[0]}" if names and names[0] else f"a module of stage {stage.stage_index}"
+
+
+def refuse_overlap(program: Program) -> None:
+    """Refuse a model whose forward changes what the backward of the microbatch before still needs.
+
+    Raises:
+        ScheduleError: Names the buffers.
+    """
+    if program.overwritten:
+        raise ScheduleError(
+            f"each forward writes in place to {', '.join(program.overwritten)}, whose value its backward needs: the "
+            "forward of the next microbatch would change it first\n"
+            "  let the forward read a copy (buffer.clone()), or use one rank"
+        )

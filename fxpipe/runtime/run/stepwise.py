@@ -43,12 +43,12 @@ class StepwiseEngine:
         """
         losses = []
         with torch.enable_grad():
-            for job in jobs:
-                passes = self._forward(job, training=True)[0]
+            for number, job in enumerate(jobs):
+                passes = self._forward(number, job, training=True)[0]
                 last = passes.get(len(self._placement) - 1)
                 (loss,) = self._shared(self._placement[-1], (last.loss(),) if last else ())
                 losses.append(loss)
-                self._backward(passes)
+                self._backward(number, passes)
         total = torch.stack(losses).sum()
         if self._groups.replicas is not None:
             total = total.cpu()
@@ -58,26 +58,34 @@ class StepwiseEngine:
     def infer(self, jobs: Sequence[Job]) -> list[Tensors]:
         """Run forward only; gives the model's flat output tensors of each microbatch, on every rank."""
         with torch.no_grad():
-            return [self._forward(job, training=False)[1][: len(job.program.outputs)] for job in jobs]
+            return [
+                self._forward(number, job, training=False)[1][: len(job.program.outputs)]
+                for number, job in enumerate(jobs)
+            ]
 
-    def _forward(self, job: Job, *, training: bool) -> tuple[dict[int, Pass], Tensors]:
+    def _forward(self, number: int, job: Job, *, training: bool) -> tuple[dict[int, Pass], Tensors]:
         """Give this rank's passes by stage, and what the last stage gave."""
         passes: dict[int, Pass] = {}
         tensors: Tensors = ()
         for index, rank in enumerate(self._placement):
             if index in self._stages:
-                passes[index] = run_forward(self._stages[index], job, tensors, training=training)
+                with self._groups.work(index, "F", number, self._stages[index]):
+                    passes[index] = run_forward(self._stages[index], job, tensors, training=training)
             tensors = self._shared(rank, passes[index].outputs if index in passes else ())
         return passes, tensors
 
-    def _backward(self, passes: dict[int, Pass]) -> None:
+    def _backward(self, number: int, passes: dict[int, Pass]) -> None:
         gradients: Tensors = ()
         for index, rank in reversed(list(enumerate(self._placement))):
-            own = run_backward(passes.pop(index), gradients) if index in passes else ()
+            own: Tensors = ()
+            if index in passes:
+                with self._groups.work(index, "B", number, self._stages[index]):
+                    own = run_backward(passes.pop(index), gradients)
             gradients = self._shared(rank, own)
 
     def _shared(self, rank: int, tensors: Tensors) -> Tensors:
         """Give every rank what one of them has."""
         box: list[Any] = [tuple(tensor.detach().cpu() for tensor in tensors)]
-        dist.broadcast_object_list(box, group=self._groups.control, group_src=rank)
+        with self._groups.waiting():
+            dist.broadcast_object_list(box, group=self._groups.control, group_src=rank)
         return tuple(tensor.to(self._device) for tensor in box[0])

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.runtime.ranks.groups import Groups
@@ -227,8 +226,7 @@ def write_trace(
     own = trace_events(recorder.spans(), rank), _summary(recorder, groups, device, plan, bubble)
     everywhere: list[Any] = [own]
     if groups is not None:
-        everywhere = [None] * len(groups.members)
-        dist.all_gather_object(everywhere, own, group=groups.everyone)
+        everywhere = groups.gather(own)
         if rank != groups.members[0]:
             return
     events = [event for events, _ in everywhere for event in events]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from fxpipe.errors import FxpipeError, MaterializeError, WeightsError
+from fxpipe.errors import MaterializeError, WeightsError
 from fxpipe.runtime.build.extra_state import held_extra_states
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors, write_state
@@ -161,10 +161,10 @@ class Checkpoints:
         """Write a Hugging Face directory; as ``fxpipe.runtime.weights.pretrained.save_pretrained``."""
         self._saver.wait()
         everyone = self._saver.everyone()
-        error: FxpipeError | None = None
+        error: Exception | None = None
         try:
             self._check_filled()
-        except FxpipeError as found:
+        except Exception as found:
             error = found
         everyone.agree(error, "what to save")
         save_pretrained(path, self._model, self._stages, self._groups, everyone, self._caching)

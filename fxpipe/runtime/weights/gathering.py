@@ -17,8 +17,7 @@ def holders(held: Mapping[str, torch.Tensor], groups: Groups | None) -> dict[str
     own = [stored(name, tensor) for name, tensor in held.items()]
     everywhere = [own]
     if groups is not None:
-        everywhere = [[] for _ in groups.ranks]
-        dist.all_gather_object(everywhere, own, group=groups.control)
+        everywhere = groups.gather_along(own)
     found: dict[str, tuple[int, StoredTensor]] = {}
     for position, entries in enumerate(everywhere):
         for entry in entries:
@@ -61,12 +60,14 @@ def brought(
         elif position == target:
             assert groups is not None
             data = torch.empty(_nbytes(entry), dtype=torch.uint8)
-            dist.recv(data, group=groups.control, group_src=holder)
+            with groups.waiting():
+                dist.recv(data, group=groups.control, group_src=holder)
             yield data.view(getattr(torch, entry.dtype)).view(entry.shape)
         elif position == holder:
             assert groups is not None
             assert own is not None
-            dist.send(own.contiguous().reshape(-1).view(torch.uint8), group=groups.control, group_dst=target)
+            with groups.waiting():
+                dist.send(own.contiguous().reshape(-1).view(torch.uint8), group=groups.control, group_dst=target)
 
 
 def _nbytes(entry: StoredTensor) -> int:

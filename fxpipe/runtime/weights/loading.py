@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 from fxpipe.errors import WeightsError
@@ -16,7 +15,7 @@ from fxpipe.runtime.build.extra_state import load_extra_states, missing_extra_st
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors, write_state
 from fxpipe.runtime.ranks.agreement import agree
-from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.ranks.groups import Groups, busy
 from fxpipe.runtime.weights.conversions import Source
 from fxpipe.runtime.weights.disk.directory import Listing, list_path
 from fxpipe.runtime.weights.disk.files import StoredTensor, stored
@@ -86,7 +85,8 @@ def load(
         own = {first: stored(first, tensor) for first, tensor in held.items() if first in model.names.tensors}
         found = match(listing, model, Wanted(rename, dtype, strict, prefix, added, own))
         prepared = _Prepared(listing, found, held)
-        prepared.compare_twins()
+        with busy(groups, "reading"):
+            prepared.compare_twins()
         prepared.check_modules(model, stages, strict)
         named = {fqn: tensor for fqn, tensor in held.items() if isinstance(tensor, torch.nn.Parameter)}
         prepared.check_optimizer(optimizer, scheduler, named)
@@ -96,7 +96,8 @@ def load(
     assert prepared is not None
     loaded: Loaded | None = None
     try:
-        loaded = prepared.apply()
+        with busy(groups, "loading"):
+            loaded = prepared.apply()
         load_extra_states(model.names.extra, stages, prepared.modules())
     except Exception as raised:
         error = raised
@@ -110,9 +111,7 @@ def _added(held: Mapping[str, torch.Tensor], model: Model, groups: Groups | None
     own = {fqn: stored(fqn, tensor) for fqn, tensor in held.items() if fqn not in model.names.tensors}
     if groups is None:
         return own
-    everywhere: list[dict[str, StoredTensor]] = [{} for _ in groups.ranks]
-    dist.all_gather_object(everywhere, own, group=groups.control)
-    return {fqn: entry for part in everywhere for fqn, entry in part.items()}
+    return {fqn: entry for part in groups.gather_along(own) for fqn, entry in part.items()}
 
 
 class _Prepared:

@@ -19,15 +19,8 @@ class Everyone:
     """
 
     def __init__(self, groups: Groups | None, *, apart: bool = False) -> None:
-        self._owned: dist.ProcessGroup | None = None
-        self._groups = groups
-        if groups is not None and apart:
-            members = groups.members
-            group = dist.new_group(list(members), backend="gloo")
-            assert group is not None
-            self._owned = group
-            position = members.index(dist.get_rank())
-            self._groups = Groups(members, position, group, group, {}, members, group)
+        self._groups = groups.beside() if groups is not None and apart else groups
+        self._owned = self._groups if apart else None
 
     @property
     def position(self) -> int:
@@ -36,11 +29,7 @@ class Everyone:
 
     def gather(self, value: Any) -> list[Any]:
         """Give every rank what each of them has."""
-        if self._groups is None:
-            return [value]
-        found: list[Any] = [None] * len(self._groups.members)
-        dist.all_gather_object(found, value, group=self._groups.everyone)
-        return found
+        return [value] if self._groups is None else self._groups.gather(value)
 
     def agree(self, error: Exception | None, subject: str, *parts: object) -> None:
         """Go on together, or raise the same error on every rank."""
@@ -48,6 +37,6 @@ class Everyone:
 
     def close(self) -> None:
         """End the group of its own."""
-        if self._owned is not None and dist.is_initialized():
-            dist.destroy_process_group(self._owned)
+        if self._owned is not None:
+            self._owned.close()
         self._owned = self._groups = None

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxpipe.errors import WeightsError
 from fxpipe.runtime.build.extra_state import own_extra_states
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors
@@ -183,7 +182,7 @@ class Saver:
         try:
             record = join_states([state for state, _ in parts])
             plan = plan_writing(snapshot.tensors, everyone)
-        except WeightsError as error:
+        except Exception as error:
             return None, None, error
         manifest = Manifest(
             model=self._model.name,
