@@ -15,6 +15,7 @@ from fxpipe.capture.capture import Capture
 from fxpipe.errors import PartitionError, ScheduleError
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
+from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import schedule_named
 from fxpipe.planning.configurations import (
@@ -138,14 +139,14 @@ class Chooser:
             self._known[num_microbatches] = graph, estimate_costs(graph, self._cost, self._hardware, training)
         return self._known[num_microbatches]
 
-    def choose(self, asked: Asked) -> tuple[Chosen, str]:
+    def choose(self, asked: Asked) -> tuple[Chosen, Callable[[PipelinePlan], str]]:
         """Choose what was left open.
 
         Args:
             asked: What is given.
 
         Returns:
-            What is chosen, and a line that explains it with the runners-up.
+            What is chosen, and what gives a line that explains it with the runners-up, from the plan made of it.
 
         Raises:
             InfeasibleError: Nothing fits.
@@ -165,7 +166,7 @@ class Chooser:
         made = best.configuration
         keeps = asked.limit if asked.limit is not None else best.plan.memory_limit
         chosen = Chosen(made.stages, made.ranks, made.schedule, made.num_microbatches, keeps)
-        return chosen, explain_choice(best, found, asked.open)
+        return chosen, lambda plan: explain_choice(best, found, asked.open, plan)
 
     def _on_ranks(self, asked: Asked, limit: int | None) -> Callable[[int], Outcome | None]:
         return lambda ranks: next(iter(ordered(self._tried(replace(asked, ranks=ranks), limit))), None)

@@ -138,14 +138,14 @@ def compile(
     capture = Capture(module, loss_fn=loss_fn, leaves=leaves, loss_weight=loss_weight)
     dims = BatchDims.of(capture.parameter_names, batch_dims)
     whole = example_batch(module, example_args, example_kwargs, needs_target=needs_target)
-    said: tuple[str, ...] = ()
+    explained: Callable[[PipelinePlan], str] | None = None
     if "auto" in (stages, schedule, microbatches):
         linked = cost.on_links(hardware) if isinstance(cost, Profile) else hardware
         chooser = Chooser(capture, whole, dims, cost, linked, training)
         asked = Asked.of(stages=stages, ranks=ranks, schedule=schedule, microbatches=microbatches, limit=limit)
-        chosen, line = chooser.choose(asked)
+        chosen, explained = chooser.choose(asked)
         stages, ranks, schedule = chosen.stages, chosen.ranks, chosen.schedule
-        microbatches, limit, said = chosen.num_microbatches, chosen.limit, (line,)
+        microbatches, limit = chosen.num_microbatches, chosen.limit
     assert isinstance(stages, int)
     assert not isinstance(microbatches, str)
     ranks = default_ranks(schedule_named(schedule).name, stages) if ranks is None else ranks
@@ -172,7 +172,7 @@ def compile(
     )
     compiler = _Compiler(capture, settings, cost, example)
     graph, made, captured = compiler.from_plan(plan) if plan is not None else compiler.plan()
-    made = replace(made, notes=(*said, *made.notes))
+    made = replace(made, notes=(*(() if explained is None else (explained(made),)), *made.notes))
     stage_of_layer = {name: stage.index for stage in made.stages for name in stage.layers}
     variants = Variants(capture, stage_of_layer, made.num_stages, made.opened)
     if captured is not None:

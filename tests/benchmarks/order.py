@@ -30,7 +30,7 @@ from fxpipe.planning.settings import Settings
 from fxpipe.planning.simulation.simulate import simulate
 
 RANKS, PLANS, APART, ROUNDS = 2, 12, 0.03, 9
-BLOCKS, WIDTH, ROWS, TOKENS = 12, 192, 16, 32
+BLOCKS, WIDTH, ROWS, TOKENS = 12, 128, 16, 32
 COUNTS = (2, 4, 8)
 SCHEDULES = ("1F1B", "GPipe")
 

@@ -17,7 +17,7 @@ from fxpipe.planning.search.evaluate import Found
 from fxpipe.planning.search.instance import Instance, Ints
 from fxpipe.planning.search.orders import by_priority
 from fxpipe.planning.search.request import Request
-from fxpipe.planning.search.several.states import ANY, Pool, Score, score_of
+from fxpipe.planning.search.several.states import ANY, Effort, Pool, Score, score_of
 
 MOST_DOWNSETS = 1_000  # all of them are searched up to here
 POOL_WIDTH = 12  # downsets of the pool on either side of each cut of a known partition
@@ -61,19 +61,20 @@ def search_ranks(
         The best partition, a lower bound, and whether it is proven.
     """
     best: tuple[Score, Ints] | None = None
+    effort = Effort()
     for stage_of in starts:
         score = score_of(instance, request, stage_of, objective)
         if score is not None and (best is None or score < best[0]):
             best = score, stage_of
     masks = enumerate_downsets(instance, MOST_DOWNSETS) if instance.size < MOST_DOWNSETS else None
     if masks is not None:
-        return _exact(Pool(instance, request, masks, None, objective), lower, best, slack)
+        return _exact(Pool(instance, request, masks, None, objective, effort), lower, best, slack)
     widest = max(1, instance.size // (20 * request.stages))
     stride = widest
     while stride:
         centres = list(starts[:2]) if best is None else [best[1]]
         masks, near = _near(instance, request, centres, stride)
-        better = _improved(Pool(instance, request, masks, near, objective), lower, best)
+        better = _improved(Pool(instance, request, masks, near, objective, effort), lower, best)
         if better is None or (best is not None and better[0] >= best[0]):
             stride //= 2
         else:
@@ -85,7 +86,7 @@ def search_ranks(
         stride = widest
         while stride:
             masks, near = _near(instance, request, [best[1]], stride)
-            evener = _evened(Pool(instance, request, masks, near, objective), best, most)
+            evener = _evened(Pool(instance, request, masks, near, objective, effort), best, most)
             stride = stride if evener[0][1] < best[0][1] else stride // 2
             best = evener
     return RankSearch(Found(best[0][0], best[1]), lower, exact=False)
@@ -145,7 +146,7 @@ def _improved(pool: Pool, lower: int, best: tuple[Score, Ints] | None) -> tuple[
     found = pool.search(ANY, ANY)[0] if best is None else None
     best = found or best
     shares = [2, 16, None]
-    while best is not None and best[0][0] > lower and shares:
+    while best is not None and best[0][0] > lower and shares and not pool.effort.is_spent:
         value = best[0][0]
         step = max((value - lower) // shares[0], 1) if shares[0] else 1
         found = pool.search(value - step, ANY)[0]
@@ -158,7 +159,7 @@ def _improved(pool: Pool, lower: int, best: tuple[Score, Ints] | None) -> tuple[
 def _evened(pool: Pool, best: tuple[Score, Ints], most: int) -> tuple[Score, Ints]:
     """Look for a smaller and smaller largest stage among what keeps a bound, in large steps first."""
     shares = [4, 32, None]
-    while shares:
+    while shares and not pool.effort.is_spent:
         slowest = best[0][1]
         step = max(slowest // shares[0], 1) if shares[0] else 1
         found = pool.search(most, slowest - step, even=True)[0]

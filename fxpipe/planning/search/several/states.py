@@ -28,6 +28,9 @@ MOST_STATES = 4_000  # states kept after each stage, over all downsets
 FEWER_STATES = 1_000  # the same once a search had to drop some, so that nothing can be proven any more
 POOL_STATES = 400  # the same over a pool
 MOST_PAIRS = 5_000_000  # pairs of states and downsets looked at in all, before the search stops being exact
+USUAL_COLUMNS = 16  # sums of a state to which the numbers of states and pairs apply; of wider ones fewer are kept
+LEAST_STATES = 50  # however wide they are
+MOST_CELLS = 150_000_000  # sums computed in all searches for one partition; beyond, the best one known has to do
 MOST_TIES = 5  # ties of which both ways, one holder or several, are followed
 RANKS_PER_WORD = 63  # bits of a whole number that leave it positive
 ANY = int(np.iinfo(np.int64).max // 4)
@@ -43,6 +46,22 @@ def score_of(instance: Instance, request: Request, stage_of: Ints, objective: st
     if request.memory_limit is not None and costs.memory > request.memory_limit:
         return None
     return costs.bottleneck, int(costs.loads.max())
+
+
+@dataclass(slots=True)
+class Effort:
+    """What searches for one partition have done so far.
+
+    Attributes:
+        cells: Sums computed.
+    """
+
+    cells: int = 0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether there has been enough of it."""
+        return self.cells >= MOST_CELLS
 
 
 @dataclass(slots=True)
@@ -70,9 +89,16 @@ class Pool:
     """
 
     def __init__(
-        self, instance: Instance, request: Request, masks: list[int], near: list[list[int]] | None, objective: str
+        self,
+        instance: Instance,
+        request: Request,
+        masks: list[int],
+        near: list[list[int]] | None,
+        objective: str,
+        effort: Effort | None = None,
     ) -> None:
         self.objective = objective
+        self.effort = effort or Effort()
         self._instance, self._request = instance, request
         self._memory = objective == "memory" or request.memory_limit is not None
         costs = DownsetCosts(only_live_ties(instance), request.routing, masks)
@@ -124,6 +150,7 @@ class Pool:
                     self._live[stage] = np.asarray([entry[place] for entry in sets], dtype=np.int64)
                 column += len(sets) if stages else 0
         self._num_columns = column
+        self._width = max(column / USUAL_COLUMNS, 1.0)
 
     def search(self, bound: int, stage_bound: int, *, even: bool = False) -> tuple[tuple[Score, Ints] | None, bool]:
         """Find the best partition whose ranks keep ``bound`` and whose stages keep ``stage_bound``.
@@ -131,8 +158,10 @@ class Pool:
         With ``even`` the one whose largest stage is smallest, else the one whose ranks have least.
 
         Returns:
-            Score and stages of the best one found, and whether nothing was left out.
+            Score and stages of the best one found, and whether nothing was left out. Nothing, once the effort is spent.
         """
+        if self.effort.is_spent:
+            return None, False
         request = self._request
         limits = np.full(self._num_columns, min(bound, self.most), dtype=np.int64)
         if self.objective == "load" and request.memory_limit is not None:
@@ -227,6 +256,7 @@ class Pool:
         costs, request = self._costs, self._request
         which, to = self._pairs(states, stage, limits)
         self._work += len(which)
+        self.effort.cells += len(which) * (self._num_columns + USUAL_COLUMNS)
         at = states.at[which]
         before, after = request.kinds[stage], request.kinds[stage + 1]
         cost = self._between.load[at, to] + costs.cross_load(before)[at] + costs.cross_load(after)[to]
@@ -294,8 +324,9 @@ class Pool:
         keys = keys[order]
         order = order[np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)])]
         states = states.take(order)
-        exact = self._near is None and self._work < MOST_PAIRS
+        exact = self._near is None and self._work * self._width < MOST_PAIRS
         most = (FEWER_STATES if self._dropped else MOST_STATES) if exact else POOL_STATES
+        most = max(int(most / self._width), LEAST_STATES)
         if len(states.at) <= most:
             return states, False
         uneven = ((states.sums / np.maximum(limits, 1).astype(np.float64)) ** 2).sum(axis=1)
