@@ -103,11 +103,13 @@ def to_deepspeed(plan: PipelinePlan, graph: LayerGraph, source: str) -> str:
 
 
 def _layer(fqn: str, plan: PipelinePlan, parts: Parts) -> str:
-    for tie in plan.ties:
+    keys = [tie.key.replace(".", "_") for tie in plan.ties]  # DeepSpeed names a module by it
+    for index, tie in enumerate(plan.ties):
         for tied in tie.fqns:
             owner, _, attribute = tied.rpartition(".")
             if owner == fqn:
-                return f'TiedLayerSpec("{tie.key}", Part, "{fqn}", tied_weight_attr="{attribute}")'
+                key = keys[index] if keys.count(keys[index]) == 1 else f"{keys[index]}_{index}"
+                return f'TiedLayerSpec("{key}", Part, "{fqn}", tied_weight_attr="{attribute}")'
     return f'LayerSpec(Part, "{fqn}")'
 
 

@@ -181,9 +181,10 @@ def test_what_would_help_is_a_command_to_type(plan):
     assert f"try     fxpipe plan llama-8b --stages 3 --schedule {dict(after.options)['schedule']}   " in text
     assert "try     compile(…, microbatches=7) with batches of 28   " in render(plan, advice=done)
     small = dataclasses.replace(plan, hardware=Hardware({"float32": 1e12}, 1e12, 2**30, name="small"))
-    assert "try     fxpipe plan x --memory-limit device --recompute auto" in render(
-        small, command=("fxpipe", "plan", "x")
-    )
+    command = ("fxpipe", "plan", "x", "--stages", "3")
+    assert "try     fxpipe plan x --stages 9 --memory-limit device --recompute auto" in render(small, command=command)
+    small = dataclasses.replace(plan, hardware=Hardware({"float32": 1e12}, 1e12, 5 * 2**30, name="small"))
+    assert "try     fxpipe plan x --stages 3 --memory-limit device --recompute auto" in render(small, command=command)
 
 
 def test_colours_say_nothing_that_words_do_not(plan):
