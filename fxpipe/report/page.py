@@ -113,7 +113,7 @@ def _answers(
     cards = [
         ("Does it fit?", *map(_text, _fit(plan))),
         ("How fast?", *map(_text, _speed(plan, simulation))),
-        ("What limits it?", *map(_text, _limit(plan, simulation))),
+        ("What limits it?", *map(_text, _limit(plan, simulation, advice))),
         ("What would help?", *_help(plan, advice, helping)),
     ]
     rows = [
@@ -143,7 +143,13 @@ def _speed(plan: PipelinePlan, simulation: Simulation | None) -> tuple[str, str]
     return f"{seconds_text(simulation.step_s)} per step", f"{rate} {what} per second; {idle}."
 
 
-def _limit(plan: PipelinePlan, simulation: Simulation | None) -> tuple[str, str]:
+def _limit(plan: PipelinePlan, simulation: Simulation | None, advice: Explanation | None) -> tuple[str, str]:
+    if advice is not None:
+        compute, links, idle = (f"{100 * share:.0f} %" for share in advice.shares)
+        parts = f"{compute} of the step is work of the slowest rank, {links} its links, {idle} waiting."
+        more = f" The slowest rank is {100 * (balance(plan) - 1):.0f} % above the mean." if balance(plan) > 1.02 else ""
+        more += "" if plan.limited_by in ("", advice.limit) else f" What limits it: {plan.limited_by}."
+        return f"{advice.limit[0].upper()}{advice.limit[1:]}", parts + more
     slowest = max(plan.stages, key=lambda stage: stage.seconds)
     bubble = simulation.mean_bubble if simulation is not None else 0.0
     uneven = 1 - 1 / balance(plan) if balance(plan) else 0.0
@@ -162,15 +168,20 @@ def _limit(plan: PipelinePlan, simulation: Simulation | None) -> tuple[str, str]
 def _help(plan: PipelinePlan, advice: Explanation | None, helping: Sequence[tuple[str, str]]) -> tuple[str, str]:
     """What would help, in words and as what to type."""
     if helping:
-        typed = "<br>".join(f"<code>{_text(command)}</code> {_text(gain)}" for command, gain in helping[:2])
-        changes = [change for change in advice.changes if change.options] if advice is not None else []
-        if too_full(plan) or not changes:
-            return "Less memory", typed
-        what = f"{changes[0].what[0].upper()}{changes[0].what[1:]}"
-        return f"{_text(what)}: {100 * changes[0].gain:.1f} % faster", typed
+        short = "Less memory" if too_full(plan) else helping[0][1].partition(",")[0]
+        rows = [f"<code>{_command(command)}</code>" for command, _ in helping[:2]]
+        if len(rows) > 1:
+            rows[1] = f"{_text(helping[1][1])}: {rows[1]}"
+        return _text(f"{short[0].upper()}{short[1:]}"), "<br>".join(rows)
     if plan.proven:
         return "Nothing on this cut", "No partition of these layers has a faster slowest stage: this is proven."
     return "A little, at most", f"No partition can be more than {100 * plan.gap:.1f} % faster in its slowest stage."
+
+
+def _command(command: str) -> str:
+    """A command whose lines break between options."""
+    first, *options = command.split(" --")
+    return " ".join([_text(first), *(f"<span>--{_text(option)}</span>" for option in options)])
 
 
 # --- sections -------------------------------------------------------------------------------------------------------

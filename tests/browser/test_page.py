@@ -15,6 +15,7 @@ import pytest
 
 from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, TieGroup
 from fxpipe.ir.tensor import TensorMeta
+from fxpipe.planning.explain import explain
 from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.page import render_page
 
@@ -47,7 +48,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     plan = large_plan()
     path = tmp_path_factory.mktemp("page") / "plan.html"
     rows = (Baseline("Megatron", "", 0.06, 1.2, 61 << 30), Baseline("torchgpipe", "", remark="no such cut"))
-    path.write_text(render_page(plan, rows, simulate(plan), ("Recompute less: 3 % faster",)), encoding="utf-8")
+    done = simulate(plan)
+    helping = [("fxpipe plan model.py:build --stages 16 --schedule InterleavedZeroBubble", "3.0 % faster")]
+    path.write_text(render_page(plan, rows, done, explain(plan, done), helping), encoding="utf-8")
     return path
 
 
@@ -109,7 +112,8 @@ def test_the_first_screen_answers_the_four_questions(opened):
     )
     assert max(bottoms) < 900
     assert cards[0].find_element("css selector", ".big").text == "Yes"
-    assert cards[3].find_element("css selector", ".big").text == "Recompute less: 3 % faster"
+    assert cards[3].find_element("css selector", ".big").text == "3.0 % faster"
+    assert "--schedule InterleavedZeroBubble" in cards[3].text
 
 
 def test_a_stage_opens_to_its_layers_by_mouse_and_keyboard(opened):
