@@ -10,7 +10,7 @@ import reprlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import FrozenInstanceError, astuple, dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 from fxpipe.errors import SpecError
@@ -309,7 +309,7 @@ class LayerSpec:
         return [getattr(self.typename, "__qualname__", "?"), *map(short, self._get("args")), *named]
 
     def _spelled(self) -> Tree:
-        infos = tuple(tuple(map(repr, astuple(info))) for info in (*self.parameters, *self.buffers))
+        infos = tuple(tuple(repr(getattr(t, n)) for n in t.__slots__) for t in (*self.parameters, *self.buffers))
         return (type(self).__name__, self.module_fingerprint, str(self.call), infos)
 
 

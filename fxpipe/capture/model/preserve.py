@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +99,12 @@ def _changes(fqn: str, part: nn.Module, values: dict[str, Any], contents: dict[s
 
 
 def _contents(part: nn.Module) -> dict[str, Any]:
-    return {name: copy.copy(value) for name, value in vars(part).items() if isinstance(value, list | dict | set)}
+    return {name: _copied(value) for name, value in vars(part).items() if isinstance(value, list | dict | set)}
+
+
+def _copied(value: Any) -> Any:
+    # Most are the registries and hooks of a module, and empty; those of a big model are many.
+    return value.copy() if type(value) in (dict, OrderedDict, list, set) else copy.copy(value)
 
 
 def _same(before: Any, now: Any) -> bool:

@@ -6,9 +6,9 @@ import copy
 import itertools
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
 from fxpipe.errors import CaptureError, TieError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.recipes.deferred import is_recorded, replay
+
+Parts: TypeAlias = Sequence[tuple[str, nn.Module]]
+"""Modules of a model, each once, with their FQNs."""
+_NUMBERS = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -110,19 +114,21 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = list(named_tensors(model))
+    parts = list(model.named_modules())
+    items = list(_plain_items(parts))
     aliases, originals = _first_names(model, named)
     fakes = {fqn: _fake(fqn, tensor, mode, dtype) for fqn, tensor in originals.items()}
     memo: dict[int, Any] = {id(tensor): fakes[aliases[fqn]] for fqn, tensor in named}
-    plain = {id(tensor): (place, tensor) for place, tensor in _plain_tensors(model) if id(tensor) not in memo}
+    plain = {id(tensor): (place, tensor) for place, tensor in _tensors(items) if id(tensor) not in memo}
     _refuse_hidden(plain)
     plain = _with_values(plain)
-    _refuse_hidden_modules(model)
-    _refuse_foreign_hooks(model)
+    _refuse_hidden_modules(parts, items)
+    _refuse_foreign_hooks(parts)
     _refuse_overlaps(aliases, originals)
     # What was computed of parameters is computed anew by whatever computed it; until then it is nobody's to read.
     memo.update({key: _apart(tensor) for key, (_, tensor) in plain.items()})
     plain.update({id(memo[key]): (place, memo[key]) for key, (place, _) in list(plain.items())})
-    module = _copied(model, memo)
+    module = _copied(model, parts, memo)
     caching = switch_caches_off(module)
     fqn_of = {id(fake): fqn for fqn, fake in fakes.items()}
     fqn_of.update({id(tensor): aliases[fqn] for fqn, tensor in named})
@@ -138,9 +144,9 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
         )
         for fqn, fake in fakes.items()
     }
-    module_fqns = {id(part): fqn for fqn, part in model.named_modules()}
-    module_fqns.update({id(part): fqn for fqn, part in module.named_modules()})
-    generators = frozenset(id(item) for _, item in _plain_items(module) if isinstance(item, torch.Generator))
+    copies = list(module.named_modules())
+    module_fqns = {id(part): fqn for fqn, part in (*parts, *copies)}
+    generators = frozenset(id(item) for _, item in _plain_items(copies) if isinstance(item, torch.Generator))
     origins = {fqn: _origin(tensor) for fqn, tensor in originals.items()}
     return Skeleton(
         module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators, origins, caching=caching
@@ -230,17 +236,17 @@ def _fake(fqn: str, tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dty
         return fake
 
 
-def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors that modules keep outside their parameters and buffers, with the place they lie at."""
-    yield from ((place, item) for place, item in _plain_items(model) if isinstance(item, torch.Tensor))
+def _tensors(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what of plain items is a tensor."""
+    yield from ((place, item) for place, item in items if isinstance(item, torch.Tensor))
 
 
-def _plain_items(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield what modules keep as plain attributes, and in lists and dictionaries there, with the place it lies at."""
-    for prefix, part in model.named_modules():
+def _plain_items(parts: Parts) -> Iterator[tuple[str, Any]]:
+    """Yield objects that modules keep as plain attributes, and in lists and dictionaries there, with their place."""
+    for prefix, part in parts:
         start = f"{prefix}." if prefix else ""
         for name, value in vars(part).items():
-            if name in ("_parameters", "_buffers", "_modules"):
+            if name in ("_parameters", "_buffers", "_modules") or isinstance(value, _NUMBERS):
                 continue
             if isinstance(value, list | tuple):
                 yield from ((f"{start}{name}[{i}]", item) for i, item in enumerate(value))
@@ -263,9 +269,9 @@ def _refuse_hidden(plain: Mapping[int, tuple[str, torch.Tensor]]) -> None:
             )
 
 
-def _refuse_hidden_modules(model: nn.Module) -> None:
-    registered = {id(part) for part in model.modules()}
-    for place, item in _plain_items(model):
+def _refuse_hidden_modules(parts: Parts, items: Iterable[tuple[str, Any]]) -> None:
+    registered = {id(part) for _, part in parts}
+    for place, item in items:
         if isinstance(item, nn.Module) and id(item) not in registered and next(item.parameters(), None) is not None:
             raise CaptureError(
                 f"{place} is a {type(item).__qualname__} with parameters that its module does not register: no "
@@ -273,10 +279,10 @@ def _refuse_hidden_modules(model: nn.Module) -> None:
             )
 
 
-def _refuse_foreign_hooks(model: nn.Module) -> None:
+def _refuse_foreign_hooks(parts: Parts) -> None:
     """Refuse hooks that know the user's modules: those of a copy would call, and change, the modules copied from."""
-    registered = {id(part) for part in model.modules()}
-    for fqn, part in model.named_modules():
+    registered = {id(part) for _, part in parts}
+    for fqn, part in parts:
         for name, hooks in vars(part).items():
             if name.startswith("_") and name.endswith("_hooks") and isinstance(hooks, Mapping):
                 for hook in hooks.values():
@@ -320,8 +326,8 @@ def _reach(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (int(last) + 1) * tensor.element_size()
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    for fqn, part in model.named_modules():
+def _copied(model: nn.Module, parts: Parts, memo: dict[int, Any]) -> nn.Module:
+    for fqn, part in parts:
         if isinstance(part, torch.jit.ScriptModule):
             raise CaptureError(
                 f"module {fqn or '(the model)'} is a scripted {part.original_name}: its code cannot be observed\n"
