@@ -96,9 +96,10 @@ class Variants:
 
     def add(self, captured: Captured, *, with_loss: bool) -> None:
         """Remember what ``compile`` captured already."""
-        spec = self._spec(captured.inputs, with_loss)
+        around = self._around(with_loss)
+        spec = (captured.inputs.signature, *around)
         if captured.inputs.numbers:
-            self._times(self._spec(captured.inputs, with_loss, captured.inputs.open))
+            self._times((captured.inputs.open, *around))
         self._remember(spec, self._variant(captured, spec))
 
     @property
@@ -111,17 +112,24 @@ class Variants:
         flags = bytes(part.training for part in self.capture.skeleton.module.modules())
         self._mode = hashlib.sha256(flags).hexdigest()[:16]
 
-    def find(self, inputs: Inputs, *, with_loss: bool) -> Variant:
+    def find_all(self, microbatches: Sequence[Inputs], *, with_loss: bool) -> tuple[Variant, ...]:
+        """Give the variant of each microbatch of a step; as ``find``."""
+        around = self._around(with_loss)
+        return tuple([self.find(inputs, with_loss=with_loss, around=around) for inputs in microbatches])
+
+    def find(self, inputs: Inputs, *, with_loss: bool, around: tuple[Any, ...] = ()) -> Variant:
         """Give the variant of a microbatch.
 
         Args:
             inputs: The microbatch.
             with_loss: Whether a loss is computed (training) or the model's output.
+            around: What else a variant is for, where that is known already.
 
         Raises:
             CaptureError: The model does something else than when it was compiled, so that its plan does not fit.
         """
-        spec, any_number = self._spec(inputs, with_loss), self._spec(inputs, with_loss, inputs.open)
+        around = around or self._around(with_loss)
+        spec, any_number = (inputs.signature, *around), (inputs.open, *around)
         for each in (spec, any_number) if inputs.numbers else (spec,):
             for variant in self._known.get(each, ()):
                 if variant.fits(inputs):
@@ -159,11 +167,12 @@ class Variants:
             if not self._known[old]:
                 del self._known[old]
 
-    def _spec(self, inputs: Inputs, with_loss: bool, signature: tuple[Any, ...] | None = None) -> Any:
+    def _around(self, with_loss: bool) -> tuple[Any, ...]:
+        """Give what a variant is for besides its inputs; looked at once for all microbatches of a step."""
         if not self._mode:
             self.mode_changed()
         now = Ambient.now()
-        return signature or inputs.signature, with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
+        return with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
 
     def _variant(self, captured: Captured, spec: Any) -> Variant:
         read, guards = captured.guards()
@@ -210,7 +219,7 @@ class Step:
     def with_outputs(self, variants: Variants) -> Step:
         """Give the same microbatches for the model's outputs instead of a loss."""
         with torch.no_grad():
-            found = tuple(variants.find(each, with_loss=False) for each in self.inputs)
+            found = variants.find_all(self.inputs, with_loss=False)
         return replace(self, variants=found, counts=(), shares=())
 
     def on_one_stage(self) -> Step:
@@ -391,19 +400,10 @@ class Trainer:
         """
         running.check_ready()
         check_call(batch, ready, needs_target=self._source.needs_target)
-        plan = running.plan
-        order = Order(
-            plan.schedule,
-            plan.num_stages,
-            plan.num_ranks,
-            plan.num_microbatches,
-            plan.microbatch_size,
-            self._source.dims,
-        )
-        parts, layouts = order.split(batch, ready)
+        parts, layouts = Order.of(running.plan, self._source.dims).split(batch, ready)
         sizes = tuple(layout.size for layout in layouts)
         inputs = tuple(self.variants.capture.inputs(*each, layout) for each, layout in zip(parts, layouts, strict=True))
-        found = tuple(self.variants.find(each, with_loss=True) for each in inputs)
+        found = self.variants.find_all(inputs, with_loss=True)
         for variant in found if len(parts) > 1 else ():
             variant.captured.check_separates()
             if running.groups is not None and running.plan.num_ranks > 1:
@@ -434,6 +434,6 @@ class Trainer:
         own = replace(layout, size=size // num_microbatches)
         inputs = tuple(self.variants.capture.inputs(*part, own) for part in cut(batch, layout, num_microbatches, dims))
         with torch.no_grad():
-            found = tuple(self.variants.find(each, with_loss=False) for each in inputs)
+            found = self.variants.find_all(inputs, with_loss=False)
         output_dims = self.variants.capture.output_dims(found[0].captured) if num_microbatches > 1 else None
         return Step(inputs, found, (own.size,) * num_microbatches, output_dims=output_dims)

@@ -11,6 +11,7 @@ from fxpipe.batch.example import as_microbatch
 from fxpipe.batch.microbatches import fit_microbatches
 from fxpipe.batch.split import check_ready_split, cut
 from fxpipe.errors import ScheduleError
+from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.schedule import check_microbatches
 
 
@@ -33,6 +34,12 @@ class Order:
     microbatches: int
     microbatch_size: int | None
     dims: BatchDims = field(default_factory=BatchDims)
+
+    @classmethod
+    def of(cls, plan: PipelinePlan, dims: BatchDims) -> Order:
+        """Give what the steps of a plan must suit."""
+        numbers = plan.num_stages, plan.num_ranks, plan.num_microbatches, plan.microbatch_size
+        return cls(plan.schedule, *numbers, dims)
 
     def split(
         self, batch: Microbatch | None, ready: Sequence[Any] | None
