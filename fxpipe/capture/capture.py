@@ -24,6 +24,7 @@ from fxpipe.capture.graph.sizes import Unsuited
 from fxpipe.capture.graph.structure import Structure, computation_of, expressions_of, make_structure
 from fxpipe.capture.graph.trace import trace_layers
 from fxpipe.capture.model.blocks import Leaves, block_fqns, choose_leaves
+from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.preserve import Change
 from fxpipe.capture.model.skeleton import Skeleton, make_skeleton
 from fxpipe.capture.places import place_of, relative
@@ -402,7 +403,7 @@ class Capture:
         if node.op != "call_module" or str(node.target) in self._closed:
             return None
         module = self.skeleton.module.get_submodule(str(node.target))
-        return None if type(module).__module__.startswith("torch.nn.") else str(node.target)
+        return None if is_builtin(module) else str(node.target)
 
     def _loss(self, leaves: Leaves, inputs: Inputs, observation: Observation, structure: Structure) -> Loss:
         """Find how the losses of microbatches add up: recorded once more with twice the samples, and tried."""

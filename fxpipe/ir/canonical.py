@@ -167,9 +167,9 @@ def _spell_array(value: Any, what: str, inside: dict[int, int]) -> Tree | None:
         )
     if isinstance(value, torch.Tensor):
         about = ("tensor", str(value.dtype), str(value.layout), str(tuple(value.shape)))
-        if value.device.type == "meta" or "Fake" in type(value).__name__:
-            return (*about, "no values")
         dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
+        if dense.untyped_storage().device.type == "meta":  # also a fake tensor's, whatever device it says
+            return (*about, "no values")
         flat = dense.to("cpu").contiguous().reshape(-1).view(torch.uint8)
         return (*about, hashlib.sha256(flat.numpy().tobytes()).hexdigest())
     if isinstance(value, torch.dtype | torch.device | torch.layout):

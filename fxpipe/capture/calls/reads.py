@@ -23,6 +23,11 @@ _SHAPED_BY_VALUES = frozenset(
     }
 )
 
+SHAPED_BY_SIZES = frozenset({"ctc_loss"})
+"""Their results have one shape for all values: only tensors inside them have not, for which the fake kernel refuses."""
+SHAPED_BY_LENGTHS = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})
+"""The shapes of their results depend on integer inputs alone, which guards can ask again."""
+
 
 def answer_of(value: Any) -> Any:
     """Turn what was read into something small that can be compared.

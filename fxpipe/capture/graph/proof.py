@@ -16,7 +16,7 @@ from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.graph.counts import Candidate, candidates
 from fxpipe.capture.graph.given import FLOATS, INTEGERS, PARTS, PATTERNS, Given, Kind, Values
 from fxpipe.capture.graph.sizes import KEPT, Sizes, Unsuited, small_sizes
-from fxpipe.capture.graph.tail import Program, Tail, Twins, find_tail, tensor_of
+from fxpipe.capture.graph.tail import Tail, TailProgram, Twins, find_tail, tensor_of
 from fxpipe.capture.model.preserve import random_states
 from fxpipe.capture.record.node import info
 
@@ -164,7 +164,7 @@ class _Proof:
         self.tail = tail
         self.summand = summand
         self.rows = rows
-        self.program = Program(tail, sizes)
+        self.program = TailProgram(tail, sizes)
         self.given = Given(tail, sizes, rows, inputs)
         self._check_cost(sizes)
 

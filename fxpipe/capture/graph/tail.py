@@ -17,6 +17,7 @@ from torch.func import functional_call
 from fxpipe.capture.calls.reads import shape_depends_on_values
 from fxpipe.capture.graph.sizes import WIDE, Read, Sizes, Unsuited, Varying, fill, pair
 from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import CONSTANT, info, made_by, reached, sources
 from fxpipe.capture.record.observe import Observation
@@ -182,7 +183,7 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
 
 def _check_reads(tail: Tail, related: Sequence[tuple[fx.Node, Any, Any]]) -> None:
     """Refuse numbers that Python read and that the graph has as numbers of another form."""
-    program = Program(tail)
+    program = TailProgram(tail)
     followed = program.followed()
     for node, one, _ in related:
         if not isinstance(one, bool) and node not in followed:
@@ -200,7 +201,7 @@ def _is_handed_out(twins: Twins, node: fx.Node) -> bool:
         module = twins.skeleton.module.get_submodule(str(maker.target))
         if next(module.parameters(), None) is None and not _draws(maker):
             return False
-        is_criterion = meta.numel == 1 and type(module).__module__.startswith("torch.nn.")
+        is_criterion = meta.numel == 1 and is_builtin(module)
         return grows or not is_criterion
     known = info(node)
     return grows and (known.position is not None or bool(known.writes) or bool(known.block))
@@ -249,7 +250,7 @@ def _spelled(node: fx.Node) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class Program:
+class TailProgram:
     """The calls of a tail, made ready to be run for any number of samples.
 
     Args:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxpipe.capture.calls.forms import writes_by_name
@@ -145,10 +147,20 @@ class _Namer:
 
 
 def _writes(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a call is an activation that writes to its input."""
+    """Whether a call is an activation that writes to its input: tried, on a tensor that has no memory."""
+    call: Any = node.target
     if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    return bool(node.kwargs.get("inplace", False))
+        call = root.get_submodule(str(node.target))
+        if next(itertools.chain(call.parameters(), call.buffers()), None) is not None:
+            return False  # no activation; and nobody knows the shape that it takes
+    elif node.op != "call_function" or not any(each is True for each in (*node.args, *node.kwargs.values())):
+        return False  # a function writes only where it is told to: the others, by name, were refused
+    given = torch.empty(2, 2, 2, 2, device="meta")
+    try:
+        call(*fx.map_arg(node.args, lambda _: given), **fx.map_arg(node.kwargs, lambda _: given))
+    except Exception:  # whatever a call raises that takes no such tensor: it is no activation
+        return False
+    return bool(given._version)
 
 
 def _in_place(node: fx.Node, live: Mapping[fx.Node, None]) -> tuple[fx.Node, ...]:

@@ -21,7 +21,7 @@ from fxpipe.capture.calls.forms import (
     versions_of,
     without_source,
 )
-from fxpipe.capture.calls.reads import READS, shape_depends_on_values
+from fxpipe.capture.calls.reads import READS, SHAPED_BY_LENGTHS, SHAPED_BY_SIZES, shape_depends_on_values
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES, RealValues, is_random
 from fxpipe.capture.calls.scalars import bare, only_computes, settled
 from fxpipe.capture.calls.values import has_tensor, tensors_in
@@ -183,7 +183,7 @@ class Calls(TorchFunctionMode):
         finish_call(forward, node, position, func, args, kwargs, result, tuple(trace))
         if shape_depends_on_values(name, args, result):
             guard_shape(forward, node, result)
-        if name in _PACKING:
+        if name in SHAPED_BY_LENGTHS:
             for tensor in tensors_in(result):
                 if not isinstance(tensor, FakeTensor):  # it depends on nothing but integers that are guarded
                     info(forward.recorder.node_of(tensor, frame)).from_input = False
@@ -202,18 +202,17 @@ class Calls(TorchFunctionMode):
         if name == "__deepcopy__" and id(tensors[0]) in forward.skeleton.fqn_of:
             own = forward.recorder.name_of(tensors[0])
             raise Blocked(f"the forward copies {own}", frame.fqn, way_out="copy modules before compiling, not in it")
-        if name in ("backward", "set_", "resize_", "register_post_accumulate_grad_hook") or (
-            name == "grad" and getattr(func, "__module__", "") == "torch.autograd"
-        ):
+        never = ("backward", "set_", "resize_", "register_post_accumulate_grad_hook")
+        if name in never or func is torch.autograd.grad:
             raise Blocked(f"the forward calls {name}() on its own tensors", frame.fqn)
 
     def _result_of_unknown_values(
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame, error: Exception
     ) -> Any:
         forward = self._forward
-        if name == "ctc_loss":  # only its inner shapes depend on values
+        if name in SHAPED_BY_SIZES:
             return run_on_zeros(forward.skeleton.mode, func, args, kwargs)
-        if name in _PACKING and guard_integers(forward, args, frame):
+        if name in SHAPED_BY_LENGTHS and guard_integers(forward, args, frame):
             return run_on_zeros(forward.skeleton.mode, func, args, kwargs, exact=True)
         nodes = [
             forward.recorder.node_of(tensor, frame)
@@ -311,7 +310,6 @@ def finish_call(
 
 
 _KEPT = frozenset({"register_hook", "requires_grad_", "__set__"})
-_PACKING = frozenset({"_pack_padded_sequence", "_pad_packed_sequence"})  # their shapes depend on lengths alone
 
 
 def _property(func: Any) -> str:

@@ -16,6 +16,7 @@ from fxpipe.capture.calls.forms import versions_of
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
 from fxpipe.capture.calls.scalars import bare, settled
 from fxpipe.capture.calls.values import tensors_in
+from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.preserve import python_random_state
 from fxpipe.capture.model.skeleton import named_tensors
 from fxpipe.capture.record.forward import Forward
@@ -176,9 +177,7 @@ class ModuleCalls:
         forward = self._forward
         module = frame.module
         return (
-            frame.fqn not in forward.leaves.kept
-            and not type(module).__module__.startswith("torch.nn.")
-            and next(module.parameters(), None) is None
+            frame.fqn not in forward.leaves.kept and not is_builtin(module) and next(module.parameters(), None) is None
         )
 
     def _derived(
