@@ -1,9 +1,10 @@
 """From a LayerGraph with costs to a PipelinePlan; imports no torch.
 
 In: a ``LayerGraph``, ``LayerCounts`` or measured seconds, ``Settings``. Out: a frozen ``PipelinePlan``. Floors:
-``costs`` (seconds, bytes, precision) and ``search`` (a graph, nothing of models) know nothing of each other; the
-files here make a ``Layout`` of the first, a partition by the second, and the plan of both. Never: equal inputs give
-different bytes, a plan exceeds the memory limit, or a bound is above a plan that exists.
+``costs`` (seconds, bytes, precision), ``search`` (a graph, nothing of models) and ``simulation`` (a step, action by
+action) know nothing of each other; the files here make a ``Layout`` of the first, a partition by the second, and the
+plan of both. Never: equal inputs give different bytes, a plan exceeds the memory limit, or a bound is above a plan
+that exists.
 
 The types on the way::
 

@@ -1,5 +1,12 @@
 """Random numbers that depend on neither the number of stages, nor the schedule, nor which blocks are opened.
 
+Invariants:
+
+- The numbers of a draw follow from its ``Draw`` and the microbatch's seed alone: seed, step, microbatch, replica, place
+  in the model, and how often that was reached.
+- A recomputation draws what the forward drew.
+- The generators stand after a microbatch where they stood before it: the user's own draws do not notice.
+
 Before every call that draws, the default generators are seeded from the identity of that call, its ``Draw``. Calls in
 an opened block are nodes of the stage's graph, and the lowered graph seeds them. Inside a closed block, which runs as
 the user's own module, hooks on the drawing modules do.

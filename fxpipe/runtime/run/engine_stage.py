@@ -1,4 +1,15 @@
-"""What torch's schedules call: a stage that exchanges exactly what crosses, and computes what the plan says."""
+"""What torch's schedules call: a stage that exchanges exactly what crosses, and computes what the plan says.
+
+Invariants:
+
+- Messages carry no name: what two stages exchange follows from the job's program alone (``sent`` of one is ``received``
+  of the next), so that both sides count the same messages of the same bytes, in the schedule's order.
+- Shapes are the job's own. Nothing of a microbatch is kept for the next, and nothing outlives the step.
+- What is received has no graph and is the stage's own: it becomes a leaf here, and the stage may write into it.
+- Every received tensor that a gradient flows through gives one back, zeros where nothing came: the other side waits.
+- ``failed`` is set before an error of the stage's own work leaves, and by nothing else: it tells a cause from a lost
+  connection.
+"""
 
 from __future__ import annotations
 
