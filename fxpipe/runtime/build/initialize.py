@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from fxpipe.errors import MaterializeError
+from fxpipe.recipes.tape import leaves
 from fxpipe.runtime.build.generators import seed_generators
 from fxpipe.runtime.build.poison import OTHER_POISON, POISON, looks_untouched, poisoned, same_bytes
 from fxpipe.runtime.build.standin import StandIn, tensor_names
@@ -298,7 +299,7 @@ class _Guard(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs)))
+        given = leaves((args, kwargs))
         is_mixed = len({tensor.is_meta for tensor in given}) == 2
         is_followed = bool(self._scratch) and any(self.is_scratch(tensor) for tensor in given)
         if is_mixed and func == _SET_DATA and given[0].is_meta:
@@ -307,7 +308,7 @@ class _Guard(TorchFunctionMode):
             return given[0]
         result = func(*args, **kwargs)
         if is_mixed or is_followed:
-            for tensor in list(_tensors(result)) or given[:1]:
+            for tensor in leaves(result) or given[:1]:
                 if tensor.is_meta:
                     continue
                 if is_mixed:
@@ -326,16 +327,6 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _reset_function(module: nn.Module) -> Callable[[], Any] | None:
