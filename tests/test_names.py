@@ -11,6 +11,7 @@ OF_CLASSES = {"__name__", "__qualname__", "__module__"}
 COMPARED = {  # a class's own name or home, held against something
     "capture/calls/reads.py": "types of torch's own that carry no values: sizes, dtypes, finfo",
     "capture/record/arguments.py": "the same, as arguments",
+    "ir/files/schema.py": "what the values of a file are called in its schema",
     "cli/models.py": "which factories a user's file defines itself",
 }
 ATTRIBUTES = {  # what libraries call what their models carry
