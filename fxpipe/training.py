@@ -29,8 +29,9 @@ from fxpipe.materialize import Running, Source
 from fxpipe.program import Program
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.ranks.agreement import CALL, agree
+from fxpipe.runtime.ranks.agreement import CALL, ModesChanged, agree
 from fxpipe.runtime.ranks.groups import Groups, busy
+from fxpipe.runtime.ranks.modes import Modes
 from fxpipe.runtime.ranks.trained import Trained
 from fxpipe.runtime.run.reduction import sum_over
 from fxpipe.runtime.run.refusals import refuse_overlap
@@ -285,6 +286,7 @@ class Trainer:
         self.num_steps = 0
         self._trained = Trained()
         self._source = source
+        self._modes: Modes | None = None
 
     def step(
         self,
@@ -373,7 +375,11 @@ class Trainer:
     def _agreed(self, running: Running, make: Callable[[], Step], what: str) -> Step:
         step: Step | None = None
         error: Exception | None = None
+        if self._modes is None:
+            self._modes = Modes(self.variants.capture.skeleton.module, running.stages)
         try:
+            if self._modes.changed(tuple(stage.num_programs for stage in running.stages)):
+                raise ModesChanged
             with busy(running.groups, "preparing the batch"):
                 step = make()
                 step.install(running.stages)
@@ -383,7 +389,12 @@ class Trainer:
         within = self._held(running, step, what) if step is not None else None
         trained = self._trained.before_step() if what == "step" else None
         tensors = digest_inputs(step.inputs) if step is not None and self._checks(running) else None
-        agree(running.groups, error, "the batch", *number, within=within, tensors=tensors, trained=trained)
+        try:
+            agree(running.groups, error, "the batch", *number, within=within, tensors=tensors, trained=trained)
+        except ModesChanged:  # of some rank: what was recorded with other flags is not what runs
+            self._modes.gather(running.groups)
+            self.variants.mode_changed()
+            return self._agreed(running, make, what)
         assert step is not None
         for stage in running.stages:
             if stage.num_programs > MOST_VARIANTS:

@@ -338,7 +338,9 @@ class Capture:
             CaptureError: Neither is possible.
         """
         fqn = blocked.fqn
-        shut = [name for name in blocked.opens if name in leaves.closed - self._kept - self._closed.keys()]
+        shut = [
+            name for name in map(leaves.around, blocked.opens) if name not in self._kept | self._closed.keys() | {""}
+        ]
         if shut:
             alike = [other for name in shut for other in self._alike(name) if other not in self._kept]
             self._opened.update(dict.fromkeys(alike, blocked))

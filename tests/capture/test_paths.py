@@ -202,3 +202,66 @@ def test_a_module_shared_by_blocks_has_one_name(stages, inside):
     pipe = fxpipe.compile(model, stages, (x,), {"target": x}, **options).materialize(device="cpu")
     torch.testing.assert_close(pipe.step(x, target=x), error(model(x), x).detach(), rtol=1e-12, atol=0)
     pipe.close()
+
+
+class Parts(nn.Module):
+    """Called by its parts, never itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        raise NotImplementedError
+
+
+class Past(nn.Module):
+    """Blocks whose forward is passed by; the end takes other parameters in evaluation."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.blocks = nn.ModuleList(make() for _ in range(4))
+        self.end = Parts()
+
+    def forward(self, x):
+        for block in self.blocks:
+            part = block[0] if isinstance(block, nn.ModuleList) else block
+            x = part.two(part.norm(part.one(x)).tanh())
+        x = self.end.one(x)
+        return self.end.two(x if self.training else self.end.norm(x))
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize("stages", [2, 4, 7])
+@pytest.mark.parametrize("make", [Parts, lambda: nn.ModuleList([Parts()])])
+def test_modules_called_past_what_is_around_them_run_on_one_plan(make, stages, grain):
+    torch.manual_seed(0)
+    model, x = Past(make).double(), torch.randn(4, 6, dtype=torch.float64)
+    options = {"loss_fn": error, "microbatches": 2, "schedule": "GPipe", "grain": grain}
+    with fxpipe.compile(model, stages, (x,), {"target": x}, **options).materialize(device="cpu") as pipe:
+        for training in (True, False, True):
+            pipe.train(training), model.train(training)
+            torch.testing.assert_close(pipe.step(x, target=x), error(model(x), x).detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize("start", [True, False])
+def test_a_poolformer_trains_and_evaluates_on_one_plan(start, grain):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.PoolFormerConfig(
+        depths=[1, 1, 2, 1], hidden_sizes=[8, 8, 16, 16], drop_path_rate=0.3, num_labels=3
+    )
+    torch.manual_seed(0)
+    model = transformers.PoolFormerForImageClassification(config).double().train(start)
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32, dtype=torch.float64), "labels": torch.arange(4) % 3}
+    options = {"microbatches": 2, "schedule": "GPipe", "grain": grain}
+    with fxpipe.compile(model, 3, (), batch, **options).materialize(device="cpu") as pipe:
+        pipe.train(), pipe.step(**batch)
+        pipe.eval(), model.eval(), pipe.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.testing.assert_close(pipe.step(**batch), loss.detach(), rtol=1e-12, atol=0)
+        gradients = {fqn: parameter.grad for fqn, parameter in pipe.named_parameters()}
+        for fqn, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[fqn], parameter.grad, rtol=1e-9, atol=1e-12)
+        pipe.train(), pipe.step(**batch)

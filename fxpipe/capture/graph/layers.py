@@ -176,12 +176,13 @@ def _unused(
     Where that is a layer or a block already, each tensor stands by itself: a name means one thing.
     """
     reached = {skeleton.aliases[fqn] for used in uses for fqn in used}
+    opened = {name[:at] for name in taken for at, letter in enumerate(name) if letter == "."}
     unused: dict[str, dict[str, None]] = {}
     for fqn in skeleton.infos:
         if fqn not in reached:
             parents = fqn.split(".")[:-1]
             prefixes = (".".join(parents[:length]) for length in range(1, len(parents) + 1))
-            owner = next((prefix for prefix in prefixes if prefix in closed), ".".join(parents) or fqn)
+            owner = next((each for each in prefixes if each in closed and each not in opened), ".".join(parents) or fqn)
             unused.setdefault(fqn if owner in taken else owner, {})[fqn] = None
     return unused
 

@@ -27,6 +27,12 @@ class Leaves:
     closed: frozenset[str]
     kept: frozenset[str] = frozenset()
 
+    def around(self, fqn: str) -> str:
+        """Give what a module is recorded in: itself, or what is closed around it; ``""`` for one that is opened."""
+        parts = fqn.split(".")
+        names = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        return next((name for name in names if name in self.closed), "")
+
     def can_close(self, fqn: str) -> bool:
         """Whether a module may be recorded as one call without taking blocks of the model with it."""
         return bool(fqn) and not any(block.startswith(f"{fqn}.") for block in self.blocks)
@@ -56,16 +62,25 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[str]:
             yield fqn
         elif type(child) in (nn.ModuleList, nn.ModuleDict):
             for key, block in child.named_children():
-                if isinstance(block, _LISTS) and len(block) > 1:
+                if _is_folder(block) or (isinstance(block, nn.Sequential) and len(block) > 1):
                     yield from _walk(block, f"{fqn}.{key}", seen)
                 elif id(block) not in seen:
                     seen.add(id(block))
                     yield f"{fqn}.{key}"
-        elif isinstance(child, nn.Sequential) or any(_is_list_of_blocks(part) for part in child.modules()):
+        elif (
+            isinstance(child, nn.Sequential)
+            or _is_folder(child)
+            or any(_is_list_of_blocks(part) for part in child.modules())
+        ):
             yield from _walk(child, fqn, seen)
         else:
             seen.add(id(child))
             yield fqn
+
+
+def _is_folder(module: nn.Module) -> bool:
+    """Whether a module only holds others: it has no forward, so that it is never called."""
+    return type(module).forward is nn.Module.forward and any(True for _ in module.children())
 
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)

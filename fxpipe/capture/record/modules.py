@@ -67,7 +67,7 @@ class ModuleCalls:
             try:
                 if forward.quiet is not None:
                     return original(module, *args, **kwargs)
-                if fqn in forward.leaves.closed and self._holds_its_own(module):
+                if self._is_leaf(fqn) and self._holds_its_own(module):
                     return self._leaf(original, frame, args, kwargs)
                 forward.opened.add(fqn)
                 return original(module, *args, **kwargs)
@@ -80,6 +80,11 @@ class ModuleCalls:
                     forward.progress(fqn)
 
         return call
+
+    def _is_leaf(self, fqn: str) -> bool:
+        """Whether a module is recorded whole: also one in a closed module past whose forward it is called."""
+        around = self._forward.leaves.around(fqn)
+        return bool(around) and (around == fqn or all(frame.fqn != around for frame in self._forward.frames.stack))
 
     def _holds_its_own(self, module: nn.Module) -> bool:
         """Whether a module holds the model's tensors: ``functional_call`` may have put others into it."""

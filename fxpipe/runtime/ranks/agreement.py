@@ -100,6 +100,10 @@ def _spelled(error: Exception | None) -> tuple[str, str] | None:
 _NO_VOTE = -(2**63)
 
 
+class ModesChanged(FxpipeError):
+    """A module's training flag was changed on some rank: told to all, who record anew; no user sees it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Verdict:
     """What one rank says: its error, if it has one, what it holds, and which replica it belongs to."""
@@ -130,7 +134,7 @@ def _error(members: Sequence[int], subject: str, verdicts: Sequence[_Verdict]) -
     for rank, verdict in zip(members, verdicts, strict=True):
         if verdict.error is not None:
             name, message = verdict.error
-            kind: type[FxpipeError] | None = getattr(errors, name, None)
+            kind: type[FxpipeError] | None = ModesChanged if name == "ModesChanged" else getattr(errors, name, None)
             if kind is None:
                 return RankError(
                     f"rank {rank} failed while it prepared {subject or 'materialize'}: {name}: {message}\n"

@@ -1,0 +1,85 @@
+"""What runs is what the flags of the stages' modules say, in whole and in opened blocks, however they are set."""
+
+import modes
+import pytest
+import torch
+import torch.nn.functional as F
+from launch import check, launch
+from torch import nn
+
+import fxpipe
+
+
+def frozen(model):
+    modes.quiet(model.named_modules())
+    for block in model.blocks[:2]:
+        block.eval()
+
+
+def by_stage(pipe, model):
+    for stage in pipe.stage_modules:
+        stage.eval()
+    model.eval()
+
+
+def by_flag(pipe, model):
+    for stage in pipe.stage_modules:
+        modes.quiet(stage.named_modules())
+    modes.quiet(model.named_modules())
+
+
+def norms_alone(pipe, model):
+    by_flag(pipe, model)
+    for part in (*pipe.stage_modules, model):
+        for norm in part.modules():
+            norm.training = norm.training and not isinstance(norm, nn.BatchNorm1d)
+
+
+def again(pipe, model):
+    by_stage(pipe, model)
+    pipe.train(), model.train()
+    by_flag(pipe, model)
+
+
+def untouched(pipe, model):
+    del pipe, model
+
+
+@pytest.mark.parametrize("stages", [1, 2, 7])
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [(nn.Module.train, change) for change in (by_stage, by_flag, norms_alone, again)]
+    + [(frozen, change) for change in (by_stage, by_flag, untouched)],  # untouched and in training it draws
+)
+def test_a_flag_counts_wherever_it_is_set(change, before, stages):
+    model = modes.tower()
+    before(model)
+    example = {"target": modes.TARGET}
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "GPipe", "grain": "op"}
+    with fxpipe.compile(model, stages, (modes.X,), example, **options).materialize(device="cpu") as pipe:
+        assert pipe.plan.opened or stages < 7
+        pipe.evaluate(modes.X, target=modes.TARGET)  # with the flags that it was compiled with
+        for (_, buffer), (_, own) in zip(pipe.named_buffers(), model.named_buffers(), strict=True):
+            buffer.copy_(own)
+        change(pipe, model)
+        modes.check(pipe, model)
+
+
+def test_a_flag_that_one_rank_changes_counts_on_all():
+    results = launch("end_to_end/modes_worker.py", 2)
+    check(results)
+    assert [result.stdout.strip() for result in results] == ["ok", "ok"]
+
+
+def test_a_flag_that_did_not_change_costs_no_capture():
+    model = modes.tower()
+    frozen(model)
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "GPipe", "grain": "op"}
+    with fxpipe.compile(model, 7, (modes.X,), {"target": modes.TARGET}, **options).materialize(device="cpu") as pipe:
+        pipe.step(modes.X, target=modes.TARGET)
+        for stage in pipe.stage_modules:
+            for part in stage.modules():
+                part.train(part.training) if not list(part.children()) else None
+        pipe.step(modes.X, target=modes.TARGET)
+        assert len(pipe._trainer.variants.keys) == 1
+        assert torch.is_grad_enabled()
