@@ -172,7 +172,9 @@ def compile(
     )
     compiler = _Compiler(capture, settings, cost, example)
     graph, made, captured = compiler.from_plan(plan) if plan is not None else compiler.plan()
-    made = replace(made, notes=(*(() if explained is None else (explained(made),)), *made.notes))
+    said = () if explained is None else (explained(made),)
+    lost = capture.skeleton.lost_compilations(capture.closed_modules(made.opened))
+    made = replace(made, notes=(*said, *lost, *made.notes))
     stage_of_layer = {name: stage.index for stage in made.stages for name in stage.layers}
     variants = Variants(capture, stage_of_layer, made.num_stages, made.opened)
     if captured is not None:

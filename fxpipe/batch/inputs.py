@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -219,6 +220,17 @@ def _comparable(path: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return (type(value).__qualname__, value)
     try:
-        return digest(spell(value, path))
-    except SpecError:  # not comparable across processes: the same object at least
-        return f"{type(value).__qualname__}"
+        spelled = spell(value, path)
+    except SpecError:
+        spelled = ("some",)
+    if _is_partial(spelled):  # what it holds cannot be compared: it shares a graph with no other, nor with itself later
+        return (type(value).__qualname__, next(_OTHERS))
+    return digest(spelled)
+
+
+_OTHERS = itertools.count()
+
+
+def _is_partial(spelled: Any) -> bool:
+    """Whether something that a function closes over is spelled by its class alone."""
+    return isinstance(spelled, tuple) and (spelled[:1] == ("some",) or any(map(_is_partial, spelled)))

@@ -389,7 +389,7 @@ class Capture:
         if "shape of what it returns" in blocked.reason:
             return "return a tensor of a fixed shape (a mask rather than a selection) from it"
         if blocked.opens:
-            return "pass what is read or changed there as an argument, and return it"
+            return "pass what is read or changed there as an argument, and return it; no cache (use_cache=False)"
         if not self._is_module(blocked.fqn):
             return "write the loss without it: it must not look at values that only a run has"
         holder = type(self.skeleton.module.get_submodule(blocked.fqn)).__name__

@@ -60,6 +60,8 @@ def is_plain(value: Any) -> bool:
 def shape_depends_on_values(name: str, args: tuple[Any, ...], result: Any) -> bool:
     """Tell whether the shape of a call's result depends on the values of its arguments."""
     if name in _SHAPED_BY_VALUES:
+        if name == "one_hot" and len(args) > 1:
+            return bool(args[1] == -1)  # the classes are counted
         return not (name == "where" and len(args) > 1)
     if name != "__getitem__":
         return False

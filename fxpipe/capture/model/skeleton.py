@@ -6,14 +6,14 @@ import copy
 import itertools
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from fxpipe._torch import FakeTensor, FakeTensorMode, storage_key
+from fxpipe._torch import FakeTensor, FakeTensorMode, compiled_in_place, is_compiled, storage_key
 from fxpipe.capture.model.held import held_by
 from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
 from fxpipe.errors import CaptureError, TieError
@@ -43,6 +43,7 @@ class Skeleton:
             ``"recorded"``: from its recorded initialisation; ``"none"``: from nowhere.
         values: Values that were asked for.
         caching: Configurations of the copy whose caches were switched off.
+        compiled: Whether in place, by the FQN of each module that the user compiled; ``""`` for the model itself.
     """
 
     module: nn.Module
@@ -57,6 +58,22 @@ class Skeleton:
     origins: Mapping[str, str] = field(default_factory=dict)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     caching: tuple[Any, ...] = ()
+    compiled: Mapping[str, bool] = field(default_factory=dict)
+
+    def lost_compilations(self, closed: Collection[str]) -> tuple[str, ...]:
+        """Say which modules that the user compiled are not called whole, and so run uncompiled.
+
+        Args:
+            closed: FQNs of the modules that are called whole.
+        """
+        whole = tuple(f"{fqn}." for fqn in closed)
+        lost = [fqn or "the model" for fqn in self.compiled if fqn not in closed and not fqn.startswith(whole)]
+        if not lost:
+            return ()
+        named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        return (
+            f"{named}: compiled, but opened into stages, which run uncompiled; materialize(compile=) compiles them",
+        )
 
     def value_of(self, fqn: str) -> torch.Tensor | None:
         """Give a tensor's value where it has one before ``materialize``: it is real, or its initialisation recorded."""
@@ -149,7 +166,18 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     generators = frozenset(id(item) for _, item in _plain_items(copies) if isinstance(item, torch.Generator))
     origins = {fqn: _origin(tensor) for fqn, tensor in originals.items()}
     return Skeleton(
-        module, mode, infos, aliases, originals, fqn_of, module_fqns, plain, generators, origins, caching=caching
+        module,
+        mode,
+        infos,
+        aliases,
+        originals,
+        fqn_of,
+        module_fqns,
+        plain,
+        generators,
+        origins,
+        caching=caching,
+        compiled={fqn: compiled_in_place(part) for fqn, part in parts if is_compiled(part)},
     )
 
 

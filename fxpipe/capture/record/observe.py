@@ -29,6 +29,7 @@ from fxpipe._torch import FakeTensor, without_modes
 from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.calls.ambient import mirrored_ambient
 from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.calls.objects import Objects
 from fxpipe.capture.calls.real_values import LARGEST
 from fxpipe.capture.calls.scalars import followed_math, settled
 from fxpipe.capture.model.blocks import Leaves
@@ -42,6 +43,7 @@ from fxpipe.capture.record.guards import Numbers
 from fxpipe.capture.record.modules import ModuleCalls
 from fxpipe.capture.record.outcome import finish, loss_of
 from fxpipe.capture.record.recorder import Recorder
+from fxpipe.ir.tree import map_tree
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +115,7 @@ def observe(
         attributes = _enter(stack, skeleton, left, grad_enabled)
         recorder = Recorder(skeleton, stack.enter_context(mirrored_ambient()), known)
         forward = Forward.begin(skeleton, leaves, recorder, counter, attributes, progress)
-        args, kwargs, target = _given(forward, inputs)
+        args, kwargs, target, objects = _given(forward, inputs)
         stack.enter_context(forward.watch)
         stack.enter_context(ModuleCalls(forward).intercepting())
         stack.enter_context(Bypasses(forward).intercepting())
@@ -126,6 +128,7 @@ def observe(
         loss = loss_of(forward, output, target, loss_fn)
         if loss is None or not grad_enabled:  # it is handed out
             (output,) = settled(output)
+        objects.check()
         outcome = finish(forward, loss if loss is not None else output)
     return Observation(
         leaves,
@@ -138,13 +141,16 @@ def observe(
     )
 
 
-def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Add the inputs to the graph, and give what the model is called with."""
+def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any], Any, Objects]:
+    """Add the inputs to the graph, and give what the model is called with, and the objects in it."""
     fakes = {name: _input(tensor) for name, tensor in inputs.tensors.items()}
     for name, tensor in fakes.items():
         forward.recorder.placeholder(name, tensor)
     forward.numbers = bool(inputs.followed)
-    return inputs.with_tensors(fakes, Numbers(forward).inputs(inputs.followed))
+    given = inputs.with_tensors(fakes, Numbers(forward).inputs(inputs.followed))
+    objects = Objects()
+    args, kwargs, target = (map_tree(objects.copied, part) for part in given)
+    return args, kwargs, target, objects
 
 
 def _enter(stack: ExitStack, skeleton: Skeleton, left: Sequence[Change], grad_enabled: bool) -> Attributes:
