@@ -27,14 +27,14 @@ class BatchLayout:
         size: Number of samples.
         dims: The dimension of samples of each tensor that is split, by path; the others go to every microbatch whole.
         whole: Paths of the tensors with dimensions that every microbatch gets whole.
-        unclear: Tensors whose samples cannot be told, where the batch is not to be split.
+        unclear: What is wrong with tensors whose samples cannot be told, by path.
         said: What the report says of tensors of which something else could have been taken, by path.
     """
 
     size: int
     dims: Mapping[str, int]
     whole: tuple[str, ...] = ()
-    unclear: tuple[str, ...] = ()
+    unclear: Mapping[str, str] = field(default_factory=dict)
     said: Mapping[str, str] = field(default_factory=dict)
 
     def check_clear(self) -> None:
@@ -44,9 +44,10 @@ class BatchLayout:
             ScheduleError: Names all of it.
         """
         if self.unclear:
+            named = "; ".join(self.unclear.values())
             raise ScheduleError(
-                f"cannot split {'; '.join(self.unclear)}: the batch has {self.size} samples, and a tensor's dimension "
-                f"0 must be {self.size} (split) or 1 (repeated)\n"
+                f"cannot split {named}: the batch has {self.size} samples, and a tensor's dimension 0 must be "
+                f"{self.size} (split) or 1 (repeated)\n"
                 "  say where the samples lie, batch_dims={'name': dimension} (None: not split) on fxpipe.compile, or "
                 "pass ready-split inputs as step(microbatches=[...])"
             )
@@ -147,21 +148,21 @@ class BatchDims:
         size = self._size(leaves) if size is None else size
         dims: dict[str, int] = {}
         whole: list[str] = []
-        faults: list[str] = []
+        faults: dict[str, str] = {}
         for path, leaf, said, dim in leaves:
             if isinstance(leaf, torch.Tensor):
                 found, fault = _found(path, leaf, said, dim, size)
                 if fault:
-                    faults.append(fault)
+                    faults[path] = fault
                 elif found is not None:
                     dims[path] = found
                 elif leaf.dim():
                     whole.append(path)
             elif isinstance(leaf, PackedSequence):
-                faults.append(f"{path}, a PackedSequence (pad it, and pack it in the forward)")
+                faults[path] = f"{path}, a PackedSequence (pad it, and pack it in the forward)"
             elif isinstance(leaf, np.ndarray) and leaf.ndim > 0:
-                faults.append(f"{path}, a numpy array")
-        layout = BatchLayout(size, dims, tuple(whole), tuple(faults))
+                faults[path] = f"{path}, a numpy array"
+        layout = BatchLayout(size, dims, tuple(whole), faults)
         if split:
             layout.check_clear()
         return layout
@@ -188,6 +189,21 @@ class BatchDims:
             elif square or either or self._said(path)[0]:
                 found[path] = f"split along {dim}"
         return found
+
+    def refuse_unlike(self, layout: BatchLayout, index: int) -> None:
+        """Refuse a ready-split microbatch that holds other numbers of samples in what counts them.
+
+        That is what the user says has samples, and what the example split.
+
+        Raises:
+            ScheduleError: Names what differs.
+        """
+        wrong = [fault for path, fault in layout.unclear.items() if path in self.first or self._said(path)[0]]
+        if wrong:
+            raise ScheduleError(
+                f"microbatch {index} has {layout.size} samples, but holds {'; '.join(wrong)}\n"
+                "  give all as many samples, or say which are none: batch_dims={'name': None} on fxpipe.compile"
+            )
 
     def _said(self, path: str) -> tuple[bool, int | None]:
         """Whether the user says something of a tensor, and what: the longest path that fits."""

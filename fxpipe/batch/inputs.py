@@ -35,6 +35,7 @@ class Inputs:
         samples: Number of samples.
         dims: The dimension of samples of each tensor that has one, by name.
         said: What the report says of how tensors are split, by name.
+        unclear: Names of the tensors whose samples cannot be told.
         numbers: Every ``int`` and ``float`` that is no tensor, by name.
         open: The signature without the values of numbers: equal for microbatches that take the same graph if the
             numbers only enter arithmetic.
@@ -49,6 +50,7 @@ class Inputs:
     samples: int = 1
     dims: Mapping[str, int] = field(default_factory=dict)
     said: Mapping[str, str] = field(default_factory=dict)
+    unclear: frozenset[str] = frozenset()
     numbers: Mapping[str, float] = field(default_factory=dict)
     open: tuple[Any, ...] = ()
     follows: bool = False
@@ -147,8 +149,7 @@ def name_inputs(
     """
     tensors: dict[str, torch.Tensor] = {}
     signature: list[Any] = []
-    dims: dict[str, int] = {}
-    said: dict[str, str] = {}
+    paths: dict[str, str] = {}
     numbers: list[tuple[str, float]] = []
 
     def take(path: str, leaf: Any) -> Any:
@@ -156,10 +157,7 @@ def name_inputs(
             _check_input(path, leaf)
             name = _identifier(path, tensors)
             tensors[name] = leaf
-            if layout is not None and path in layout.dims:
-                dims[name] = layout.dims[path]
-            if layout is not None and path in layout.said:
-                said[name] = layout.said[path]
+            paths[name] = path
             strides = () if leaf.is_contiguous() else tuple(leaf.stride())
             signature.append((name, tuple(leaf.shape), leaf.dtype, strides))
         else:
@@ -174,10 +172,14 @@ def name_inputs(
         map_tree(take, value, name)
     if target is not None:
         map_tree(take, target, "target")
-    samples = layout.size if layout is not None else 1
+    layout = layout or BatchLayout(1, {})
+    dims = {name: layout.dims[path] for name, path in paths.items() if path in layout.dims}
+    said = {name: layout.said[path] for name, path in paths.items() if path in layout.said}
+    unclear = frozenset(name for name, path in paths.items() if path in layout.unclear)
     any_number = tuple((each[0], each[1][0]) if each[0] in dict(numbers) else each for each in signature)
     named = _named_numbers(numbers, tensors)
-    return Inputs(tuple(args), kwargs, target, tensors, tuple(signature), samples, dims, said, named, any_number)
+    about = layout.size, dims, said, unclear, named, any_number
+    return Inputs(tuple(args), kwargs, target, tensors, tuple(signature), *about)
 
 
 def _named_numbers(numbers: Sequence[tuple[str, float]], taken: Mapping[str, Any]) -> dict[str, float]:

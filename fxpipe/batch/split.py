@@ -104,7 +104,7 @@ def check_ready_split(microbatches: Sequence[Microbatch], dims: BatchDims = _ANY
         Samples of each.
 
     Raises:
-        ScheduleError: There is none, or one has no samples.
+        ScheduleError: There is none, or one has no samples, or tensors of one have other numbers of them.
 
     >>> import torch
     >>> check_ready_split([((torch.zeros(3, 2),), {}, None), ((torch.zeros(1, 2),), {}, None)])
@@ -112,8 +112,9 @@ def check_ready_split(microbatches: Sequence[Microbatch], dims: BatchDims = _ANY
     """
     if not microbatches:
         raise ScheduleError("step got no microbatches\n  pass at least one in microbatches=[...]")
-    sizes = tuple(batch_size_of(*microbatch, dims) for microbatch in microbatches)
-    for index, size in enumerate(sizes):
-        if size < 1:
+    layouts = [dims.layout(microbatch, split=False) for microbatch in microbatches]
+    for index, layout in enumerate(layouts):
+        if layout.size < 1:
             raise ScheduleError(f"microbatch {index} has no samples\n  leave it out of microbatches=[...]")
-    return sizes
+        dims.refuse_unlike(layout, index)
+    return tuple(layout.size for layout in layouts)

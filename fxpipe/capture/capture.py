@@ -421,8 +421,8 @@ class Capture:
             except (Blocked, CaptureError) as error:
                 raise Unsuited(f"it does not run on twice as many samples: {error}".split("\n")[0]) from error
 
-        given, by_model = (inputs.tensors, inputs.samples), self.loss_fn is None
-        return find_loss_terms(self.skeleton, observation, structure, *given, twice, by_model=by_model)
+        by_model = self.loss_fn is None
+        return find_loss_terms(self.skeleton, observation, structure, inputs, twice, by_model=by_model)
 
     def _finished(self, inputs: Inputs, observation: Observation, structure: Structure, loss: Loss) -> Captured:
         notes = list(observation.notes)

@@ -36,10 +36,19 @@ class _Placement:
     def __init__(self, structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int) -> None:
         self.layers: Layers = find_layers(structure)
         self.structure = structure
-        self.planned = [_planned(layer_name(*key), stage_of_layer) for key in self.layers.keys]
+        self.planned = [
+            self._planned(layer_name(*key), nodes, stage_of_layer)
+            for key, nodes in zip(self.layers.keys, self.layers.nodes, strict=True)
+        ]
         self.last = num_stages - 1
         self.unit = self._units()
         self.edges = self._edges()
+
+    def _planned(self, name: str, nodes: tuple[fx.Node, ...], stage_of_layer: Mapping[str, int]) -> int | None:
+        """Give the plan's stage of a layer, of one that it does not know that of the tensors of the model it reads."""
+        stage = _planned(name, stage_of_layer)
+        own = (read for node in nodes for read in node.all_input_nodes if stage is None and is_own(read))
+        return next((found for read in own if (found := _planned(str(read.target), stage_of_layer)) is not None), stage)
 
     def _units(self) -> list[int]:
         """Give a common number to layers that must share a stage."""

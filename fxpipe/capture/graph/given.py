@@ -67,6 +67,8 @@ class Given:
         parts: list[Values] = [{} for _ in range(PARTS)]
         place = 0
         for node in self.tail.sources:
+            if node.op == "placeholder" and node.target in twins.unclear:
+                raise Unsuited(f"which dimension of {node.target} counts samples is not known; say so in batch_dims=")
             number = info(node).number
             if number is not None:
                 whole[node] = _varied(number, trial)

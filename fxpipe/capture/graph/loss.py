@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.graph.counts import Candidate, counter_of
 from fxpipe.capture.graph.proof import Scaling, Summand, Verdict, prove
 from fxpipe.capture.graph.sizes import Unsuited
 from fxpipe.capture.graph.structure import Structure, make_structure
-from fxpipe.capture.graph.tail import Twins, spoken
+from fxpipe.capture.graph.tail import Twins, find_tail, spoken
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import info, reached, set_info
 from fxpipe.capture.record.observe import Observation
@@ -81,8 +82,7 @@ def find_loss_terms(
     skeleton: Skeleton,
     observation: Observation,
     structure: Structure,
-    inputs: Mapping[str, torch.Tensor],
-    samples: int,
+    inputs: Inputs,
     twice: Callable[[], Observation],
     *,
     by_model: bool,
@@ -93,21 +93,22 @@ def find_loss_terms(
         skeleton: The copy of the model.
         observation: What the forward did; scaled copies of summands may be added to its graph.
         structure: A structure whose only result is the loss.
-        inputs: The example, by name.
-        samples: Its samples.
+        inputs: The example.
         twice: Records the forward with twice the samples.
         by_model: Whether the model computes the loss itself: summands of it that couple samples are auxiliary ones.
     """
     result = structure.results[0]
     try:
         other = twice()
-        twins = Twins.of(skeleton, observation, structure, other, make_structure(other, training=True), samples)
+        twice_as_many = make_structure(other, training=True)
+        twins = Twins.of(skeleton, observation, structure, other, twice_as_many, inputs.samples)
+        twins = replace(twins, unclear=inputs.unclear)
     except Unsuited as unsuited:
         return _unproved(result, str(unsuited))
     summands = _summands(twins, result)
-    verdicts = [prove(twins, summand, inputs) for summand in summands]
+    verdicts = [prove(twins, summand, inputs.tensors) for summand in summands]
     if all(verdict.candidate is None for verdict in verdicts) and len(summands) > 1:
-        whole = prove(twins, Summand(result), inputs)
+        whole = prove(twins, Summand(result), inputs.tensors)
         if whole.candidate is not None:
             summands, verdicts = [Summand(result)], [whole]
     return _decided(twins, result, summands, verdicts, by_model)
@@ -122,7 +123,7 @@ def _decided(
         found = verdict.candidate
         if found is None:
             auxiliary = by_model or verdict.from_model or not _in_loss_fn(summand.node)
-            if main is None or not auxiliary:
+            if main is None or not auxiliary or _reads_unclear(twins, summand.node):
                 return _unproved(result, _reason(summand, verdict))
             name = info(summand.node).layer or spoken(summand.node)
             found = replace(main, what=f"{name} couples samples (auxiliary, weighed like the main term)")
@@ -136,6 +137,15 @@ def _decided(
         finish = found.finish if found.chain else None
         terms.append(Term(node, found.kind, count, finish, found.what, verdict.candidate is None))
     return Loss(tuple(terms))
+
+
+def _reads_unclear(twins: Twins, node: fx.Node) -> bool:
+    """Whether a number is computed, past all blocks, of an input whose samples cannot be told."""
+    try:
+        sources = find_tail(twins, node).sources if twins.unclear else ()
+    except Unsuited:
+        return True
+    return any(source.op == "placeholder" and source.target in twins.unclear for source in sources)
 
 
 def _unproved(result: fx.Node, reason: str) -> Loss:

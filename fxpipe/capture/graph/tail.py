@@ -43,6 +43,7 @@ class Twins:
         constants: Of the second.
         samples: Of the first.
         reads: Nodes whose values Python read, with the answers in both.
+        unclear: Names of the inputs whose samples cannot be told.
     """
 
     skeleton: Skeleton
@@ -52,6 +53,7 @@ class Twins:
     constants: Mapping[str, Any]
     samples: int
     reads: tuple[tuple[fx.Node, Any, Any], ...]
+    unclear: frozenset[str] = frozenset()
 
     @classmethod
     def of(
