@@ -75,12 +75,14 @@ class Figures:
         outputs: Every tensor of the model's output, by microbatch and place: ``"output logits of microbatch 0"``.
         gradients: By first FQN.
         buffers: As the step left them, by first FQN.
+        states: What modules save beside tensors, as the step left it, in one spelling, by its name.
     """
 
     loss: torch.Tensor
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     gradients: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    states: Mapping[str, str] = field(default_factory=dict)
 
 
 def compare(
@@ -148,7 +150,7 @@ def check(differences: Sequence[Difference], reference: str, note: str = "") -> 
     worst = max(differences, key=lambda difference: difference.severity)
     if worst.severity > 1:
         wrong = sum(difference.severity > 1 for difference in differences)
-        plain = worst.name.startswith(("loss", "output", "buffer"))
+        plain = worst.name.startswith(("loss", "output", "buffer", "state"))
         what = worst.name if plain else f"the gradient of {worst.name}"
         raise MismatchError(
             f"{wrong} of {len(differences)} tensors differ from {reference}; the worst is {what} (stage "
@@ -188,6 +190,9 @@ def compare_figures(
             if name in wanted.buffers:
                 pair = buffer, wanted.buffers[name]
                 differences.append(compare(f"buffer {name}", stage_of.get(name, 0), *pair, control.buffers.get(name)))
+        for name, state in each.states.items():
+            same = state == wanted.states.get(name, state)
+            differences.append(Difference(f"state {name}", stage_of.get(name, 0), 0.0 if same else float("inf"), _TINY))
     held = {name for each in found for name in each.gradients}
     lost = [name for name, gradient in wanted.gradients.items() if gradient is not None and name not in held]
     differences += [Difference(name, stage_of.get(name, 0), float("inf"), _TINY) for name in lost]

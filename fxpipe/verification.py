@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,12 @@ from fxpipe.errors import MismatchError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.ir.tree import map_tree
 from fxpipe.materialize import Running
+from fxpipe.runtime.build.extra_state import (
+    extra_modules,
+    full_extra_states,
+    held_extra_modules,
+    spelled_states,
+)
 from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages, build_whole
 from fxpipe.runtime.build.state import gather_tensors
 from fxpipe.runtime.ranks.agreement import agree
@@ -56,7 +63,13 @@ class WholeModel:
     called in the order that was recorded, so that the draws are those of the pipeline.
     """
 
-    def __init__(self, capture: Capture, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        states: Mapping[str, Any],
+    ) -> None:
         self._capture = capture
         self._device = device
         skeleton = capture.skeleton
@@ -64,6 +77,10 @@ class WholeModel:
         part = StageParts(0, tuple(sorted(capture.closed_modules(()))), tuple(skeleton.infos))
         (self.stage,) = build_stages(skeleton.module, [part], values, skeleton.aliases, device)
         self.plain = build_whole(skeleton.module, self.stage, skeleton.aliases)
+        self._states = extra_modules(skeleton.module)
+        for modules in (extra_modules(self.plain), held_extra_modules(self._states, [self.stage])):
+            for key, module in modules.items():
+                module.set_extra_state(copy.deepcopy(states[key]))
 
     def run(self, prepared: Step, jobs: Sequence[Job], output_jobs: Sequence[Job]) -> tuple[Figures, str]:
         """Run forward and backward of every microbatch.
@@ -84,7 +101,7 @@ class WholeModel:
                 outputs = named_outputs(output_jobs, recorded.infer(output_jobs))
             with kept_buffers([self.stage]):
                 self.plain.zero_grad()
-                return self._figures(recorded.train(jobs), outputs), "the recorded model on one rank"
+                return self._figures(recorded.train(jobs), outputs, self.stage), "the recorded model on one rank"
         return self.run_plain(prepared, jobs), "the unpartitioned model"
 
     def run_plain(self, prepared: Step, jobs: Sequence[Job]) -> Figures:
@@ -100,7 +117,7 @@ class WholeModel:
                     torch.autograd.backward(loss * share)
                     losses.append(loss.detach().double() * share)
                 found.update(named_output(output, index))
-            return self._figures(torch.stack(losses).sum().to(loss.dtype), found)
+            return self._figures(torch.stack(losses).sum().to(loss.dtype), found, self.plain)
 
     def run_whole(self, batch: Microbatch) -> Figures:
         """Run forward and backward of a batch at once."""
@@ -108,7 +125,7 @@ class WholeModel:
             self.plain.zero_grad()
             _, loss = self._computed(_moved(batch, self._device))
             torch.autograd.backward(loss)
-            return self._figures(loss.detach(), {})
+            return self._figures(loss.detach(), {}, self.plain)
 
     def _computed(self, batch: Microbatch) -> tuple[Any, torch.Tensor]:
         args, kwargs, target = batch
@@ -117,11 +134,12 @@ class WholeModel:
         assert loss is not None
         return output, loss
 
-    def _figures(self, loss: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> Figures:
+    def _figures(self, loss: torch.Tensor, outputs: Mapping[str, torch.Tensor], ran: nn.Module) -> Figures:
         first = self._capture.skeleton.aliases
         gradients = {first[fqn]: _on_cpu(parameter.grad) for fqn, parameter in self.stage.named_parameters()}
         buffers = {first.get(fqn, fqn): buffer.clone().cpu() for fqn, buffer in self.stage.named_buffers()}
-        return Figures(loss, outputs, gradients, buffers)
+        saving = extra_modules(ran) if ran is self.plain else held_extra_modules(self._states, [self.stage])
+        return Figures(loss, outputs, gradients, buffers, spelled_states(saving))
 
     def writers(self, batch: Microbatch) -> list[str]:
         """Name the modules whose buffers a forward of the batch changes: they look at several samples at once."""
@@ -220,9 +238,11 @@ class Verifier:
             gradients = {fqn: _on_cpu(parameter.grad) for fqn, parameter in parameters.items()}
             named = self._running.named(nn.Module.named_buffers)
             buffers = {fqn: buffer.clone().cpu() for fqn, buffer in named}
+            saving = extra_modules(self._variants.capture.skeleton.module)
+            states = spelled_states(held_extra_modules(saving, self._running.stages))
         with kept_buffers(self._running.stages):
             outputs = named_outputs(output_jobs, engine.infer(output_jobs) or ())
-        return Figures(loss, outputs, gradients, buffers)
+        return Figures(loss, outputs, gradients, buffers, states)
 
     def _against_whole(
         self,
@@ -234,16 +254,18 @@ class Verifier:
         step: int,
     ) -> tuple[list[Difference], str, str]:
         """Compare on rank 0, which builds the model; other ranks only send their gradients and buffers."""
-        sent = Figures(found.loss, {}, found.gradients, found.buffers)
+        sent = replace(found, outputs={})
         everywhere = self._of_all(sent)
         groups = self._running.groups
+        saving = extra_modules(self._variants.capture.skeleton.module)
+        states = full_extra_states(saving, self._running.stages, groups)
         error: Exception | None = None
         references: list[Figures] = []
         name, note = "", ""
         try:
             if groups is None or groups.position == 0:
                 with busy(groups, "computing the reference"):
-                    model = WholeModel(self._variants.capture, tensors, self._running.device)
+                    model = WholeModel(self._variants.capture, tensors, self._running.device, states)
                     alone = prepared[0].on_one_stage(), prepared[1].on_one_stage()
                     for each in alone:
                         each.install([model.stage])
@@ -259,7 +281,7 @@ class Verifier:
         differences: list[Difference] = []
         if references:
             if groups is not None and groups.replicas is not None:  # replicas have buffers of their own batches
-                everywhere = [replace(each, buffers={}) for each in everywhere]
+                everywhere = [replace(each, buffers={}, states={}) for each in everywhere]
             wanted, control = (self._of_all_replicas(each) for each in references)
             ranks = [replace(everywhere[0], outputs=found.outputs), *everywhere[1:]]
             last = len(self._running.placement) - 1
@@ -307,7 +329,7 @@ class Verifier:
         whole = model.run_whole(batch)
         with nudged([model.stage]):
             control = model.run_whole(batch)
-        parts = replace(model.run_plain(prepared, jobs), outputs={}, buffers={})
+        parts = replace(model.run_plain(prepared, jobs), outputs={}, buffers={}, states={})
         return all(each.severity <= 1 for each in compare_figures([parts], whole, control, {}, 0))
 
     def _of_all_replicas(self, figures: Figures) -> Figures:
@@ -358,14 +380,18 @@ def _moved(batch: Microbatch, device: torch.device) -> Microbatch:
 
 @contextmanager
 def kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Give buffers the values that they had."""
+    """Give buffers, and what modules save besides, the values that they had."""
     kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    saving = [part for module in modules for part in extra_modules(module).values()]
+    states = [(part, copy.deepcopy(part.get_extra_state())) for part in saving]
     try:
         yield
     finally:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+        for part, state in states:
+            part.set_extra_state(state)
 
 
 @contextmanager

@@ -190,3 +190,48 @@ def test_verify_between_steps_leaves_the_accumulation_as_it_was() -> None:
         found.append({name: parameter.grad for name, parameter in pipe.named_parameters()})
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name])
+
+
+class Counting(nn.Linear):
+    """Counts its calls beside its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.calls = 0
+
+    def get_extra_state(self) -> int:
+        return self.calls
+
+    def set_extra_state(self, state: int) -> None:
+        self.calls = state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def counting() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Counting() for _ in range(3)))
+
+
+def test_what_modules_save_beside_tensors_is_compared_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 6)
+    pipe = running(counting(), x, target=x)
+    pipe.step(x, target=x)
+    parts = [part for stage in pipe.stage_modules for part in stage.modules() if isinstance(part, Counting)]
+    assert [part.calls for part in parts] == [4, 4, 4]
+    pipe.verify(x, target=x)
+    assert [part.calls for part in parts] == [4, 4, 4]
+    real = LocalEngine.train
+
+    def wrong(engine: LocalEngine, jobs: Any) -> torch.Tensor:
+        loss = real(engine, jobs)
+        for stage in engine._stages:
+            for name, part in stage.named_modules():
+                part.calls = 9 if name == "1" else getattr(part, "calls", 0)
+        return loss
+
+    monkeypatch.setattr(LocalEngine, "train", wrong)
+    with pytest.raises(fxpipe.MismatchError, match=r"state 1\._extra_state"):
+        pipe.verify(x, target=x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from fxpipe.errors import SpecError
+from fxpipe.ir.canonical import digest, spell
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups
 
@@ -25,7 +28,7 @@ def extra_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def own_extra_states(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> dict[str, Any]:
     """Give what the modules that this rank's stages hold save."""
-    return {key: held.get_extra_state() for key, held in _held(modules, stages).items()}
+    return {key: held.get_extra_state() for key, held in held_extra_modules(modules, stages).items()}
 
 
 def held_extra_states(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> list[str]:
@@ -53,7 +56,7 @@ def load_extra_states(
     modules: Mapping[str, nn.Module], stages: Sequence[StageModule], state: Mapping[str, Any]
 ) -> None:
     """Give modules back what they saved: those of the stages, and the model's copy, from which stages are made."""
-    held = _held(modules, stages)
+    held = held_extra_modules(modules, stages)
     for key, part in modules.items():
         if key in state:
             part.set_extra_state(state[key])
@@ -65,14 +68,15 @@ def missing_extra_states(
     modules: Mapping[str, nn.Module], stages: Sequence[StageModule], state: Mapping[str, Any]
 ) -> list[str]:
     """List what this rank's modules save and a state leaves out."""
-    return [key for key in _held(modules, stages) if key not in state]
+    return [key for key in held_extra_modules(modules, stages) if key not in state]
 
 
 def _has(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _held(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> dict[str, nn.Module]:
+def held_extra_modules(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> dict[str, nn.Module]:
+    """Give those of the modules that this rank's stages hold, as they stand there, by their keys."""
     held: dict[str, nn.Module] = {}
     for stage in stages:
         here = {fqn.replace("_orig_mod.", ""): part for fqn, part in stage.named_modules(remove_duplicate=False)}
@@ -82,3 +86,12 @@ def _held(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> di
             if part is not None and part is not stage and _has(part):
                 held.setdefault(key, part)
     return held
+
+
+def spelled_states(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Give what modules save as texts that are equal for equal states; what cannot be compared is left out."""
+    found = {}
+    for key, part in modules.items():
+        with contextlib.suppress(SpecError):
+            found[key] = digest(spell(part.get_extra_state(), key))
+    return found
