@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import torch.utils.checkpoint
 
 from fxpipe._torch import (
     BackwardHookFunction,
+    FakeTensor,
     flex_attention_anywhere,
     functorch_is_active,
     intercepted,
@@ -57,6 +59,7 @@ class Bypasses:
                     function = getattr(owner, name)
                     if callable(function) and not isinstance(function, type):
                         stack.enter_context(replaced(owner, name, self._drawing(function)))
+            stack.enter_context(replaced(FakeTensor, "device", property(self._device(vars(FakeTensor)["device"].fget))))
             stack.enter_context(intercepted(self._function, self._vmap, self._script, self._checkpoint))
             stack.enter_context(module_conversions(self._converted))
             stack.enter_context(padded_encoders(lambda: self._forward.passes))
@@ -103,6 +106,17 @@ class Bypasses:
             return real(func, in_dims, out_dims, randomness, chunk_size, *inner, **named)
 
         return record_whole(forward, vmapped, call, tuple(rest), kwargs)
+
+    def _device(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Note where opened code compares the type of a tensor's device: here all are on the CPU."""
+        forward = self._forward
+
+        def device(tensor: Any) -> Any:
+            if not forward.passes and sys._getframe(1).f_globals.get("__name__", "")[:5] != "torch":
+                forward.note_device("device")
+            return real(tensor)
+
+        return device
 
     def _script(self, scripted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Callable[..., Any]) -> Any:
         forward = self._forward

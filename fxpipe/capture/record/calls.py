@@ -57,6 +57,8 @@ class Calls(TorchFunctionMode):
             func, name, args = torch.Tensor.clone, "clone", args[:1]
         if forward.numbers and not only_computes(name, args, kwargs):
             args, kwargs = settled(args, kwargs)
+        if name == "get_device" or (name == "__get__" and _property(func) in _DEVICES):
+            forward.note_device("get_device()" if name == "get_device" else _property(func))
         if name == "__get__":
             value = func(*args, **kwargs)
             if forward.counting or not isinstance(value, torch.Tensor):
@@ -310,6 +312,9 @@ def finish_call(
 
 
 _KEPT = frozenset({"register_hook", "requires_grad_", "__set__"})
+
+
+_DEVICES = frozenset({"is_cuda", "is_cpu", "is_xpu", "device"})
 
 
 def _property(func: Any) -> str:

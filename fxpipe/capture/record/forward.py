@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxpipe.capture.calls.blocked import Blocked, user_line
+from fxpipe.capture.calls.blocked import Blocked, asks_for_accelerator, user_line
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.calls.watch import Watch
@@ -68,6 +68,7 @@ class Forward:
         dtype: torch's default dtype when the forward began.
         python_random: State of Python's and numpy's generators, as far as it was looked at.
         python_draw: Where in the user's code they were drawn from.
+        notes: What the report should say.
         numbers: Whether Python numbers among the inputs are followed.
         blocked: The first thing that could not be recorded; a bare ``except`` of the user's may have swallowed it.
     """
@@ -93,6 +94,7 @@ class Forward:
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     python_random: tuple[Any, ...] = field(default_factory=python_random_state)
     python_draw: str = ""
+    notes: dict[str, None] = field(default_factory=dict)
     numbers: bool = False
     blocked: Blocked | None = None
 
@@ -138,6 +140,12 @@ class Forward:
         if not self.on_zeros:
             self.side_channels.check(tensors)
         return tensors
+
+    def note_device(self, asked: str) -> None:
+        """Note that opened code asks where a tensor lies: in a recording all lie on the CPU."""
+        if not self.passes and asks_for_accelerator(asked):
+            fqn = self.frames.top.fqn or "the model"
+            self.notes[f"{fqn} asks for a tensor's {asked} ({user_line()}): it is recorded as on the CPU"] = None
 
     def noted(self, blocked: Blocked) -> None:
         """Complete an exception on its way out, and remember it."""

@@ -88,7 +88,7 @@ def finish(forward: Forward, returned: Any) -> Outcome:
         for change in left
         if has_tensor(change.now)
     ]
-    return Outcome(results, tuple(left), tuple(dict.fromkeys(notes)), overwritten)
+    return Outcome(results, tuple(left), tuple(dict.fromkeys((*notes, *forward.notes))), overwritten)
 
 
 def _written_back(forward: Forward, change: Change) -> bool:

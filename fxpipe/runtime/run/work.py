@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -98,7 +98,7 @@ def take_outputs(program: StageProgram, job: Job, received: Tensors, outputs: Te
     """Keep what a stage gave for a microbatch; raises as ``run_forward``."""
     shares: tuple[tuple[torch.Tensor, float], ...] = ()
     if program.stage_index < len(job.program.stages) - 1:
-        _check_sent(program, outputs)
+        check_sent(program, outputs)
     else:
         terms = outputs[len(job.program.outputs) :]
         shares = tuple((term, share) for term, share in zip(terms, job.shares, strict=True) if share != 0)
@@ -117,7 +117,8 @@ def run_backward(work: Pass, gradients: Tensors = ()) -> Tensors:
     """
     roots, of_roots = _roots(work, gradients)
     if roots:
-        torch.autograd.backward(roots, of_roots)
+        with outside_autocast():
+            torch.autograd.backward(roots, of_roots)
     return _gradients(work, [leaf.grad for leaf in _leaves(work)])
 
 
@@ -134,7 +135,8 @@ def run_backward_for_inputs(work: Pass, weights: Sequence[torch.Tensor], gradien
     work.pending = ([torch.autograd.graph.get_gradient_edge(root) for root in roots], of_roots)
     found: Sequence[torch.Tensor | None] = [None] * len(leaves)
     if leaves and roots:
-        found, groups = backward_for_inputs(roots, of_roots, leaves, weights)
+        with outside_autocast():
+            found, groups = backward_for_inputs(roots, of_roots, leaves, weights)
         # No group: no path leads from a received tensor to an output, and the second half is the whole backward.
         work.groups = groups or None
         if work.groups:
@@ -144,10 +146,11 @@ def run_backward_for_inputs(work: Pass, weights: Sequence[torch.Tensor], gradien
 
 def run_backward_for_weights(work: Pass) -> None:
     """Run the second half of a split backward: accumulate the gradients of the weights."""
-    if work.groups:
-        backward_for_weights(work.groups)
-    elif work.pending[0]:
-        torch.autograd.backward(*work.pending)
+    with outside_autocast():
+        if work.groups:
+            backward_for_weights(work.groups)
+        elif work.pending[0]:
+            torch.autograd.backward(*work.pending)
     work.groups, work.pending = None, ([], [])
 
 
@@ -216,6 +219,19 @@ def _instead(kept: tuple[torch.Tensor | None, ...], _: object) -> tuple[torch.Te
     return kept
 
 
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Leave the user's autocast: it surrounds the step, and a backward belongs outside of it."""
+    with ExitStack() as stack:
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=False))
+        yield
+
+
+_AUTOCAST = ("cpu", "cuda", "xpu")
+
+
 def _roots(work: Pass, gradients: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Give where the backward starts, and the gradients it starts with."""
     declared = work.declared[1]
@@ -251,14 +267,26 @@ def _gradients(work: Pass, found: Sequence[torch.Tensor | None]) -> Tensors:
     return tuple(given)
 
 
-def _check_sent(program: StageProgram, outputs: Tensors) -> None:
+def check_sent(program: StageProgram, outputs: Tensors) -> None:
+    """Refuse what a stage is about to send that the plan does not know so.
+
+    Raises:
+        ScheduleError: Names the tensor.
+    """
     for tensor, declared in zip(outputs, program.sent, strict=True):
         meta = declared.meta
         if tuple(tensor.shape) != meta.shape or str(tensor.dtype) != f"torch.{meta.dtype}":
+            kind = tensor.device.type
+            casts = tuple(tensor.shape) == meta.shape and torch.is_autocast_enabled(kind)
+            way_out = (
+                f"autocast on {kind} casts other operations than where the model was captured: cast {declared.name} in "
+                "the model, or cut elsewhere (leaves=)"
+                if casts
+                else "capture the model with an example that takes this path (and under the same autocast)"
+            )
             raise ScheduleError(
                 f"stage {program.stage_index} computed {declared.name} as {tensor.dtype} of shape "
-                f"{list(tensor.shape)}, but the plan sends {meta}\n"
-                "  capture the model with an example that takes this path (and under the same autocast)"
+                f"{list(tensor.shape)}, but the plan sends {meta}\n  {way_out}"
             )
         if tensor.requires_grad and not meta.requires_grad:
             raise ScheduleError(
