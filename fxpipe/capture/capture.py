@@ -255,7 +255,7 @@ class Capture:
         return make_layer_graph(
             self.skeleton,
             captured.structure,
-            closed=captured.observation.leaves.closed,
+            blocks=captured.observation.leaves.blocks,
             storages=captured.observation.recorder.storages,
             inputs=captured.inputs.described(),
             batch_size=batch_size,

@@ -265,3 +265,39 @@ def test_a_poolformer_trains_and_evaluates_on_one_plan(start, grain):
         for fqn, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[fqn], parameter.grad, rtol=1e-9, atol=1e-12)
         pipe.train(), pipe.step(**batch)
+
+
+class Spare(nn.Module):
+    """Holds a module that is never called, beside blocks that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 6)) for _ in range(2))
+        self.spare = Beside(nn.Linear(6, 6))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Beside(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.inner(x) * self.scale
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_a_module_that_is_never_called_is_kept_whatever_is_opened(stages, grain):
+    torch.manual_seed(0)
+    model, x = Spare().double(), torch.randn(4, 6, dtype=torch.float64)
+    options = {"loss_fn": error, "microbatches": 2, "schedule": "GPipe", "grain": grain}
+    with fxpipe.compile(model, stages, (x,), {"target": x}, **options).materialize(device="cpu") as pipe:
+        assert {fqn for fqn, _ in pipe.named_parameters()} == {fqn for fqn, _ in model.named_parameters()}
+        assert pipe.state_dict(full=True).keys() == model.state_dict().keys()
+        pipe.load_state_dict(model.state_dict())
+        torch.testing.assert_close(pipe.step(x, target=x), error(model(x), x).detach(), rtol=1e-12, atol=0)

@@ -55,7 +55,7 @@ def make_layer_graph(
     skeleton: Skeleton,
     structure: Structure,
     *,
-    closed: Collection[str],
+    blocks: Collection[str],
     storages: Mapping[int, Storage],
     inputs: Sequence[str] = (),
     batch_size: int | None = None,
@@ -70,7 +70,7 @@ def make_layer_graph(
     Args:
         skeleton: The copy of the model.
         structure: What its forward did, as far as it is needed.
-        closed: FQNs of the modules recorded as one call.
+        blocks: FQNs of the model's blocks.
         storages: The memory that the values of nodes lie in, by ``NodeInfo.storage``.
         inputs: Description of each input of one microbatch.
         batch_size: Samples per microbatch.
@@ -83,7 +83,7 @@ def make_layer_graph(
     uses = [_tensors_used(skeleton, nodes) for nodes in layers.nodes]
     mains = [_main(nodes) for nodes in layers.nodes]
     taken = {name for key, node in zip(layers.keys, mains, strict=True) for name in (key[0], info(node).block)}
-    unused = _unused(skeleton, uses, closed, taken)
+    unused = _unused(skeleton, uses, blocks, taken)
     ties = _ties(skeleton, [*uses, *unused.values()])
     tie_of = {fqn: tie.key for tie in ties if len(tie.fqns) > 1 or len(tie.layers) > 1 for fqn in tie.fqns}
     specs = [_spec(skeleton, key, mains[i], uses[i], tie_of) for i, key in enumerate(layers.keys)]
@@ -169,9 +169,12 @@ def _tensors_used(skeleton: Skeleton, nodes: Sequence[fx.Node]) -> dict[str, Non
 
 
 def _unused(
-    skeleton: Skeleton, uses: Sequence[Mapping[str, None]], closed: Collection[str], taken: Collection[str]
+    skeleton: Skeleton, uses: Sequence[Mapping[str, None]], blocks: Collection[str], taken: Collection[str]
 ) -> dict[str, dict[str, None]]:
-    """Give the tensors that no layer uses under any name, by the module that would be called with them.
+    """Give the tensors that no layer uses under any name, by the block they are in or the module that holds them.
+
+    They have these names in every capture of a model, whatever is opened in it: a block of which nothing is called is
+    one layer, of others each module is.
 
     Where that is a layer or a block already, each tensor stands by itself: a name means one thing.
     """
@@ -182,7 +185,7 @@ def _unused(
         if fqn not in reached:
             parents = fqn.split(".")[:-1]
             prefixes = (".".join(parents[:length]) for length in range(1, len(parents) + 1))
-            owner = next((each for each in prefixes if each in closed and each not in opened), ".".join(parents) or fqn)
+            owner = next((each for each in prefixes if each in blocks and each not in opened), ".".join(parents) or fqn)
             unused.setdefault(fqn if owner in taken else owner, {})[fqn] = None
     return unused
 

@@ -58,7 +58,7 @@ def trace_layers(skeleton: Skeleton, leaves: Leaves, *, notes: Sequence[str] = (
         rebuild=tuple,
         is_loss=False,
     )
-    return make_layer_graph(skeleton, structure, closed=leaves.closed, storages={}, notes=(NOTE, *notes))
+    return make_layer_graph(skeleton, structure, blocks=leaves.blocks, storages={}, notes=(NOTE, *notes))
 
 
 def _traced(skeleton: Skeleton, leaves: Leaves) -> fx.Graph:

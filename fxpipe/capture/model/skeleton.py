@@ -150,17 +150,7 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     fqn_of = {id(fake): fqn for fqn, fake in fakes.items()}
     fqn_of.update({id(tensor): aliases[fqn] for fqn, tensor in named})
     persistent = set(model.state_dict(keep_vars=True)) if named else set()
-    infos = {
-        fqn: TensorInfo(
-            fqn,
-            tuple(fake.shape),
-            str(fake.dtype).removeprefix("torch."),
-            fake.numel() * fake.element_size(),
-            trainable=isinstance(fake, nn.Parameter) and fake.requires_grad,
-            persistent=fqn in persistent,
-        )
-        for fqn, fake in fakes.items()
-    }
+    infos = _infos(fakes, persistent)
     copies = list(module.named_modules())
     module_fqns = {id(part): fqn for fqn, part in (*parts, *copies)}
     generators = frozenset(id(item) for _, item in _plain_items(copies) if isinstance(item, torch.Generator))
@@ -179,6 +169,20 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
         caching=caching,
         compiled={fqn: compiled_in_place(part) for fqn, part in parts if is_compiled(part)},
     )
+
+
+def _infos(fakes: Mapping[str, torch.Tensor], persistent: Collection[str]) -> dict[str, TensorInfo]:
+    return {
+        fqn: TensorInfo(
+            fqn,
+            tuple(fake.shape),
+            str(fake.dtype).removeprefix("torch."),
+            fake.numel() * fake.element_size(),
+            trainable=isinstance(fake, nn.Parameter) and fake.requires_grad,
+            persistent=fqn in persistent,
+        )
+        for fqn, fake in fakes.items()
+    }
 
 
 def _origin(tensor: torch.Tensor) -> str:
