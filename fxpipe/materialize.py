@@ -445,6 +445,5 @@ def _build(
         dtype=capture.dtype,
         constructed=sequence.recorded(seed) if sequence is not None else None,
     )
-    again = [fqn for fqn, in_place in skeleton.compiled.items() if in_place]
-    stages = build_stages(skeleton.module, parts, values.tensors, skeleton.aliases, device, compiled=again)
+    stages = build_stages(skeleton.module, parts, values.tensors, skeleton.aliases, device)
     return stages, set(values.unfilled)

@@ -61,19 +61,22 @@ class Skeleton:
     compiled: Mapping[str, bool] = field(default_factory=dict)
 
     def lost_compilations(self, closed: Collection[str]) -> tuple[str, ...]:
-        """Say which modules that the user compiled are not called whole, and so run uncompiled.
+        """Say which modules that the user compiled run uncompiled: opened ones, and those compiled in place.
+
+        What was compiled in place belongs to the user's own module, and not to its copies in the stages.
 
         Args:
             closed: FQNs of the modules that are called whole.
         """
         whole = tuple(f"{fqn}." for fqn in closed)
-        lost = [fqn or "the model" for fqn in self.compiled if fqn not in closed and not fqn.startswith(whole)]
+        kept = {
+            fqn for fqn, in_place in self.compiled.items() if not in_place and (fqn in closed or fqn.startswith(whole))
+        }
+        lost = [fqn or "the model" for fqn in self.compiled if fqn not in kept]
         if not lost:
             return ()
         named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
-        return (
-            f"{named}: compiled, but opened into stages, which run uncompiled; materialize(compile=) compiles them",
-        )
+        return (f"{named}: what was compiled there runs uncompiled; materialize(compile=) compiles blocks or stages",)
 
     def value_of(self, fqn: str) -> torch.Tensor | None:
         """Give a tensor's value where it has one before ``materialize``: it is real, or its initialisation recorded."""
