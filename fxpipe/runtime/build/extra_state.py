@@ -33,7 +33,7 @@ def own_extra_states(modules: Mapping[str, nn.Module], stages: Sequence[StageMod
 
 def held_extra_states(modules: Mapping[str, nn.Module], stages: Sequence[StageModule]) -> list[str]:
     """List the keys of the modules that this rank's stages hold whole."""
-    return list(_held(modules, stages))
+    return list(held_extra_modules(modules, stages))
 
 
 def full_extra_states(
