@@ -127,6 +127,7 @@ def test_weights_found_in_the_loss_hold_for_the_whole_batch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_small_gradient_that_is_wrong_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))).to(dtype)
     x = torch.randn(8, 6, dtype=dtype)
     with torch.no_grad():
