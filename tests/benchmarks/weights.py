@@ -357,7 +357,8 @@ Written by `python -m tests.benchmarks weights --page`: each row is a process of
 processor time. *Peak* is the highest resident memory above what a rank has that captured the model and joined its
 group. A rank may need 1.05 × its own bytes and 64 MB (*of allowed*), 1.15 × and one file where it reads files.
 DeepSpeed's rows build the blocks of a middle stage as its `PipelineModule` does, without embeddings and head, and with
-other numbers than one build of the whole model.
+other numbers than one build of the whole model. What `from_pretrained` and accelerate give stays mapped from the files:
+every rank has the whole model, of which no page is resident, nor read, before it is used.
 
 {parts}"""
 

@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 import fxpipe
 
 # peft asks for it, until it follows transformers 5.24.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # OFT's own
+]
 
 FAMILY = families.FAMILIES["llama"]
 TARGETS = ["q_proj", "down_proj"]
@@ -17,6 +20,11 @@ KINDS = {
     "lora": lambda: peft.LoraConfig(r=2, target_modules=TARGETS),
     "copy": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["lm_head"]),
     "rs-gaussian": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="gaussian"),
+    "dora": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
+    "embedding": lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    "tokens": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, trainable_token_indices={"embed_tokens": [1, 2]}),
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]),
+    "adalora": lambda: peft.AdaLoraConfig(target_r=2, init_r=3, total_step=10, target_modules=TARGETS),
     "loha": lambda: peft.LoHaConfig(r=2, target_modules=TARGETS),
     "lokr": lambda: peft.LoKrConfig(r=2, target_modules=TARGETS),
     "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
@@ -27,7 +35,7 @@ def compiled(model, stages=2):
     return fxpipe.compile(model, stages, (), FAMILY.batch(), microbatches=4, schedule="GPipe")
 
 
-ORDINARY = [("lora", "huggingface"), ("copy", "empty"), ("ia3", "huggingface")]
+ORDINARY = [("lora", "huggingface"), ("copy", "empty"), ("ia3", "huggingface"), ("dora", "huggingface")]
 OTHERS = [(kind, init) for kind in KINDS for init in ("huggingface", "empty") if (kind, init) not in ORDINARY]
 
 

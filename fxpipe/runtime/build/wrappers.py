@@ -39,11 +39,16 @@ def inner_modules(module: nn.Module) -> Iterator[tuple[str, str | None]]:
     if peft is None:
         return
     fqns = {id(part): fqn for fqn, part in module.named_modules()}
+    tokens: Any = getattr(peft.utils, "TrainableTokensWrapper", ())  # a layer of peft in a wrapper of peft
     for fqn, part in module.named_modules():
         layer: Any = part
         if is_tuner(part):
             yield fqn, None
-            yield fqns[id(layer.get_base_layer())], fqn
+            outer = fqn.rpartition(".")[0]
+            inside = isinstance(module.get_submodule(outer), tokens)
+            yield fqns[id(layer.get_base_layer())], outer if inside else fqn
+        elif isinstance(part, tokens):
+            yield fqn, None
         elif isinstance(part, peft.utils.ModulesToSaveWrapper):
             yield fqn, None
             yield fqns[id(layer.original_module)], fqn
