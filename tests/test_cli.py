@@ -38,7 +38,7 @@ def test_the_module_runs_from_a_bare_checkout():
     [
         (["no_such_file.py:build", "--stages", "4"], "there is no file no_such_file.py"),
         ([BUILD.replace(":build", ":nothing"), "--stages", "4"], "has no function nothing"),
-        ([BUILD.replace(":build", ""), "--stages", "4"], "names no function"),
+        ([BUILD.replace(":build", ""), "--stages", "4"], "no function of it is named"),
         ([BUILD, "--stages", "32", "--schedule", "GPipe", "--grain", "block"], "cannot cut GPT into 32 stages"),
         ([BUILD, "--stages", "0"], "stages is 0"),
         ([BUILD, "--stages", "4", "--schedule", "2F2B"], "unknown schedule '2F2B'"),

@@ -118,3 +118,13 @@ def test_the_python_and_the_shell_of_a_page_parse(page):
 def test_every_page_is_in_the_site():
     listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} | MADE
+
+
+def test_the_messages_of_the_troubleshooting_page_are_the_packages_own():
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "fxpipe").rglob("*.py")))
+    said = re.sub(r'["\'] *\n\s*f?["\']', "", source)  # what is written in pieces
+    rows = re.findall(r"^\| `(.+?)`.* \|", (ROOT / "docs/guides/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(rows) > 12
+    for message in rows:
+        for part in filter(None, map(str.strip, message.split("…"))):
+            assert part in said, f"no message says {part!r}"

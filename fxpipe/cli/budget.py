@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
         "--recompute", metavar="WHAT", help="one way only; default: nothing, block and auto are compared"
     )
     parser.add_argument("--csv", metavar="FILE", help="write all rows; - for standard output")
-    parser.add_argument("--json", metavar="FILE", help="write all rows; - for standard output")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write all rows; without FILE, print them")
 
 
 def add_budget(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

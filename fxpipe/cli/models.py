@@ -47,6 +47,8 @@ def find_factory(text: str, example: Example) -> Callable[[], Any]:
         module = _load_file(place, name) if place.endswith(".py") or "/" in place else _load_module(place)
         return _function(module, place, name)
     path = Path(text)
+    if path.suffix == ".py" and path.is_file():
+        raise PlanError(f"{text} is a file, and no function of it is named\n  write {text}:build")
     config = path / "config.json" if path.is_dir() else path
     if config.suffix == ".json":
         if not config.is_file():

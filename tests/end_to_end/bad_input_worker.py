@@ -60,7 +60,11 @@ def main() -> None:
     expect(fxpipe.ScheduleError, "3 ranks, but 2 processes", lambda: compiled(stages=3, schedule="GPipe").materialize())
     plan = compiled().plan
     expect(fxpipe.PlanError, "made for another model", lambda: compiled(Chain(width=4, layers=6), plan=plan))
-    expect(fxpipe.PlanError, "the plan differs between ranks", lambda: compiled(seed=rank).materialize())
+    expect(
+        fxpipe.PlanError,
+        "the plan differs between ranks in seed: rank 0 has '0', rank 1 has '1'",
+        lambda: compiled(seed=rank).materialize(),
+    )
     with torch.device("meta"):
         empty = Chain()
     expect(fxpipe.MaterializeError, r"blocks\.", lambda: compiled(empty).materialize())
