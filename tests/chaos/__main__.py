@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from benchmarks.sections import write_section  # noqa: E402
-from chaos.faults import PLACES, RANKS, WITHIN_S, chosen  # noqa: E402
+from chaos.faults import ENDED, PLACES, RANKS, WITHIN_S, chosen  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
 
@@ -53,10 +53,13 @@ def table(lines: list[dict[str, object]]) -> str:
     rows.append(f"| **all** | {' | '.join(f'**{number}**' for number in total)} | {max(slowest.values()):.1f} s |")
     kinds = sorted({line["fault"]["kind"] for line in lines})  # type: ignore[index]
     schedules = sorted({line["fault"]["schedule"] for line in lines})  # type: ignore[index]
+    ended = sum(bool(line["ended"]) for line in lines)
     about = (
         f"{len(lines)} faults on {RANKS} ranks of one machine, of these kinds: {', '.join(kinds)}; under "
-        f"{', '.join(schedules)}. Late: more than {WITHIN_S:g} s after the rank failed, or after `timeout` where it "
-        "stands still. Slowest: until the last rank had raised; a rank that stands still has 1 s of that."
+        f"{', '.join(schedules)}. In {ended} of them a rank was kept by an exchange of gloo's that never ends: it "
+        f"printed the cause and ended itself with exit code {ENDED}. Late: more than {WITHIN_S:g} s after the rank "
+        "failed, or after `timeout` where it stands still. Slowest: until the last rank had raised; a rank that stands "
+        "still has 1 s of that."
     )
     return "\n".join([about, "", *rows]) + "\n"
 

@@ -8,6 +8,7 @@ import random
 
 RANKS = 3
 STALL_S = 1.0  # materialize(timeout=) where a rank is made to stand still
+ENDED = 70  # the exit code of a rank that was kept by an exchange which never ends
 WITHIN_S = 5.0  # after it failed, or was given up
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -97,14 +98,25 @@ class Said:
     again: str
 
 
-def faults_of(fault: Fault, injected_at: float | None, said: dict[int, Said | None], codes: dict[int, int | None]):
-    """Say what is wrong with how the ranks took a fault; nothing where all is as it should be."""
+def faults_of(
+    fault: Fault,
+    injected_at: float | None,
+    said: dict[int, Said | None],
+    codes: dict[int, int | None],
+    ended: dict[int, str],
+) -> list[str]:
+    """Say what is wrong with how the ranks took a fault; nothing where all is as it should be.
+
+    ``ended`` is what ranks printed that were kept by an exchange which never ends, and so ended themselves.
+    """
     if injected_at is None:
         return ["it was not injected"]
     wrong = []
     for rank in range(RANKS):
         what = said.get(rank)
         if rank == fault.rank and not fault.is_heard:
+            continue
+        if what is None and codes.get(rank) == ENDED and f"rank {fault.rank}" in ended.get(rank, ""):
             continue
         if what is None:
             wrong.append(f"hang: rank {rank} said nothing (ended with {codes.get(rank)})")

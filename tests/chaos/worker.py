@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from chaos.faults import RANKS, STALL_S, Fault, Said, faults_of, possible
+from chaos.faults import ENDED, RANKS, STALL_S, Fault, Said, faults_of, possible
 from torch import nn
 
 import fxpipe
@@ -136,13 +137,15 @@ class Rank:
         optimizer.step()
         self.armed = True
         getattr(self, "_" + place.replace(" ", "_"))(pipe, x, optimizer)
+        if place != "step":  # a rank whose part of the call was over hears of it in its next one
+            pipe.step(x, target=x)
 
     def _step(self, pipe: fxpipe.Pipeline, x: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         if self.is_victim:
             self.note()
         kind = self.fault.kind
         if kind == "wrong batch":
-            pipe.step(self.batch(self.rank == self.fault.rank), target=x)
+            pipe.step(self.batch(int(self.is_victim)), target=x)
         elif kind == "wrong order of calls":
             pipe.clip_grad_norm_(1.0) if self.is_victim else pipe.step(x, target=x)
         elif kind == "another mode":
@@ -251,6 +254,8 @@ def rank_main(fault: Fault, rank: int, folder: pathlib.Path, port: int, pipe: fx
     for number in (1, 2):
         with open(folder / f"{rank}.out", "a") as file:
             os.dup2(file.fileno(), number)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(GIVEN_UP_S - 10)
     torch.set_num_threads(1)
     own = Rank(fault, rank, folder)
     code = 0
@@ -307,14 +312,21 @@ class Injection:
             said[rank] = Said(**json.loads(path.read_text())) if path.exists() else None
         noted = self.folder / "injected"
         at = float(noted.read_text()) if noted.exists() else None
-        wrong = faults_of(self.fault, at, said, codes) + [f"orphan: rank {rank}" for rank in orphans]
+        ended = {rank: (self.folder / f"{rank}.out").read_text() for rank in range(RANKS) if codes[rank] == ENDED}
+        wrong = faults_of(self.fault, at, said, codes, ended) + [f"orphan: rank {rank}" for rank in orphans]
         slowest = max((what.at - (at or what.at) for r, what in said.items() if what and r in self.heard), default=0.0)
         if wrong:
             wrong += [f"rank {r} printed: {(self.folder / f'{r}.out').read_text()[-1500:]}" for r in range(RANKS)]
         shutil.rmtree(self.folder, ignore_errors=True)
         others = [what.text for r, what in said.items() if what and r != self.fault.rank]
         text = others[0] if others else ""
-        return {"fault": dataclasses.asdict(self.fault), "wrong": wrong, "seconds": slowest, "text": text}
+        return {
+            "fault": dataclasses.asdict(self.fault),
+            "wrong": wrong,
+            "seconds": slowest,
+            "text": text,
+            "ended": len(ended),
+        }
 
 
 def main(names: list[str], at_once: int) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import pathlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import fxpipe
+import fxpipe.batch.digest
+import fxpipe.training
+from fxpipe.runtime.ranks import joining, watch
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -118,6 +125,104 @@ def leaving() -> None:
     except fxpipe.RankError as error:
         print(f"RankError: {error}".replace("\n  ", " | "), flush=True)
     said(lambda: pipe.step(x, target=x))
+
+
+def versions() -> None:
+    """Another version of a library on one rank."""
+    real = joining.versions()
+    joining.versions = lambda: {**real, "torch": f"2.{RANK}"}  # type: ignore[assignment]
+    said(lambda: make().materialize(device="cpu"))
+
+
+def late() -> None:
+    """Batches that differ and lie on an accelerator, for which the CPU stands in; then the same ones."""
+    for module in (fxpipe.batch.digest, fxpipe.training):
+        module.on_host = lambda device: False  # type: ignore[assignment]
+    pipe = make().materialize(device="cpu")
+    x = batch()
+    said(lambda: pipe.step(batch(RANK), target=x))
+    print(all(parameter.grad is None for parameter in pipe.parameters()), flush=True)
+    said(lambda: pipe.step(x, target=x))
+    print(all(parameter.grad is not None for parameter in pipe.parameters()), flush=True)
+    pipe.close()
+
+
+def busy() -> None:
+    """A rank that builds for longer than it may stand still; then one that stands still between two calls."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+
+    def init(module: nn.Module) -> None:
+        if RANK == 1:
+            time.sleep(0.8)
+        with torch.no_grad():
+            for parameter in module.parameters(recurse=False):
+                parameter.fill_(0.1)
+
+    x = batch()
+    pipe = fxpipe.compile(model, 2, (x,), {"target": x}, loss_fn=F.mse_loss, microbatches=4)
+    said(lambda: pipe.materialize(device="cpu", init=init, timeout=0.5))
+    pipe.step(x, target=x)
+    if RANK == 1:
+        time.sleep(3)
+    said(lambda: pipe.step(x, target=x))
+
+
+def elsewhere() -> None:
+    """A rank of another machine that fails in a stage: word of it goes through the store."""
+    real = watch.OtherStatus
+    watch.OtherStatus = lambda path, token: real("/nowhere", token)  # type: ignore[assignment, misc]
+    pipe = make().materialize(device="cpu", timeout=1.0)
+    x = batch()
+    pipe.step(x, target=x)
+    first = next(iter(pipe.stage_modules[0].children()))
+    if RANK == 1:
+        first.register_forward_pre_hook(lambda *_: [][0])
+    said(lambda: pipe.step(x, target=x))
+    said(lambda: pipe.step(x, target=x))
+
+
+def kept() -> None:
+    """Pipelines that come and go, one by one and two at once, on a process group of the user's, which stays."""
+    dist.init_process_group("gloo")
+    x = batch()
+    counts = []
+    for _ in range(4):
+        with make().materialize(device="cpu") as pipe, make(seed=1).materialize(device="cpu") as other:
+            for each in (pipe, other, pipe):
+                each.step(x, target=x)
+        del pipe, other, each
+        gc.collect()
+        counts.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+    print(counts[1] == counts[2] == counts[3] or counts, flush=True)
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    print(float(total), flush=True)
+    dist.destroy_process_group()
+
+
+def trains() -> None:
+    """A run that saves, dies at its fourth step where the folder has no mark yet, and goes on when it is started again.
+
+    The second argument is the folder.
+    """
+    folder = pathlib.Path(sys.argv[2])
+    pipe = make().materialize(device="cpu")
+    optimizer = pipe.optimizer(torch.optim.AdamW, lr=0.05)
+    path = folder / "checkpoints"
+    first = pipe.load(path, optimizer=optimizer) if path.exists() else 0
+    for step in range(first, 6):
+        if step == 3 and RANK == 1 and not (folder / "restarted").exists():
+            (folder / "restarted").touch()
+            raise RuntimeError("the power is gone")
+        x = batch(step)
+        loss = pipe.step(x, target=x)
+        optimizer.step()
+        pipe.zero_grad()
+        if step % 2 == 1:
+            pipe.save(path / str(step), optimizer=optimizer, extra=step + 1)
+        print(f"{step} {float(loss)!r}", flush=True)
+    pipe.close()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import launch
+import pytest
 
 
-def run(way: str) -> list[list[str]]:
-    results = launch.launch("runtime/ranks_worker.py", 2, way, timeout_s=100)
-    assert [result.returncode for result in results] == [0, 0], [result.stderr[-2000:] for result in results]
+def run(way: str, *arguments: str, dies: bool = False) -> list[list[str]]:
+    results = launch.launch("runtime/ranks_worker.py", 2, way, *arguments, timeout_s=100)
+    assert dies or [result.returncode for result in results] == [0, 0], [result.stderr[-2000:] for result in results]
     return [result.stdout.splitlines() for result in results]
 
 
@@ -49,3 +54,63 @@ def test_a_rank_that_ends_in_the_middle_of_a_step_is_a_failure_like_others():
     assert second[0] == "SystemExit: enough"
     for rows in (first, second):
         assert rows[1].startswith(f"RankError: the pipeline ended earlier: {cause}")
+
+
+def test_another_version_of_a_library_on_one_rank_is_refused():
+    for rows in run("versions"):
+        assert rows[0].startswith("PlanError: the versions of libraries differs between ranks: rank 0 has {")
+        assert "'torch': '2.0'" in rows[0]
+        assert "'torch': '2.1'" in rows[0]
+
+
+def test_batches_on_accelerators_are_compared_before_their_gradients_are_anybodys():
+    for rows in run("late"):
+        assert "the batch differs between ranks in the values of its tensors" in rows[0]
+        assert rows[1:] == ["True", "nothing raised", "True"]
+
+
+def test_a_rank_that_is_busy_is_waited_for_and_one_that_stands_still_is_named():
+    first, second = run("busy")
+    assert first[0] == second[0] == "nothing raised"
+    assert first[1].startswith("RankError: rank 1 has not answered for ")
+    assert "it is in no call of the pipeline; its last one was step; last actions: rank 0 " in first[1]
+    assert second[1].startswith("RankError: rank 1 has not answered for ")  # it hears so when it comes back
+
+
+def test_what_fails_on_another_machine_is_heard_through_the_store():
+    first, second = run("elsewhere")
+    cause = "rank 1 (stage 1, microbatch 0, layer 2) failed: IndexError: list index out of range"
+    assert first[0].startswith(f"RankError: {cause}")
+    assert second[0] == "IndexError: list index out of range"
+    for rows in (first, second):
+        assert rows[1].startswith(f"RankError: the pipeline ended earlier: {cause}")
+
+
+def test_pipelines_leave_nothing_behind_and_a_process_group_of_the_users_stays():
+    assert run("kept") == [["True", "2.0"]] * 2
+
+
+def test_a_run_that_is_started_again_goes_on_with_the_losses_of_an_undisturbed_one(tmp_path):
+    for name in ("disturbed", "undisturbed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "undisturbed" / "restarted").touch()
+    wanted = run("trains", str(tmp_path / "undisturbed"))[0]
+    died = run("trains", str(tmp_path / "disturbed"), dies=True)[0]
+    went_on = run("trains", str(tmp_path / "disturbed"))[0]
+    assert len(wanted) == 6
+    assert died == wanted[:3]
+    assert went_on == wanted[2:]  # the last checkpoint is of the second step
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_saves(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--master-port", "0", "--", str(launch.HERE / "runtime" / "ranks_worker.py"), "trains", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": launch.import_path(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = dict(line.split() for line in done.stdout.splitlines())
+    (tmp_path / "undisturbed").mkdir()
+    (tmp_path / "undisturbed" / "restarted").touch()
+    assert losses == dict(line.split() for line in run("trains", str(tmp_path / "undisturbed"))[0])
+    assert "the power is gone" in done.stderr

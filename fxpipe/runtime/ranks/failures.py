@@ -91,6 +91,7 @@ class Failures:
             raise
         except BaseException as error:
             self._is_inside = False
+            self.watch.status.doing(Doing.WORKING)
             if getattr(error, _AGREED, False):
                 self.watch.status.finish()
                 raise

@@ -82,6 +82,10 @@ class OwnStatus:
     """This rank's status: some bytes of a file that is removed as soon as the others of the machine have mapped it.
 
     Writing to it costs under a microsecond, and asks nobody.
+
+    Attributes:
+        current: What is done now.
+        since: Since when.
     """
 
     def __init__(self) -> None:
@@ -94,6 +98,8 @@ class OwnStatus:
         finally:
             os.close(file)
         self._entered = self._finished = self._beats = 0
+        self._has_left = False
+        self.current, self.since = Doing.OUTSIDE, time.monotonic()
         self.doing(Doing.OUTSIDE)
         self.beat()
 
@@ -117,17 +123,19 @@ class OwnStatus:
 
     def act(self, action: str) -> None:
         """Begin to compute something, by name."""
-        _DOING.pack_into(self._block, _DOING_AT, time.monotonic(), Doing.WORKING)
+        self.doing(Doing.WORKING)
         struct.pack_into("<32s", self._block, _ACTION_AT, action.encode())
 
     def doing(self, doing: Doing) -> None:
-        """Say what is done now."""
-        _DOING.pack_into(self._block, _DOING_AT, time.monotonic(), doing)
+        """Say what is done now; others see it until this rank has left."""
+        self.current, self.since = doing, time.monotonic()
+        if not self._has_left:
+            _DOING.pack_into(self._block, _DOING_AT, self.since, doing)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Say for a while that this rank waits for others."""
-        before = self.read().doing
+        before = self.current
         self.doing(Doing.WAITING)
         yield
         self.doing(before)
@@ -135,7 +143,7 @@ class OwnStatus:
     @contextmanager
     def busy(self, action: str) -> Iterator[None]:
         """Say for a while that what is done may take long."""
-        before = self.read().doing
+        before = self.current
         self.act(action)
         self.doing(Doing.BUSY)
         try:
@@ -146,7 +154,9 @@ class OwnStatus:
     def leave(self, words: str) -> None:
         """Say that this rank takes part no more."""
         struct.pack_into("<4096s", self._block, _WORDS_AT, words.encode()[:4096])
-        self.doing(Doing.LEFT)
+        if not self._has_left:
+            self._has_left = True
+            _DOING.pack_into(self._block, _DOING_AT, time.monotonic(), Doing.LEFT)
 
     def beat(self) -> None:
         """Show that this process runs."""

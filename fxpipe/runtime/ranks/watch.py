@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,10 @@ SILENT_S = 3.0
 """After how long without such a sign a process counts as one that does not run."""
 STORE_S = 1.0
 """How long the store may take to answer: the rank that keeps it may be the one that stands still."""
+GRACE_S = 2.0
+"""How long an exchange may go on once every connection of the pipeline has ended."""
+EXIT_CODE = 70
+"""Of a process that such an exchange keeps."""
 _READ_S = 0.5
 """How long ranks of other machines have to read why the pipeline ended."""
 _STAGE = re.compile(r"(\d+)[A-Z]\d+")
@@ -59,6 +64,7 @@ class Watch:
         self._pids: dict[int, int] = {}
         self._lost: dict[int, float] = {}
         self._record: Record | None = None
+        self._decided_at = 0.0
         self._asks_store = False
         self._decided = threading.Event()
         self._stopped = threading.Event()
@@ -113,6 +119,7 @@ class Watch:
                 first = self._said() or (_bounded(lambda: _written(self._key, record)) if self._asks_store else None)
                 self._record = first if first is not None else record
                 self.status.leave(self._record.to_json())
+                self._decided_at = time.monotonic()
                 self._decided.set()
                 self._interrupt()
                 self.connections.shut()
@@ -145,6 +152,8 @@ class Watch:
             for rank in sorted(self.connections.ended(TICK_S)):
                 self._lost.setdefault(rank, time.monotonic())
             self.status.beat()
+            if self._decided.is_set():
+                self._leave_what_never_ends()
             if self._stopped.is_set() or self._decided.is_set():
                 continue
             found = self._judge()
@@ -152,6 +161,16 @@ class Watch:
                 record = self.settle(found)
                 if record.silent:  # no rank raises it as its own, and a launcher may end this one at any moment
                     logging.getLogger("fxpipe").error("rank %d: %s", self._own, record.text)
+
+    def _leave_what_never_ends(self) -> None:
+        """End the process where an exchange goes on although every connection it could use has ended.
+
+        Gloo forgets, rarely, an exchange that begins just as its connection ends: nothing would wake that thread.
+        """
+        start = max(self.status.since, self._decided_at)
+        if self.status.current == Doing.WAITING and time.monotonic() - start > GRACE_S and self._record is not None:
+            print(f"fxpipe: rank {self._own} ends: {self._record.text}", file=sys.stderr, flush=True)
+            os._exit(EXIT_CODE)
 
     def _judge(self) -> Record | None:
         own = self.status.read()
