@@ -58,6 +58,18 @@ def test_an_adapter_changes_nothing_at_first(kind, init, tmp_path):
     assert any(tensor.grad.any() for tensor in trained.values())
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft asks for it too
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_a_prompt_starts_as_its_constructor_leaves_it(kind, tmp_path):
+    FAMILY.build("cpu").save_pretrained(tmp_path)
+    configuration = getattr(peft, kind)(num_virtual_tokens=8, task_type="CAUSAL_LM")
+    pipe = compiled(peft.get_peft_model(FAMILY.build(), configuration)).materialize(init=tmp_path)
+    prefix = pipe.state_dict(full=True)["prompt_encoder.default.embedding.weight"]
+    assert 0.8 < prefix.std() < 1.2
+    pipe.step(**FAMILY.batch())
+    assert any(parameter.grad.any() for parameter in pipe.parameters() if parameter.requires_grad)
+
+
 def test_what_is_trained_beside_its_original_starts_as_its_copy():
     pipe = compiled(peft.get_peft_model(FAMILY.build(), KINDS["copy"]())).materialize(init="huggingface")
     named = pipe.state_dict()

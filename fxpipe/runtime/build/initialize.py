@@ -24,7 +24,7 @@ from fxpipe.recipes.tape import leaves
 from fxpipe.runtime.build.generators import seed_generators
 from fxpipe.runtime.build.poison import OTHER_POISON, POISON, looks_untouched, poisoned, same_bytes
 from fxpipe.runtime.build.standin import StandIn, tensor_names
-from fxpipe.runtime.build.wrappers import is_tuner, plain_name, starts
+from fxpipe.runtime.build.wrappers import is_tuner, plain_name, starts, starts_as_built
 
 InitFunction = Callable[[nn.Module], Any]
 Phase = Literal["reset", "init"]
@@ -240,7 +240,7 @@ class Initializer:
             calls = starts(module, getattr(self.stand_in.module, "peft_config", {}))
             return (lambda: [call() for call in calls]) if calls else None
         if plain_name(f"{fqn}.", self.moved) is None:
-            return None
+            return _reset_function(module) if starts_as_built(self.stand_in.module, fqn) else None
         if phase == "reset":
             reset = _reset_function(module)
             if reset is None or not parametrize.is_parametrized(module):

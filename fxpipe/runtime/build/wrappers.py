@@ -39,6 +39,8 @@ def inner_modules(module: nn.Module) -> Iterator[tuple[str, str | None]]:
     if peft is None:
         return
     fqns = {id(part): fqn for fqn, part in module.named_modules()}
+    if is_peft(module):
+        yield from ((fqn, None) for fqn in fqns.values() if starts_as_built(module, fqn))
     tokens: Any = getattr(peft.utils, "TrainableTokensWrapper", ())  # a layer of peft in a wrapper of peft
     for fqn, part in module.named_modules():
         layer: Any = part
@@ -54,6 +56,16 @@ def inner_modules(module: nn.Module) -> Iterator[tuple[str, str | None]]:
             yield fqns[id(layer.original_module)], fqn
             for name in layer.modules_to_save:
                 yield f"{fqn}.modules_to_save.{name}", fqn
+
+
+def starts_as_built(module: nn.Module, fqn: str) -> bool:
+    """Tell whether a module is of a prompt that peft trains, and has the values that its constructor gives it."""
+    name, _, adapter = fqn.partition(".")
+    if name != "prompt_encoder" or not is_peft(module):
+        return False
+    wrapped: Any = module
+    configuration = wrapped.peft_config.get(adapter.partition(".")[0])
+    return getattr(configuration, "prompt_tuning_init", "RANDOM") == "RANDOM"
 
 
 def plain_name(fqn: str, moved: Mapping[str, str | None]) -> str | None:
