@@ -205,15 +205,15 @@ def accumulated_gradients_are_not_scaled_again():
 
 
 def a_smaller_batch_gives_its_own_rows():
-    bare = Bare(layers_of(2), "GPipe", 2, None)
-    outputs = []
-    for rows in (8, 4):
-        arguments = (torch.full((rows, 4), float(rows)),) if bare.is_first else ()
-        with contextlib.suppress(RuntimeError):
-            outputs.append(bare.schedule.eval(*arguments))
-    if bare.is_last:
-        # Rows that nobody asked for: those of the first batch among them. Until 2.11 it raises.
-        assert [len(output) for output in outputs] in ([8, 8], [8])
+    if hasattr(PipelineStage, "_warmup_forward_vote"):  # until 2.11 the first stage then waits for ever
+        bare = Bare(layers_of(2), "GPipe", 2, None)
+        outputs = []
+        for rows in (8, 4):
+            arguments = (torch.full((rows, 4), float(rows)),) if bare.is_first else ()
+            with contextlib.suppress(RuntimeError):
+                outputs.append(bare.schedule.eval(*arguments))
+        if bare.is_last:
+            assert len(outputs[1]) == 8  # rows that nobody asked for: those of the first batch among them
 
     pipe = pipe_of(engines.chatty(), "GPipe")
     for rows in (8, 4):
