@@ -39,6 +39,8 @@ def models(name):
         return real, CONSTRUCTS[name].build()
 
 
+# Until 2.12 torch warns of every sparse tensor that its invariants are not checked.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 # torch.compile's own tracing of a model that is not captured reads .grad of tensors that have none.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("training", [True, False])

@@ -1,4 +1,4 @@
-"""Small models of every family of a library, and a batch for each: what ``families`` tries."""
+"""Small models of every family of a library, and a batch for each: what ``library_families`` tries."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ class Case:
     """One model.
 
     Attributes:
-        build: Makes it on the default device.
+        find: Finds how small it has to be; gives what makes it on the default device.
         batches: Gives batches that a model of the kind may take, by the model and the number of samples.
     """
 
-    build: Callable[[], nn.Module]
+    find: Callable[[], Callable[[], nn.Module]]
     batches: Callable[[nn.Module, int], Iterator[Batch]]
 
     def batch_for(self, model: nn.Module, samples: int) -> tuple[Batch, Any]:
         """Find a batch that the model takes; gives it, and what the model returns."""
         why: Exception = Unsuitable("it has no input of a kind that is known here")
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         for batch in self.batches(model, samples):
+            batch = {name: part.to(dtype) if part.is_floating_point() else part for name, part in batch.items()}
             try:
                 return batch, model(**copy.deepcopy(batch))
             except Exception as error:
@@ -115,7 +117,7 @@ def class_of_each_type() -> dict[str, str]:
     return found
 
 
-def build_hugging_face(model_type: str, name: str) -> nn.Module:
+def find_hugging_face(model_type: str, name: str) -> Callable[[], nn.Module]:
     import transformers
     from transformers import CONFIG_MAPPING
 
@@ -129,7 +131,7 @@ def build_hugging_face(model_type: str, name: str) -> nn.Module:
             why = Unsuitable(f"no small configuration: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
             continue
         if size <= PARAMETERS:
-            return kind(config)
+            return lambda: kind(copy.deepcopy(config))
         why = Unsuitable(f"{size / 1e6:.0f} M parameters with few layers")
     raise why
 
@@ -177,7 +179,7 @@ def hugging_face_cases() -> dict[str, Case]:
 
     transformers.logging.set_verbosity_error()
     return {
-        f"{model_type} ({name})": Case(functools.partial(build_hugging_face, model_type, name), hugging_face_batches)
+        f"{model_type} ({name})": Case(functools.partial(find_hugging_face, model_type, name), hugging_face_batches)
         for model_type, name in class_of_each_type().items()
     }
 
@@ -210,7 +212,7 @@ def smallest(names: list[str]) -> str:
     return min(names, key=rank)
 
 
-def build_vision(library: str, name: str) -> nn.Module:
+def find_vision(library: str, name: str) -> Callable[[], nn.Module]:
     import timm
     import torchvision
 
@@ -225,7 +227,7 @@ def build_vision(library: str, name: str) -> nn.Module:
         size = sum(parameter.numel() for parameter in make().parameters())
     if size > 2 * PARAMETERS:
         raise Unsuitable(f"{size / 1e6:.0f} M parameters")
-    return make()
+    return make
 
 
 def vision_batches(model: nn.Module, samples: int) -> Iterator[Batch]:
@@ -251,7 +253,7 @@ def vision_cases() -> dict[str, Case]:
             families["timm", module] = found
     return {
         f"{library} {family} ({smallest(names)})": Case(
-            functools.partial(build_vision, library, smallest(names)), vision_batches
+            functools.partial(find_vision, library, smallest(names)), vision_batches
         )
         for (library, family), names in families.items()
     }
