@@ -100,7 +100,7 @@ def test_empty_keeps_recorded_buffers_that_no_file_holds():
     pipe = fxpipe.compile(recorded(), 2, example_kwargs=batch()).materialize(init="empty")
     scale = dict(pipe.named_buffers())["scale"]
     assert torch.equal(scale, plain().scale)
-    with pytest.raises(fxpipe.MaterializeError, match=r"10 tensors were allocated .* never filled: blocks.0.bias"):
+    with pytest.raises(fxpipe.MaterializeError, match=r"10 tensors .* never filled: blocks\.\{0-\d\}\.bias"):
         pipe.step(**batch())
     pipe.load_state_dict(plain().state_dict())
     pipe.step(**batch())
