@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,10 @@ class Order:
             ScheduleError: The batch cannot be cut for the schedule, or there are too few microbatches for it.
         """
         if ready is not None:
+            if not isinstance(ready, Iterable):
+                raise ScheduleError(
+                    f"microbatches is a {type(ready).__name__}\n  pass a list of ready-split ones: microbatches=[...]"
+                )
             parts = [as_microbatch(part) for part in ready]
             check_ready_split(parts, self.dims)
             check_microbatches(self.schedule, self.stages, self.ranks, len(parts))

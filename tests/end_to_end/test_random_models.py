@@ -12,6 +12,7 @@ from random_models import CASES, batch, build, loss_fn
 
 import fxpipe
 
+pytestmark = pytest.mark.xdist_group("random_models")
 OUTCOMES: collections.Counter[str] = collections.Counter()
 
 
