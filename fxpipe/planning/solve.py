@@ -17,6 +17,7 @@ from fxpipe.planning.search.problem import PartitionProblem, measure
 
 LEAST_GAIN = 0.02  # share of the bottleneck, and then of a simulated step, that opening blocks must save
 EVENNESS = 0.005  # share that a rank of several stages may have more, so that its stages are more alike
+MORE_GAIN = 0.01  # share of a simulated step that opening more blocks than some must save
 STEP_GAIN = 0.001  # share of a simulated step that is worth a slower slowest stage
 ROUNDING = 1e-9  # two searches of one problem round differently
 CLOSING_NODES = 40_000  # layers looked at in vain while blocks are closed again
@@ -67,8 +68,9 @@ def solve(layout: Layout, *, simulated: bool = True) -> Solution:
     grain = layout.settings.grain
     several = _has_several_per_rank(layout)
     unopened: Solution | None = None
+    fine: Solution | None = None
     if grain == "auto":
-        solution, unopened = _fewest_opened(layout)
+        solution, unopened, fine = _fewest_opened(layout)
     elif grain == "block":
         solution = _solved(layout, layout.grouped())
     else:
@@ -77,6 +79,11 @@ def solve(layout: Layout, *, simulated: bool = True) -> Solution:
         if isinstance(whole, Solution) and whole.bottleneck < solution.bottleneck and whole.bare <= solution.bare:
             solution = _solved(layout, layout.problem, whole)
     finished = _finished(layout, solution, simulated=simulated)
+    if simulated and fine is not None:
+        finer = _fastest(layout, fine, layout.problem)
+        least = MORE_GAIN if finished.opened else LEAST_GAIN
+        if step_s(layout, finer.partition.stage_of) <= (1 - least) * step_s(layout, finished.partition.stage_of):
+            finished = finer
     if unopened is None or not finished.opened:
         return finished
     whole = _finished(layout, unopened, simulated=simulated)
@@ -91,11 +98,19 @@ def _finished(layout: Layout, solution: Solution, *, simulated: bool) -> Solutio
     return _fastest(layout, together) if simulated else together
 
 
-def _fastest(layout: Layout, solution: Solution) -> Solution:
-    """Take the fastest simulated step of a shortlist: cuts near this one, and those by the rules of others."""
+def _fastest(layout: Layout, solution: Solution, problem: PartitionProblem | None = None) -> Solution:
+    """Take the fastest simulated step of a shortlist: cuts near this one, and those by the rules of others.
+
+    Args:
+        layout: The layers, laid out.
+        solution: Where to begin.
+        problem: What may be cut; None: the blocks that it opens, or any at op grain.
+    """
+    if problem is None:
+        opened = [block.name for block in solution.opened]
+        problem = layout.problem if layout.settings.grain == "op" else layout.grouped(opened)
     old = solution.partition
-    groups = layout.grouped([block.name for block in solution.opened]) if layout.settings.grain != "op" else None
-    shortlist = Shortlist(layout, groups or layout.problem, old.stage_of, bare=solution.bare)
+    shortlist = Shortlist(layout, problem, old.stage_of, bare=solution.bare)
     for stage_of in partitions(layout):
         shortlist.look_at(stage_of)
     shortlist.search()
@@ -109,24 +124,27 @@ def _fastest(layout: Layout, solution: Solution) -> Solution:
         old, stage_of=stage_of, loads=measured.loads, bottleneck=bottleneck, lower_bound=bound,
         proven=old.proven and bottleneck <= old.bottleneck * (1 + ROUNDING),
     )  # fmt: skip
-    opened = layout.cut_blocks(stage_of)
-    return replace(solution, partition=partition, opened=opened, step_gain=shortlist.gain)
+    return replace(solution, partition=partition, opened=layout.cut_blocks(stage_of), step_gain=shortlist.gain)
 
 
-def _fewest_opened(layout: Layout) -> tuple[Solution, Solution | None]:
-    """Open blocks only where it pays; give that and, where there is one, the partition with all of them whole."""
+def _fewest_opened(layout: Layout) -> tuple[Solution, Solution | None, Solution | None]:
+    """Open blocks only where it pays.
+
+    Returns:
+        That, and, where they were made, the partition with all blocks whole, and the one with any of them open.
+    """
     whole = _tried(layout, layout.grouped())
     if not any(len(block.layers) > 1 for block in layout.blocks):
-        return (whole if isinstance(whole, Solution) else _raised(whole)), None
+        return (whole if isinstance(whole, Solution) else _raised(whole)), None, None
     if isinstance(whole, Solution) and whole.bottleneck * (1 - LEAST_GAIN) <= _least_load(layout):
-        return _bounded(whole, _least_load(layout)), None  # no cut at all can save so much
+        return _bounded(whole, _least_load(layout)), None, None  # no cut at all can save so much
     fine = _tried(layout, layout.problem, whole if isinstance(whole, Solution) else None)
     if not isinstance(fine, Solution):
-        return (whole if isinstance(whole, Solution) else _raised(fine)), None
+        return (whole if isinstance(whole, Solution) else _raised(fine)), None, None
     reference = whole.bottleneck if isinstance(whole, Solution) else math.inf
     if fine.bottleneck > reference * (1 - LEAST_GAIN):
         assert isinstance(whole, Solution)
-        return _bounded(whole, fine.partition.lower_bound, fine), None
+        return _bounded(whole, fine.partition.lower_bound, fine), whole, fine
     bound = min(fine.bottleneck * (1 + LEAST_GAIN), reference * (1 - LEAST_GAIN))
     best = _closed(layout, fine.opened, bound) or fine
     budget = CLOSING_NODES
@@ -148,7 +166,7 @@ def _fewest_opened(layout: Layout) -> tuple[Solution, Solution | None]:
     more = EVENNESS if _has_several_per_rank(layout) else 0.0
     if isinstance(polished, Solution) and polished.bottleneck <= best.bottleneck * (1 + more):
         best = polished
-    return _bounded(best, fine.partition.lower_bound, fine), whole if isinstance(whole, Solution) else None
+    return _bounded(best, fine.partition.lower_bound, fine), whole if isinstance(whole, Solution) else None, fine
 
 
 def _bounded(solution: Solution, lower_bound: float, fine: Solution | None = None) -> Solution:

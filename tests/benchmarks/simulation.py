@@ -1,6 +1,7 @@
-"""The simulator beside the literature, its speed, and what recomputation chosen with the cut gives.
+"""The simulator beside the literature and beside runs, and what is planned by it beside peers and beside the best.
 
-``python -m tests.benchmarks simulation`` prints the tables; ``--page`` writes them into docs/benchmarks.md.
+``python -m tests.benchmarks simulation literature|speed|recomputed|by-hand|steps|order`` prints tables; ``--page``
+writes each into its section of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from bisect import bisect_right
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 from tabulate import tabulate
@@ -19,13 +22,16 @@ import layer_graphs
 
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.planning.costs.estimate import estimate_costs
-from fxpipe.planning.judge import step_s
+from fxpipe.planning.judge import Judge, step_s
 from fxpipe.planning.layout import make_layout
 from fxpipe.planning.peers import compare, units_of
-from fxpipe.planning.planner import plan_pipeline
+from fxpipe.planning.planner import plan_pipeline, solve_pipeline
+from fxpipe.planning.search.problem import measure
 from fxpipe.planning.settings import Settings, device_limit
 from fxpipe.planning.simulation.engine import StageTimes
 from fxpipe.planning.simulation.simulate import simulate, simulate_stages
+from tests.benchmarks import order, steps
+from tests.benchmarks.papers import ZERO_BUBBLE
 from tests.benchmarks.sections import write_section
 
 NAMES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -99,35 +105,105 @@ def recomputed() -> str:
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
 
-SECTION = """## Simulated steps
+def papers() -> str:
+    """The zero-bubble paper's profiled times, and its bubble of 1F1B beside the simulator's."""
+    rows = [
+        [row.model, row.ranks, row.microbatches, row.forward, row.input_grad, row.weight_grad, row.message,
+         f"{row.bubble:.4f}", f"{row.simulated():.4f}"]
+        for row in ZERO_BUBBLE
+    ]  # fmt: skip
+    header = ["model", "p", "m", "F, ms", "B, ms", "W, ms", "message, ms", "paper", "simulated"]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
 
-Written by `python -m tests.benchmarks simulation --page`.
+
+def by_hand() -> str:
+    """Llama-405B into 16 as its authors cut it, one block fewer on the first and the last rank, beside the plan."""
+    graph = layer_graphs.llama()
+    made_for = Settings.of(
+        stages=16, ranks=16, schedule="1F1B", num_microbatches=64, hardware=Hardware.preset("h100"),
+        training=Training(), grain="block",
+    )  # fmt: skip
+    estimate = estimate_costs(graph, "roofline", made_for.hardware, made_for.training)
+    layout, solution = solve_pipeline(graph, estimate, made_for)
+    blocks = [block.layers for block in layout.blocks]
+    sizes = [7, *[8] * 14, 7]
+    firsts = [0, *(min(blocks[end]) for end in accumulate(sizes[:-1]))]
+    hand = [bisect_right(firsts, node) - 1 for node in range(len(layout.layers))]
+    rows, judge = [], Judge(layout)
+    for name, stage_of in (("by hand", hand), ("fxpipe", solution.partition.stage_of)):
+        measured = measure(layout.problem, stage_of, placement=layout.placement)
+        held = [sum(stage_of[block[0]] == stage for block in blocks) for stage in range(16)]
+        loads = measured.loads
+        rows.append([
+            name, f"{held[0]}, {held[1]} … {held[14]}, {held[15]}", f"{loads[0]:.3f}, {loads[1]:.3f} … "
+            f"{loads[14]:.3f}, {loads[15]:.3f}", f"{max(loads):.3f}", f"{judge.step_s(stage_of):.2f}",
+        ])  # fmt: skip
+    header = ["cut", "blocks on ranks 0, 1 … 14, 15", "seconds of a microbatch there", "slowest", "step, s"]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+SECTIONS = {
+    "literature": (
+        lambda: f"{literature()}\n\n{ZERO_BUBBLE_WORDS}\n\n{papers()}",
+        """## Simulated steps, beside papers
 
 Equal stages, F = B = W = 1, free links. *Wall* is 1 − ideal/T, *Megatron* T/ideal − 1 (arXiv 2104.04473), *window*
-1 − m(F+B+W) over the longest window of a rank (arXiv 2401.10241); *alive* is the most activations of a rank.
+1 − m(F+B+W) over the longest window of a rank (arXiv 2401.10241). *Alive* is the most activations of a rank: M of
+GPipe, P of 1F1B, (v − 1)P + 2(P − 1) + 1 of Interleaved1F1B, vM of LoopedBFS, vP of InterleavedZeroBubble, 2P of
+ZBVZeroBubble and 2P + 1 of DualPipeV.""",
+    ),
+    "speed": (speed, "## How fast a step is simulated\n\n256 ranks × 1,024 microbatches, processor seconds."),
+    "recomputed": (
+        recomputed,
+        """## Recomputation chosen with the cut
 
-{literature}
+H100s of 80 GB (73.6 GB of it taken), 8,192 tokens, `Training()` else, 1F1B, four microbatches for each stage, cuts
+between blocks; peers' rules with everything recomputed.""",
+    ),
+    "by-hand": (
+        by_hand,
+        """## Llama-405B, beside its authors' cut
 
-256 ranks × 1,024 microbatches, processor seconds:
+126 blocks into 16 ranks, cut between blocks, 64 microbatches of one sequence of 4,096 tokens, roofline seconds of an
+H100. By hand the first and the last rank have one block fewer. A block takes 0.086 s: the embedding is worth next to
+nothing, head and loss less than a block, so ranks with eight blocks are the slowest either way. The plan gives the
+first rank its block back and takes another from the last one, which a step waits for while it fills and drains.""",
+    ),
+    "steps": (
+        lambda: steps.run(),
+        """## Simulated steps of default plans
 
-{speed}
+The models of the first section, 1F1B, `grain="auto"`: the simulated step; how many blocks are opened; how much longer
+the step of the best of five peers' cuts between blocks takes; how far the step is behind the fastest of all cuts along
+the order of calling between whole blocks and inside of the opened ones, and inside of all (models of fewer than 200
+layers); – where more than 3,000 cuts could be faster, so that not all can be tried.""",
+    ),
+    "order": (
+        order.run,
+        """## Predicted and measured
 
-Recomputation chosen with the cut, H100s of 80 GB (73.6 GB of it taken), 8,192 tokens, `Training()` else, 1F1B, four
-microbatches for each stage, cuts between blocks; peers' rules with everything recomputed.
+Twelve plans of twelve transformer blocks, on two CPU ranks, one core each, planned with `cost="profile"`; predicted
+steps at least 3 % apart; medians of nine runs in turns.""",
+    ),
+}
+"""What each section says, and what stands above it."""
 
-{recomputed}
-"""
+ZERO_BUBBLE_WORDS = """Times profiled by the authors of the zero-bubble paper (arXiv 2401.10241), and the bubble that
+they give for 1F1B, transfers overlapped with work:"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", action="store_true", help="write the section of docs/benchmarks.md")
+    parser.add_argument("sections", nargs="+", choices=list(SECTIONS))
+    parser.add_argument("--page", action="store_true", help="write the sections of docs/benchmarks.md")
     arguments = parser.parse_args()
-    text = SECTION.format(literature=literature(), speed=speed(), recomputed=recomputed())
-    if not arguments.page:
-        print(text)
-        return
-    write_section("simulation", text)
+    for name in arguments.sections:
+        run, words = SECTIONS[name]
+        text = f"{words}\n\nWritten by `python -m tests.benchmarks simulation {name} --page`.\n\n{run()}"
+        if arguments.page:
+            write_section(f"simulation {name}", text)
+        else:
+            print(text)
 
 
 if __name__ == "__main__":

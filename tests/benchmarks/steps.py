@@ -44,6 +44,8 @@ class Order:
                 self.firsts.append(node)
             reach = max(reach, end)
         self.firsts.append(len(ends))
+        anchors = [sum(first <= node < end for node in layout.anchors) for first, end in pairwise(self.firsts)]
+        self.anchors = [0, *accumulate(anchors)]  # a plan leaves no stage without parameters
         costs = [layout.costs[layer] for layer in layout.layers]
         sums = ([0.0, *accumulate(cost.seconds for cost in costs)], [0.0, *accumulate(c.forward_s for c in costs)])
         self.work, self.forward = ([column[first] for first in self.firsts] for column in sums)
@@ -82,6 +84,8 @@ class Order:
                     yield cut
                 return
             for high in range(cut[-1] + 1, len(self.work) - (self.stages - stage - 1)):
+                if self.anchors[high] == self.anchors[cut[-1]]:
+                    continue
                 if max(self.least_s(stage, cut[-1], high), self._rest[stage + 1][high]) < best * (1 - 1e-12):
                     cut.append(high)
                     yield from below()

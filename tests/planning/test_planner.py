@@ -25,7 +25,7 @@ from fxpipe.ir.spec import LayerSpec
 from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.ir.units import folded
 from fxpipe.planning.judge import step_s
-from fxpipe.planning.planner import plan_of, plan_pipeline, solve_pipeline
+from fxpipe.planning.planner import SHOWN_BLOCKS, plan_of, plan_pipeline, solve_pipeline
 from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.planning.solve import LEAST_GAIN
 
@@ -238,7 +238,7 @@ def test_a_block_is_opened_for_a_share_of_the_simulated_step_that_the_report_nam
     told = [note for note in found.notes if "of a simulated step" in note]
     if found.opened:
         assert gain >= LEAST_GAIN - 1e-9
-        assert told == [f"opened {folded(found.opened, 4)}: saves {100 * gain:.1f} % of a simulated step"]
+        assert told == [f"opened {folded(found.opened, SHOWN_BLOCKS)}: saves {100 * gain:.1f} % of a simulated step"]
     else:
         assert told == []
 
