@@ -166,6 +166,12 @@ class Explanation:
         return "\n".join(lines if self.changes else [*lines, "no change that was tried would help"])
 
     @property
+    def limited(self) -> str:
+        """The limit, and what would help that nobody can ask for yet: a vocabulary split over the ranks."""
+        later = (change for change in self.changes if "not built yet" in change.what)
+        return self.limit + "".join(f"; {change.what} would save {100 * change.gain:.1f} %" for change in later)
+
+    @property
     def line(self) -> str:
         """The limit and the change that would help most, in one line."""
         best = self.changes[0] if self.changes else None

@@ -23,6 +23,7 @@ from fxpipe.planning.settings import Settings
 from fxpipe.planning.solve import ROUNDING, Solution, solve
 
 SHOWN_BLOCKS = 4
+NOTICED = 1e-4  # share of a step below which its gain is not said
 
 _METHODS = {
     "chain": "the layers' only order, cut exactly",
@@ -157,7 +158,7 @@ def plan_of(layout: Layout, solution: Solution, estimate: Estimate) -> PipelineP
         method += ": proven best"
     elif partition.lower_bound > 0:
         method += f": within {100 * (partition.bottleneck / partition.lower_bound - 1):.2g} % of the lower bound"
-    if solution.step_gain:
+    if solution.step_gain > NOTICED:
         method += f"; of cuts near it the fastest step, by {100 * solution.step_gain:.2g} %"
     return make_plan(
         layout,

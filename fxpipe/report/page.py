@@ -149,7 +149,7 @@ def _limit(plan: PipelinePlan, simulation: Simulation | None, advice: Explanatio
         parts = f"{compute} of the step is work of the slowest rank, {links} its links, {idle} waiting."
         more = f" The slowest rank is {100 * (balance(plan) - 1):.0f} % above the mean." if balance(plan) > 1.02 else ""
         more += "" if plan.limited_by in ("", advice.limit) else f" What limits it: {plan.limited_by}."
-        return f"{advice.limit[0].upper()}{advice.limit[1:]}", parts + more
+        return f"{advice.limited[0].upper()}{advice.limited[1:]}", parts + more
     slowest = max(plan.stages, key=lambda stage: stage.seconds)
     bubble = simulation.mean_bubble if simulation is not None else 0.0
     uneven = 1 - 1 / balance(plan) if balance(plan) else 0.0

@@ -101,7 +101,7 @@ def _text(
     if plan.ties:
         lines += [_tie_table(plan, "plain", width), ""]
     lines += _pieces(_summary(plan, simulation), width)
-    lines += _paragraph("step", f"limited by {advice.limit}", width) if advice is not None else []
+    lines += _paragraph("step", f"limited by {advice.limited}", width) if advice is not None else []
     for command, gain in helping[:SHOWN]:
         lines += [paint("green", line) for line in _try(command, gain, width)]
     lines += _paragraph("opened", folded(plan.opened), width) if plan.opened else []
@@ -144,7 +144,7 @@ def _markdown(
     parts.append(markdown_table(plan))
     if plan.ties:
         parts.append(_tie_table(plan, "github", WIDTH))
-    limit = [f"step limited by {advice.limit}"] if advice is not None else []
+    limit = [f"step limited by {advice.limited}"] if advice is not None else []
     parts.append("  \n".join([*_summary(plan, simulation), *limit]))
     parts += [f"Try `{command}`: {gain}." for command, gain in helping[:SHOWN]]
     if plan.opened:
