@@ -85,8 +85,11 @@ def attempt(case: Case) -> dict[str, Any]:
     loss = own if own is not None else squares(output)
     loss.backward()
     del output
+    wanted = {fqn: p.grad for fqn, p in real.named_parameters() if p.grad is not None}
+    if not all(bool(number.isfinite().all()) for number in (loss, *wanted.values())):
+        raise Unsuitable("its own loss or gradients are not finite")
     with fxpipe.deferred_init(seed=0):
-        model = build().eval()
+        model = build().eval().to(dtype)
     row: dict[str, Any] = {"parameters": size, "loss": "its own" if own is not None else "squares", "dtype": str(dtype)}
     for microbatches in (MICROBATCHES, 1):
         try:
@@ -102,13 +105,12 @@ def attempt(case: Case) -> dict[str, Any]:
         break
     else:
         return row
-    with pipe.materialize(dtype=dtype):
+    with pipe.materialize():
         initial = distances(dict(pipe.named_parameters()), dict(real.named_parameters()), bits=True)
         changed = [name for name, far in initial.items() if far > 0]
         pipe.load_state_dict(real.state_dict())
         found = pipe.eval().step(**batch)
         gradients = {fqn: p.grad for fqn, p in pipe.named_parameters() if p.grad is not None}
-    wanted = {fqn: p.grad for fqn, p in real.named_parameters() if p.grad is not None}
     wanted["the loss"], gradients["the loss"] = loss.detach(), found
     nothing = NOTHING * largest(wanted.values())
     off = {
@@ -243,7 +245,11 @@ def section(kind: str, rows: dict[str, dict[str, Any]]) -> str:
 
 
 def cell(text: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"0x[0-9a-f]+", "0x…", text)).replace("|", "\\|").replace("<", "\\<")
+    return (
+        re.sub(r"\s+", " ", re.sub(r"\b0x[0-9a-f]+|/[\w./-]*/[\w./-]+", "…", text))
+        .replace("|", "\\|")
+        .replace("<", "\\<")
+    )
 
 
 def versions(kind: str) -> str:
