@@ -210,14 +210,14 @@ class Capture:
             CaptureError: The forward does something that cannot be recorded without risking wrong numbers, or fails.
         """
         for _ in range(MOST_CLOSINGS):
-            leaves = self._leaves(grain, opened)
+            leaves, whole = self._leaves(grain, opened), self.closed_modules(opened) if grain == "op" else ()
             try:
                 observation = self._observe(leaves, inputs, with_loss, grad_enabled, counter)
                 self._check_left(observation, inputs, with_loss, grad_enabled)
             except Blocked as blocked:
                 self._change(leaves, blocked, inputs)
                 continue
-            structure = make_structure(observation, training=with_loss)
+            structure = make_structure(observation, training=with_loss, whole=whole)
             if not structure.is_loss or not weigh:
                 return self._finished(inputs, observation, structure, Loss(()))
             criterion = self._closed_criterion(structure)

@@ -301,3 +301,85 @@ def test_a_module_that_is_never_called_is_kept_whatever_is_opened(stages, grain)
         assert pipe.state_dict(full=True).keys() == model.state_dict().keys()
         pipe.load_state_dict(model.state_dict())
         torch.testing.assert_close(pipe.step(x, target=x), error(model(x), x).detach(), rtol=1e-12, atol=0)
+
+
+class Table(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("frequencies", torch.linspace(0.1, 1, width), persistent=False)
+
+    def forward(self, x):
+        angles = torch.arange(x.shape[1])[:, None] * self.frequencies
+        return angles.cos(), angles.sin()
+
+
+class Given(nn.Module):
+    """Reads one of what it is given, in training alone or in evaluation alone."""
+
+    def __init__(self, uses):
+        super().__init__()
+        self.uses = uses
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, given, more=None):
+        y = self.first(x)
+        if self.uses and self.training == (self.uses > 0):
+            y = y * given[abs(self.uses) - 1]
+        return x + self.second(y.tanh())
+
+
+class Giving(nn.Module):
+    """Gives every block the same; most of them do not use it."""
+
+    def __init__(self, kind, uses):
+        super().__init__()
+        self.kind = kind
+        self.start = nn.Linear(6, 6)
+        self.aside = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.blocks = nn.ModuleList(Given(each) for each in uses)
+        self.table = Table(6)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1, 6))
+        self.register_buffer("shift", torch.linspace(1, 2, 6))
+
+    def forward(self, x):
+        x = self.start(x)
+        if self.kind == "table":
+            given, more = self.table(x), None
+        elif self.kind == "activation":
+            given, more = self.table(x), {"aside": self.aside(x)}
+        elif self.kind == "activations":
+            given, more = (self.aside(x), self.start(x)), None
+        else:
+            given, more = (self.scale, self.shift), self.scale
+        for block in self.blocks:
+            x = block(x, given, more)
+        return x
+
+
+@pytest.mark.parametrize("grain", ["block", "op", "auto"])
+@pytest.mark.parametrize(
+    ("kind", "uses"),
+    [
+        *((kind, uses) for kind in ("table", "activation", "weights") for uses in ((0, 0, 0), (0, 2, 0, 1))),
+        *((kind, (-1, -1, -2)) for kind in ("table", "activations")),
+    ],
+)
+def test_a_block_is_given_what_it_does_not_use(kind, uses, grain):
+    torch.manual_seed(0)
+    model = Giving(kind, uses).double()
+    x, target = torch.randn(4, 3, 6).double(), torch.randn(4, 3, 6).double()
+    pipe = fxpipe.compile(
+        model, 2, (x,), {"target": target}, loss_fn=error, microbatches=2, grain=grain, cost="parameters"
+    )
+    pipe.materialize(device="cpu")
+    loss = error(model(x), target)
+    loss.backward()
+    torch.testing.assert_close(pipe.step(x, target=target), loss.detach(), rtol=1e-12, atol=0)
+    found = {fqn: parameter.grad for fqn, parameter in pipe.named_parameters()}
+    for fqn, parameter in model.named_parameters():
+        wanted, got = (torch.zeros_like(parameter) if each is None else each for each in (parameter.grad, found[fqn]))
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+    pipe.eval(), model.eval()
+    torch.testing.assert_close(pipe.step(x, target=target), error(model(x), target).detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(pipe.infer(x), model(x).detach(), rtol=1e-12, atol=1e-14)
+    pipe.close()

@@ -80,7 +80,7 @@ def make_layer_graph(
         The graph, with the counts of the calls where they were counted.
     """
     layers = find_layers(structure)
-    uses = [_tensors_used(skeleton, nodes) for nodes in layers.nodes]
+    uses = _uses(skeleton, structure, layers)
     mains = [_main(nodes) for nodes in layers.nodes]
     taken = {name for key, node in zip(layers.keys, mains, strict=True) for name in (key[0], info(node).block)}
     unused = _unused(skeleton, uses, blocks, taken)
@@ -155,14 +155,23 @@ def _storage_root(storages: Mapping[int, Storage], node: fx.Node) -> fx.Node:
     return storage.aliases[0] if storage is not None and storage.aliases else node
 
 
-def _tensors_used(skeleton: Skeleton, nodes: Sequence[fx.Node]) -> dict[str, None]:
-    """Give the FQNs of the parameters and buffers that a layer uses, under the names they have there."""
+def _uses(skeleton: Skeleton, structure: Structure, layers: Layers) -> list[dict[str, None]]:
+    """Give for each layer the FQNs of the parameters and buffers that it uses, under the names they have there."""
+    given: dict[fx.Node, list[fx.Node]] = {}
+    for value, reader in structure.given:
+        given.setdefault(reader, []).append(value)
+    return [_tensors_used(skeleton, nodes, given) for nodes in layers.nodes]
+
+
+def _tensors_used(
+    skeleton: Skeleton, nodes: Sequence[fx.Node], given: Mapping[fx.Node, Sequence[fx.Node]]
+) -> dict[str, None]:
     used: dict[str, None] = {}
     for node in nodes:
         if node.op == "call_module":
             module = skeleton.module.get_submodule(str(node.target))
             used.update({f"{node.target}.{name}": None for name, _ in named_tensors(module)})
-        for read in node.all_input_nodes:
+        for read in (*node.all_input_nodes, *given.get(node, ())):
             if is_own(read):
                 used[str(read.target)] = None
     return used
@@ -300,6 +309,10 @@ def _edges(
             producer = layers.index_of.get(source)
             if producer is not None and producer != reader:
                 (free if producer in derived else ordered)[producer, reader] = None
+    for source, node in structure.given:
+        producer, reader = layers.index_of.get(source), layers.index_of[node]
+        if producer is not None and producer != reader:
+            (free if producer in derived else ordered)[producer, reader] = None
     for earlier, later in structure.before:
         first, second = layers.index_of.get(earlier), layers.index_of.get(later)
         if first is not None and second is not None and first != second and not derived & {first, second}:
@@ -310,12 +323,16 @@ def _edges(
 def _values(structure: Structure, layers: Layers, derived: set[int]) -> Iterator[Value]:
     """Yield the tensors that other layers read; what leaves the graph is read by the last layer."""
     results = set(structure.results)
+    given: dict[fx.Node, set[int]] = {}
+    for node, reader in structure.given:
+        given.setdefault(node, set()).add(layers.index_of[reader])
     last = len(layers.keys) - 1
     for node, producer in layers.index_of.items():
         tensor = info(node).tensor
         if tensor is None or producer in derived:
             continue
         readers = {layers.index_of[user] for user in node.users if user in layers.index_of}
+        readers |= given.get(node, set())
         readers |= {last} if node in results else set()
         readers.discard(producer)
         if readers:

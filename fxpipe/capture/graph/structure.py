@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from fxpipe.capture.record.node import derives, info, is_setting, reached, sourc
 from fxpipe.capture.record.observe import Observation
 from fxpipe.capture.record.recorder import Storage, find_storage
 from fxpipe.errors import CaptureError
+from fxpipe.ir.spec import layer_name
 from fxpipe.ir.tree import tree_leaves
 
 
@@ -32,6 +33,8 @@ class Structure:
         results: The nodes whose values leave the graph: the loss, or the tensors the model returns.
         rebuild: Puts the values of ``results`` into the structure that the model returns.
         is_loss: Whether ``results`` is the loss alone.
+        given: ``(value, reader)`` pairs: what a block that was opened is given and does not use, and a call of the
+            block's. Where the block runs whole after all, it must be given that.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -41,15 +44,19 @@ class Structure:
     results: tuple[fx.Node, ...]
     rebuild: Callable[[tuple[Any, ...]], Any]
     is_loss: bool
+    given: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
 
-def make_structure(observation: Observation, *, training: bool, summands: Sequence[fx.Node] = ()) -> Structure:
+def make_structure(
+    observation: Observation, *, training: bool, summands: Sequence[fx.Node] = (), whole: Collection[str] = ()
+) -> Structure:
     """Find what an observation's graph needs for its loss (``training``) or for what the model returns.
 
     Args:
         observation: What the forward did.
         training: Whether the loss is wanted, where there is one.
         summands: The nodes that add up to the loss; empty for the loss itself.
+        whole: FQNs of blocks that were opened here to be planned, and may run whole.
 
     Raises:
         CaptureError: The forward writes to an input, or returns one.
@@ -63,6 +70,13 @@ def make_structure(observation: Observation, *, training: bool, summands: Sequen
         results, rebuild = _outputs(observation)
     live = _live(recorder.graph, results)
     derived = _derived(live, recorder.storages)
+    given = _given(observation, live, derived, whole)
+    more = list(results)
+    while not all(value in live for value, _ in given):  # what makes it may be given something itself
+        more += [value for value, _ in given]
+        live = _live(recorder.graph, more)
+        derived = _derived(live, recorder.storages)
+        given = _given(observation, live, derived, whole)
     _check_inputs(live, recorder.storages)
     groups = [*_groups(live, derived, recorder.storages), *_shared_state(live, recorder.skeleton, recorder.storages)]
     return Structure(
@@ -73,6 +87,7 @@ def make_structure(observation: Observation, *, training: bool, summands: Sequen
         results=tuple(results),
         rebuild=rebuild,
         is_loss=is_loss,
+        given=given,
     )
 
 
@@ -191,6 +206,35 @@ def _derived(live: Mapping[fx.Node, None], storages: Mapping[int, Storage]) -> s
                 derived.discard(node)
                 changed = True
     return derived
+
+
+def _given(
+    observation: Observation, live: Mapping[fx.Node, None], derived: Collection[fx.Node], whole: Collection[str]
+) -> tuple[tuple[fx.Node, fx.Node], ...]:
+    """Give what blocks are given and do not use, each with a call of the block's.
+
+    A block of which all is derived is opened at any grain, and reads what it uses alone.
+    """
+    frames = [frame for frame in observation.frames.all if frame.given and frame.fqn in whole]
+    if not frames:
+        return ()
+    members: dict[str, list[fx.Node]] = {}
+    for node in live:
+        if node not in derived and _is_call(node) and info(node).layer:
+            members.setdefault(info(node).block, []).append(node)
+    everything = set(observation.recorder.graph.nodes)  # without what was tried and taken back
+    found = []
+    for frame in frames:
+        inside = members.get(layer_name(frame.block, frame.block_call), [])
+        own = set(inside)
+
+        def follow(node: fx.Node, own: Collection[fx.Node] = own) -> tuple[fx.Node, ...]:
+            return sources(node) if node in own or node in derived or info(node).container else ()
+
+        used = reached(inside, follow)
+        unused = (node for node in frame.given if node not in used and node in everything and node.op != "placeholder")
+        found += [(node, inside[0]) for node in unused if inside]
+    return tuple(found)
 
 
 def _check_inputs(live: Iterable[fx.Node], storages: Mapping[int, Storage]) -> None:

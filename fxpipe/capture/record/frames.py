@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
+from torch import fx, nn
 
 from fxpipe.program import Draw, DrawScope
 
@@ -36,6 +36,7 @@ class Frame:
         drew: Positions in ``functions`` of those that drew random numbers.
         inside: Modules called inside that drew, in order.
         names: How often each operation name was given.
+        given: Of an opened block: the nodes of the tensors it was given, read in it or not.
     """
 
     fqn: str
@@ -49,6 +50,7 @@ class Frame:
     drew: list[int] = field(default_factory=list)
     inside: dict[str, None] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    given: tuple[fx.Node, ...] = ()
 
     def name(self, operation: str) -> str:
         """Give the next call of an operation its name, ``"transformer.h.0.attn.softmax_1"``; never that of a module."""

@@ -70,6 +70,7 @@ class ModuleCalls:
                 if self._is_leaf(fqn) and self._holds_its_own(module):
                     return self._leaf(original, frame, args, kwargs)
                 forward.opened.add(fqn)
+                self._note_given(frame, args, kwargs)
                 return original(module, *args, **kwargs)
             except Blocked as blocked:
                 forward.noted(blocked)
@@ -80,6 +81,14 @@ class ModuleCalls:
                     forward.progress(fqn)
 
         return call
+
+    def _note_given(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what an opened block is given: recorded whole, it reads all of that."""
+        if frame.block == frame.fqn:
+            recorder = self._forward.recorder
+            with without_functions():
+                given = (tensor for tensor in tensors_in(args, kwargs) if recorder.knows(tensor))
+                frame.given = tuple(dict.fromkeys(recorder.node_of(tensor, frame) for tensor in given))
 
     def _is_leaf(self, fqn: str) -> bool:
         """Whether a module is recorded whole: also one in a closed module past whose forward it is called."""
