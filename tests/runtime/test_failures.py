@@ -1,7 +1,12 @@
 """What the others see when a rank fails, and what nobody sees when a script simply ends."""
 
+import os
+import socket
+
 import launch
 import pytest
+
+from fxpipe.runtime.ranks.connections import Connections
 
 CAUSE = "rank 1 (stage 1, microbatch 0{layer}) failed: ValueError: the weights are gone"
 
@@ -30,3 +35,20 @@ def test_a_killed_rank_is_reported_as_a_lost_connection(tmp_path):
 def test_a_script_may_simply_end(way):
     results = launch.launch("runtime/exit_worker.py", 2, way, fresh=True)
     assert [(result.returncode, result.stdout, result.stderr) for result in results] == [(0, "", "")] * 2
+
+
+@pytest.mark.skipif(not hasattr(socket, "SOCK_NONBLOCK"), reason="only Linux tells Python so")
+def test_connections_of_others_stay_as_they_are_under_a_default_timeout():
+    noted = Connections()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        socket.setdefaulttimeout(5.0)  # a script's own: torch's store, and gloo, must not hear of it
+        try:
+            with noted.made_here():
+                other, _ = server.accept()
+                other.settimeout(None)
+        finally:
+            socket.setdefaulttimeout(None)
+            noted.close()
+        with other:
+            assert os.get_blocking(client.fileno())
+            assert os.get_blocking(other.fileno())

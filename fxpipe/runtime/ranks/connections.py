@@ -38,7 +38,7 @@ class Connections:
         for number, address in _open_now().items():
             if before.get(number) != address:
                 with suppress(OSError):
-                    self._found.setdefault(_both_know(address), socket.socket(fileno=os.dup(number)))
+                    self._found.setdefault(_both_know(address), _duplicate(number))
 
     def identify(self, own: int, gather: Callable[[list[int]], Sequence[Sequence[int]]], ranks: Sequence[int]) -> None:
         """Find out who is at the other end of what was noted; every rank calls this.
@@ -105,10 +105,20 @@ def _open_now() -> dict[int, Address]:
     for name in os.listdir(folder) if folder is not None else ():
         with suppress(OSError):
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                with socket.socket(fileno=os.dup(int(name))) as connection:
+                with _duplicate(int(name)) as connection:
                     if connection.family in (socket.AF_INET, socket.AF_INET6):
                         found[int(name)] = connection.getsockname()[:2], connection.getpeername()[:2]
     return found
+
+
+def _duplicate(number: int) -> socket.socket:
+    """Give one more end of a connection that is somebody else's, and leave that one as it is.
+
+    Under ``socket.setdefaulttimeout`` Python makes a connection it takes over non-blocking, for all who hold it: the
+    store, and whatever else waits for an answer, would fail at once. It leaves alone what it is told is so already.
+    """
+    known = socket.SOCK_STREAM | getattr(socket, "SOCK_NONBLOCK", 0)
+    return socket.socket(type=known, fileno=os.dup(number))
 
 
 def _both_know(address: Address) -> int:
