@@ -487,7 +487,8 @@ class Pipeline:
             async_: Whether to return once the tensors are copied, and write in the background.
 
         Returns:
-            With ``async_`` a future, which ends when the checkpoint is whole; else None.
+            With ``async_`` a future, which ends when the checkpoint is whole; else None. Where no rank asks for its
+            result, the next ``save``, ``load`` or ``close`` raises what went wrong.
 
         Raises:
             WeightsError: On every rank: the target exists, there is no room, or something cannot be saved.

@@ -209,6 +209,28 @@ def in_the_background() -> None:
             pipe.save(FOLDER / "later-1", async_=True)
 
 
+def failed_in_the_background() -> None:
+    """The error is raised once: by the future of whatever rank asks, else by the next call, on every rank."""
+    import fxpipe.runtime.weights.saving as saving
+
+    def failing(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    with street() as pipe, pytest.MonkeyPatch.context() as patch:
+        pipe.save(FOLDER / "before")
+        patch.setattr(saving, "write_manifest", failing)
+        for asking in (range(RANKS), [2], []):
+            future = pipe.save(FOLDER / "failed", async_=True)
+            if dist.get_rank() in asking:
+                with pytest.raises(Exception, match="the disk is gone"):
+                    future.result(60)
+            if not asking:
+                with pytest.raises(Exception, match="the disk is gone"):
+                    pipe.load(FOLDER / "before")
+            pipe.load(FOLDER / "before")
+        assert not (FOLDER / "failed").exists()
+
+
 def newest_is_found() -> None:
     """Of a directory of checkpoints the newest whole one is taken; broken ones are refused by name."""
     parent = FOLDER / "runs"
@@ -473,6 +495,7 @@ def cases() -> dict[str, Callable[[], None]]:
         "once": written_once,
         **{f"mesh-{sharded}": bind(onto_a_mesh, sharded) for sharded in (False, True)},
         "background": in_the_background,
+        "background-failed": failed_in_the_background,
         "newest": newest_is_found,
         **{f"family-{name}": bind(family, name) for name in ("t5", "mixtral")},
         "adapters": adapters,

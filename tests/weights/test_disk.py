@@ -3,7 +3,9 @@
 import json
 import math
 import pathlib
+import queue
 import shutil
+import threading
 
 import models
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import fxpipe
 import fxpipe.runtime.weights.reading as reading
+import fxpipe.runtime.weights.saving as saving
 from fxpipe.cli.main import main
 from fxpipe.errors import WeightsError
 from fxpipe.runtime.weights.consolidation import convert
@@ -370,3 +373,53 @@ def test_a_buffer_that_grew_is_loaded_by_the_size_it_has(tmp_path):
     with pipeline() as pipe:
         pipe.load(tmp_path / "grown")
         assert torch.equal(pipe.state_dict()["0.seen"], torch.arange(5.0))
+
+
+@pytest.mark.parametrize("ask", ["result", "exception", "callback", "timeout", None])
+def test_a_failed_save_in_the_background_is_raised_once(ask, tmp_path, monkeypatch):
+    def failing(*_):
+        assert ask != "timeout" or asked.wait(60)
+        raise OSError("the disk is gone")
+
+    asked = threading.Event()
+    with street().materialize() as pipe:
+        pipe.save(tmp_path / "whole")
+        monkeypatch.setattr(saving, "write_manifest", failing)
+        future = pipe.save(tmp_path / "failed", async_=True)
+        assert not future.cancel()
+        if ask == "result":
+            with pytest.raises(OSError, match="the disk is gone"):
+                future.result(60)
+        elif ask == "exception":
+            assert isinstance(future.exception(60), OSError)
+        elif ask == "callback":
+            heard = queue.Queue()
+            future.add_done_callback(lambda done: heard.put(done.exception()))
+            assert isinstance(heard.get(timeout=60), OSError)
+        elif ask == "timeout":
+            with pytest.raises(TimeoutError):
+                future.result(0.01)
+            asked.set()
+        if ask in (None, "timeout"):
+            with pytest.raises(OSError, match="the disk is gone"):
+                pipe.load(tmp_path / "whole")
+        monkeypatch.undo()
+        pipe.load(tmp_path / "whole")
+        assert pipe.save(tmp_path / "failed", async_=True).result(60) is None
+        pipe.load(tmp_path / "failed")
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_close_raises_what_nobody_asked_for(asks, tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(saving, "write_manifest", failing)
+    pipe = street().materialize()
+    future = pipe.save(tmp_path / "failed", async_=True)
+    if asks:
+        assert isinstance(future.exception(60), OSError)
+        pipe.close()
+    else:
+        with pytest.raises(OSError, match="the disk is gone"):
+            pipe.close()

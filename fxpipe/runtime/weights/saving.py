@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +114,41 @@ def take_snapshot(
     return Snapshot(tensors, own, state, step, seed, encode(extra, "extra", strict=True), modules)
 
 
+class Writing(Future[None]):
+    """The future of a save in the background; knows whether its error has reached the user."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = False
+        self.set_running_or_notify_cancel()  # the other ranks write too: it cannot be cancelled on one
+
+    def run(self, write: Callable[[], None]) -> None:
+        """Write, and end with what comes of it."""
+        try:
+            write()
+        except BaseException as error:
+            self.set_exception(error)
+        else:
+            self.set_result(None)
+
+    def ended(self) -> BaseException | None:
+        """Wait, and give the error; it does not count as taken."""
+        return super().exception()
+
+    def result(self, timeout: float | None = None) -> None:
+        """Wait for the end, and raise what went wrong."""
+        try:
+            super().result(timeout)
+        finally:
+            self.taken = self.taken or self.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end, and give what went wrong."""
+        found = super().exception(timeout)
+        self.taken = True
+        return found
+
+
 class Saver:
     """Writes checkpoints of one pipeline; live, until ``close``.
 
@@ -127,7 +163,7 @@ class Saver:
         self._everyone: Everyone | None = None
         self._apart: Everyone | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._running: Future[None] | None = None
+        self._running: Writing | None = None
 
     def everyone(self) -> Everyone:
         """Give all ranks that write, those of other replicas too."""
@@ -171,7 +207,8 @@ class Saver:
             return None
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="fxpipe-save")
-        self._running = self._thread.submit(_write, target, plan, manifest)
+        self._running = Writing()
+        self._thread.submit(self._running.run, functools.partial(_write, target, plan, manifest))
         return self._running
 
     def _plan(
@@ -199,19 +236,28 @@ class Saver:
         return plan, manifest, None
 
     def wait(self) -> None:
-        """Wait for a save in the background.
+        """Wait for a save in the background; every rank calls it.
 
         Raises:
-            WeightsError: It failed, and nobody has asked for its result.
+            WeightsError: It failed, and on no rank the user has asked for its result.
         """
         running, self._running = self._running, None
         if running is not None:
-            running.result()
+            error = running.ended()
+            taken = self.everyone().gather(running.taken)
+            if error is not None and not any(taken):
+                raise error
 
     def close(self) -> None:
-        """Wait for what is under way, and end the thread and the groups."""
+        """Wait for what is under way, and end the thread and the groups; nothing is exchanged.
+
+        Raises:
+            WeightsError: A save in the background failed, and the user has not asked for its result here.
+        """
+        running, self._running = self._running, None
         try:
-            self.wait()
+            if running is not None and not running.taken:
+                running.result()
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
