@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.utils.checkpoint
@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import fxpipe._heard as heard
+from fxpipe._heard import check_version as check_version
 from fxpipe._heard import splits_backward as splits_backward
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -35,8 +36,7 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 def without_modes() -> AbstractContextManager[Any]:
     """Run torch calls for real, whatever modes are active."""
-    modes: AbstractContextManager[Any] = _disable_current_modes()
-    return modes
+    return cast(AbstractContextManager[Any], _disable_current_modes())
 
 
 def without_functions() -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+import fxpipe
 from fxpipe import _heard, _torch
 from fxpipe.errors import TorchVersionError
 
@@ -67,6 +68,21 @@ def test_only_an_untested_version_is_warned_of(monkeypatch):
             _heard.check_version()
             _heard.check_version()
         assert ["not tested with torch 99.0.0" in str(warning.message) for warning in said] == [True] * warned
+    monkeypatch.undo()
+    _heard.check_version.cache_clear()
+
+
+def test_an_untested_version_made_an_error_is_no_failure_of_the_forward(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "99.0.0")
+    _heard.check_version.cache_clear()
+    model, example = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)), (torch.ones(4, 2),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(UserWarning, match="not tested with torch 99"):
+                fxpipe.compile(model, 2, example)
+        warnings.filterwarnings("ignore", "fxpipe was not tested with torch")
+        assert fxpipe.compile(model, 2, example).plan.num_stages == 2
     monkeypatch.undo()
     _heard.check_version.cache_clear()
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fxpipe._torch import FakeTensor, FakeTensorMode, compiled_in_place, is_compiled, storage_key
+from fxpipe._torch import FakeTensor, FakeTensorMode, check_version, compiled_in_place, is_compiled, storage_key
 from fxpipe.capture.model.held import held_by
 from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
 from fxpipe.errors import CaptureError, TieError
@@ -132,6 +132,7 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     >>> [(fqn, info.shape) for fqn, info in skeleton.infos.items()]
     [('weight', (3, 2)), ('bias', (3,))]
     """
+    check_version()  # before the model runs: a warning made an error is not to be taken for the forward's
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = list(named_tensors(model))
     parts = list(model.named_modules())
