@@ -13,7 +13,9 @@ import torch
 import torch.utils.checkpoint
 
 # --- capture: fake tensors, modes, and what a function mode does not see -----------------------------------------
+from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._functorch import apis as _functorch_apis
+from torch._guards import Source as Source
 from torch._ops import OpOverload as OpOverload
 from torch._subclasses import fake_tensor as _fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException

@@ -39,7 +39,7 @@ from fxpipe.planning.settings import GRAINS, Settings, device_limit
 from fxpipe.planning.solve import LEAST_GAIN
 from fxpipe.profiling import Profiler
 from fxpipe.recipes.deferred import is_recording
-from fxpipe.training import Variants
+from fxpipe.variants import Variants
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

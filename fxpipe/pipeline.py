@@ -32,7 +32,8 @@ from fxpipe.runtime.run.optimizer import make_optimizer, make_scaler
 from fxpipe.runtime.run.prepare import RunOptions
 from fxpipe.runtime.run.timeline import StepTiming, write_trace
 from fxpipe.runtime.weights.disk.directory import weights_path
-from fxpipe.training import Trainer, Variants
+from fxpipe.training import Trainer
+from fxpipe.variants import Variants
 from fxpipe.verification import Verifier
 
 

@@ -6,8 +6,7 @@ engines take.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +19,8 @@ from fxpipe.batch.merge import merge_outputs
 from fxpipe.batch.order import Order, check_call
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
-from fxpipe.capture.calls.ambient import Ambient
-from fxpipe.capture.calls.reads import answer_of
-from fxpipe.capture.capture import Capture, Captured
-from fxpipe.capture.numbers import with_numbers
-from fxpipe.errors import CaptureError, FxpipeError, ScheduleError
+from fxpipe.errors import FxpipeError, ScheduleError
 from fxpipe.materialize import Running, Source
-from fxpipe.program import Program
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.agreement import CALL, ModesChanged, agree
@@ -36,151 +30,7 @@ from fxpipe.runtime.ranks.trained import Trained
 from fxpipe.runtime.run.reduction import sum_over
 from fxpipe.runtime.run.refusals import refuse_overlap
 from fxpipe.runtime.run.work import Job
-
-MOST_VARIANTS = 64
-"""Variants kept: each costs a few MiB, and a capture to get back."""
-MOST_NUMBERS = 16
-"""How often Python numbers may turn out to be other ones before each value gets a graph of its own."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Variant:
-    """One recorded graph, cut by the plan.
-
-    Attributes:
-        key: Names it; the same on every rank.
-        program: The graph of each stage.
-        answers: What Python read from the inputs; another answer needs another variant.
-        read: Reads it again from named inputs; None if nothing was read.
-        alone: Gives the same graph as a program of one stage.
-        captured: What it was made of.
-    """
-
-    key: str
-    program: Program
-    answers: tuple[Any, ...]
-    read: Callable[[Mapping[str, Any]], Sequence[Any]] | None
-    alone: Callable[[], Program]
-    captured: Captured
-
-    def fits(self, inputs: Inputs) -> bool:
-        """Tell whether a microbatch takes this graph."""
-        if self.read is None:
-            return True
-        try:
-            return tuple(answer_of(value) for value in self.read(inputs.values)) == self.answers
-        except (RuntimeError, IndexError, ValueError, TypeError):  # a shape that this path never has
-            return False
-
-
-class Variants:
-    """Finds the variant a microbatch takes, and captures it where there is none yet.
-
-    Args:
-        capture: The live model.
-        stage_of_layer: The plan's stage of each layer, by name.
-        num_stages: Number of stages.
-        opened: Blocks that a cut crosses.
-    """
-
-    def __init__(
-        self, capture: Capture, stage_of_layer: Mapping[str, int], num_stages: int, opened: Sequence[str]
-    ) -> None:
-        self.capture = capture
-        self._stage_of_layer = dict(stage_of_layer)
-        self._num_stages = num_stages
-        self._opened = tuple(opened)
-        self._known: dict[Any, list[Variant]] = {}
-        self._numbers: dict[Any, int] = {}  # by what numbers are open in: how often they were other ones
-        self._used: dict[str, Any] = {}  # what each variant is for, by its key; the one used last comes last
-        self._mode = ""
-
-    def add(self, captured: Captured, *, with_loss: bool) -> None:
-        """Remember what ``compile`` captured already."""
-        around = self._around(with_loss)
-        spec = (captured.inputs.signature, *around)
-        if captured.inputs.numbers:
-            self._times((captured.inputs.open, *around))
-        self._remember(spec, self._variant(captured, spec))
-
-    @property
-    def keys(self) -> Collection[str]:
-        """The variants that are kept."""
-        return self._used.keys()
-
-    def mode_changed(self) -> None:
-        """Look at the modules' training flags again."""
-        flags = bytes(part.training for part in self.capture.skeleton.module.modules())
-        self._mode = hashlib.sha256(flags).hexdigest()[:16]
-
-    def find_all(self, microbatches: Sequence[Inputs], *, with_loss: bool) -> tuple[Variant, ...]:
-        """Give the variant of each microbatch of a step; as ``find``."""
-        around = self._around(with_loss)
-        return tuple([self.find(inputs, with_loss=with_loss, around=around) for inputs in microbatches])
-
-    def find(self, inputs: Inputs, *, with_loss: bool, around: tuple[Any, ...] = ()) -> Variant:
-        """Give the variant of a microbatch.
-
-        Args:
-            inputs: The microbatch.
-            with_loss: Whether a loss is computed (training) or the model's output.
-            around: What else a variant is for, where that is known already.
-
-        Raises:
-            CaptureError: The model does something else than when it was compiled, so that its plan does not fit.
-        """
-        around = around or self._around(with_loss)
-        spec, any_number = (inputs.signature, *around), (inputs.open, *around)
-        for each in (spec, any_number) if inputs.numbers else (spec,):
-            for variant in self._known.get(each, ()):
-                if variant.fits(inputs):
-                    self._used[variant.key] = self._used.pop(variant.key, each)
-                    return variant
-        options: dict[str, Any] = {"opened": self._opened, "with_loss": with_loss, "grad_enabled": with_loss}
-        captured = self.capture.capture(inputs, **options)
-        if with_loss and not captured.structure.is_loss:
-            raise CaptureError(
-                f"{self.capture.name} returned no loss for this batch\n"
-                "  pass labels (or whatever makes the model return one), or compile with loss_fn="
-            )
-        if inputs.numbers and 1 < self._times(any_number) <= MOST_NUMBERS:
-            followed = with_numbers(self.capture, captured, **options)
-            captured, spec = (captured, spec) if followed is None else (followed, any_number)
-        variant = self._variant(captured, spec)
-        self._remember(spec, variant)
-        return variant
-
-    def _times(self, any_number: Any) -> int:
-        """Count the captures that differ in numbers alone."""
-        times = self._numbers[any_number] = self._numbers.pop(any_number, 0) + 1
-        if len(self._numbers) > MOST_VARIANTS:
-            del self._numbers[next(iter(self._numbers))]
-        return times
-
-    def _remember(self, spec: Any, variant: Variant) -> None:
-        """Keep a variant, and let go of those that were not used for longest."""
-        self._known.setdefault(spec, []).append(variant)
-        self._used[variant.key] = spec
-        while len(self._used) > MOST_VARIANTS:
-            key = next(iter(self._used))
-            old = self._used.pop(key)
-            self._known[old] = [other for other in self._known[old] if other.key != key]
-            if not self._known[old]:
-                del self._known[old]
-
-    def _around(self, with_loss: bool) -> tuple[Any, ...]:
-        """Give what a variant is for besides its inputs; looked at once for all microbatches of a step."""
-        if not self._mode:
-            self.mode_changed()
-        now = Ambient.now()
-        return with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
-
-    def _variant(self, captured: Captured, spec: Any) -> Variant:
-        read, guards = captured.guards()
-        answers = tuple(guard.answer for guard in guards)
-        key = hashlib.sha256(repr((spec, answers)).encode()).hexdigest()[:16]
-        program = captured.program(self._stage_of_layer, self._num_stages)
-        return Variant(key, program, answers, read, lambda: captured.program({}, 1), captured)
+from fxpipe.variants import MOST_VARIANTS, Variant, Variants
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,8 +75,7 @@ class Step:
 
     def on_one_stage(self) -> Step:
         """Give the same microbatches for the whole model on one stage."""
-        variants = (replace(each, key=f"{each.key} whole", program=each.alone()) for each in self.variants)
-        return replace(self, variants=tuple(variants))
+        return replace(self, variants=tuple(each.whole() for each in self.variants))
 
     def install(self, stages: Sequence[StageModule]) -> None:
         """Make stages ready for the microbatches' variants.
@@ -236,7 +85,7 @@ class Step:
         """
         for variant in self.variants:
             for stage in stages:
-                stage.add_program(variant.key, variant.program)
+                stage.add_program(variant.runs, variant.program)
 
     def jobs(
         self,
@@ -267,7 +116,7 @@ class Step:
             given: dict[str, Any] = {name: inputs.numbers[name] for name in names if name in inputs.numbers}
             given |= {name: inputs.tensors[name].to(device, non_blocking=True) for name in names if name not in given}
             draws = microbatch_seed(seed, step, index, replica)
-            jobs.append(Job(variant.key, variant.program, given, shares, draws, scale))
+            jobs.append(Job(variant.runs, variant.program, given, shares, draws, scale))
         return jobs
 
 
@@ -398,7 +247,7 @@ class Trainer:
         assert step is not None
         for stage in running.stages:
             if stage.num_programs > MOST_VARIANTS:
-                stage.keep_programs({*self.variants.keys, *step.keys})
+                stage.keep_programs({*self.variants.programs, *(variant.runs for variant in step.variants)})
         return step
 
     def _for_training(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> Step:
@@ -446,5 +295,5 @@ class Trainer:
         inputs = tuple(self.variants.capture.inputs(*part, own) for part in cut(batch, layout, num_microbatches, dims))
         with torch.no_grad():
             found = self.variants.find_all(inputs, with_loss=False)
-        output_dims = self.variants.capture.output_dims(found[0].captured) if num_microbatches > 1 else None
+        output_dims = self.variants.capture.output_dims(found[0].captured, inputs[0]) if num_microbatches > 1 else None
         return Step(inputs, found, (own.size,) * num_microbatches, output_dims=output_dims)

@@ -45,7 +45,8 @@ from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.reduction import any_over
 from fxpipe.runtime.run.stepwise import StepwiseEngine
 from fxpipe.runtime.run.work import Job
-from fxpipe.training import Step, Variants
+from fxpipe.training import Step
+from fxpipe.variants import Variants
 
 
 def fits_whole(tensors: Iterable[TensorInfo], device: torch.device) -> bool:

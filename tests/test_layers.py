@@ -61,13 +61,17 @@ TABLE = {
     # Modules that compose the rooms; each sees the ones above it here.
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
     "materialize": Room("errors logs ir batch capture runtime", "torch"),
-    "training": Room("errors ir program batch capture runtime materialize", "torch"),
+    "variants": Room("errors logs program batch capture"),
+    "training": Room("errors ir program batch capture runtime materialize variants", "torch"),
     "comparison": Room("errors ir runtime", "torch"),
-    "verification": Room("errors ir batch capture runtime materialize training comparison", "torch"),
-    "pipeline": Room("errors logs ir planning report runtime materialize training comparison verification", "torch"),
+    "verification": Room("errors ir batch capture runtime materialize variants training comparison", "torch"),
+    "pipeline": Room(
+        "errors logs ir planning report runtime materialize variants training comparison verification", "torch"
+    ),
     "choosing": Room("errors ir batch planning capture", "torch tqdm"),
     "compiler": Room(
-        "choosing errors logs ir batch recipes planning capture profiling materialize training pipeline", "torch"
+        "choosing errors logs ir batch recipes planning capture profiling materialize variants training pipeline",
+        "torch",
     ),
     "cli": Room(
         "errors ir batch planning report export capture runtime.weights choosing compiler pipeline",

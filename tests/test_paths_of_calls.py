@@ -8,7 +8,7 @@ from paths_worker import FORWARD, STEP, compiled, drawn, each_once, paths
 
 MADE = "fxpipe.planning.plan", "make_plan"
 CUT = "fxpipe.planning.search.chains", "fast_cuts"
-FIND = "fxpipe.training", "Variants.find"
+FIND = "fxpipe.variants", "Variants.find"
 PROGRAM = "fxpipe.capture.cut.stage_graphs", "make_program"
 
 

@@ -277,3 +277,23 @@ def test_a_fake_mode_asks_its_dispatch_for_every_operation():
     inside = mode.seen
     tensor.mul_(2)  # its tensors lead back to it
     assert 0 < inside < mode.seen
+
+
+def test_sizes_may_be_symbols_of_a_source_of_ours():
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    class Named(_torch.Source):
+        name = "size"
+
+        def is_ephemeral(self):
+            return False
+
+    mode, env, source = _torch.FakeTensorMode(), ShapeEnv(), Named()
+    mode.shape_env = env
+    symbol = env.create_symbol(7, source, DimDynamic.DYNAMIC, None)
+    size = env.create_symintnode(symbol, hint=7, source=source)
+    with mode, _torch.enable_python_dispatcher():
+        parts = torch.empty(2, size, 6).split(3, dim=2)
+    assert [part.shape[1].node.expr for part in parts] == [symbol, symbol]
+    assert (size + 1).node.hint == 8
+    assert env.guards == []

@@ -66,6 +66,19 @@ class Inputs:
         return self.numbers if self.follows else {}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    @property
+    def without_sizes(self) -> tuple[Any, ...]:
+        """The signature without the sizes of tensors, which keep their numbers of dimensions."""
+        return tuple(
+            (name, len(rest[0]), rest[1], bool(rest[2])) if len(rest) == 3 else (name, *rest)
+            for name, *rest in self.signature
+        )
+
+    @property
     def are_partly_fake(self) -> bool:
         """Whether some tensors have no values."""
         return any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in self.tensors.values())
@@ -90,6 +103,12 @@ class Inputs:
 
         args, kwargs, target = (map_tree(replace, part) for part in (self.args, dict(self.kwargs), self.target))
         return args, kwargs, target
+
+    def without_values(self) -> Inputs:
+        """Give the same with tensors that have no memory."""
+        tensors = {name: tensor.to("meta") for name, tensor in self.tensors.items()}
+        args, kwargs, target = self.with_tensors(tensors)
+        return replace(self, args=args, kwargs=kwargs, target=target, tensors=tensors)
 
     def doubled(self) -> Inputs | None:
         """Give twice the samples, each of them again; None where no tensor has a dimension of samples."""

@@ -19,9 +19,10 @@ from fxpipe.capture.cut.stage_graphs import make_program
 from fxpipe.capture.graph.growth import output_dims
 from fxpipe.capture.graph.layers import make_layer_graph
 from fxpipe.capture.graph.loss import WAY_OUT, Loss, Term, describe_terms, find_loss_terms, given_terms, loss_terms
-from fxpipe.capture.graph.reading import reader_of
+from fxpipe.capture.graph.reading import Read, read_again
 from fxpipe.capture.graph.sizes import Unsuited
 from fxpipe.capture.graph.structure import Structure, computation_of, expressions_of, make_structure
+from fxpipe.capture.graph.symbolic import Symbolic
 from fxpipe.capture.graph.trace import trace_layers
 from fxpipe.capture.model.blocks import Leaves, block_fqns, choose_leaves
 from fxpipe.capture.model.builtin import is_builtin
@@ -51,6 +52,7 @@ class Captured:
         terms: Summands of the loss; empty without a loss.
         notes: What the report should say.
         coupling: Why microbatches' losses do not add up to the batch's; ``""`` where they do.
+        symbolic: Where sizes are symbols: what depends on them.
     """
 
     inputs: Inputs
@@ -59,6 +61,7 @@ class Captured:
     terms: tuple[Term, ...]
     notes: tuple[str, ...]
     coupling: str = ""
+    symbolic: Symbolic | None = None
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -71,13 +74,10 @@ class Captured:
         root = _Root(self.observation.recorder.skeleton.module, self.observation.recorder.constants)
         return fx.GraphModule(root, graph, class_name=type(self.observation.recorder.skeleton.module).__name__)
 
-    def guards(self) -> tuple[Callable[[Mapping[str, Any]], Sequence[Any]] | None, tuple[Guard, ...]]:
+    def guards(self) -> tuple[Read | None, tuple[Guard, ...]]:
         """Give a function that reads again, from named inputs, what Python read, and the answers it got."""
-        guards = self.observation.guards
-        if not guards:
-            return None, ()
-        recorder = self.observation.recorder
-        return reader_of(recorder.graph, [guard.node for guard in guards], recorder.constants), guards
+        guards = self.observation.guards if self.symbolic is None else self.symbolic.guards
+        return read_again(self.observation.recorder, guards), guards
 
     def check_separates(self) -> None:
         """Refuse a loss whose microbatches do not add up to the batch.
@@ -232,7 +232,7 @@ class Capture:
             "  use grain='block', or name them in leaves="
         )
 
-    def output_dims(self, captured: Captured) -> dict[str, int | None]:
+    def output_dims(self, captured: Captured, inputs: Inputs) -> dict[str, int | None]:
         """Find the dimension of samples of each tensor that the model returns, by path: ``"output['logits']"``.
 
         The forward is recorded once more with twice the samples, and what has grown is looked at; None where nothing
@@ -241,12 +241,14 @@ class Capture:
         Raises:
             CaptureError: The forward does not run on twice as many samples.
         """
-        inputs, leaves = captured.inputs, captured.observation.leaves
+        leaves = captured.observation.leaves
         doubled = inputs.doubled()
         if doubled is None:
             return {}
         other = self._observe(leaves, doubled, False, False, None)
-        return output_dims(captured.observation.output, other.output, inputs.samples)
+        sized = captured.symbolic is not None  # it was recorded with other sizes
+        one = self._observe(leaves, inputs, False, False, None) if sized else captured.observation
+        return output_dims(one.output, other.output, inputs.samples)
 
     def layer_graph(
         self, captured: Captured, *, batch_size: int | None = None, notes: Sequence[str] = ()

@@ -59,7 +59,7 @@ from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.ir.tree import tree_leaves
 from fxpipe.program import Program
-from fxpipe.training import Variants
+from fxpipe.variants import Variants
 
 SEED = 7
 CLOSE_IN_FLOAT32 = 1e-6  # the same for what others traced, which runs as it is

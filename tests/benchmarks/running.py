@@ -1,6 +1,7 @@
 """Measure steps: fxpipe against the same cut written by hand on torch's engine, and two ranks against one process.
 
-    python -m tests.benchmarks running [--schedule 1F1B] [--pairs 50] [--dropout 0.1] [--layers 8] [--width 512]
+    python -m tests.benchmarks running [--schedule Interleaved1F1B] [--pairs 50] [--layers 8] [--width 512]
+    python -m tests.benchmarks running --width 16 --layers 8 --microbatches 32 --rows 32 --length 8  # the host
 
 Two processes of one thread each; the model is built whole on both, so that the hand-written cut is the plan's own.
 Every pair runs both, in turns first; beside the ratio stands that of the hand-written cut to itself, which is what the
@@ -30,7 +31,8 @@ import fxpipe
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import launch
 
-WORDS, LENGTH, ROWS, RANKS, MICROBATCHES = 512, 128, 16, 2, 8
+WORDS, RANKS = 512, 2
+STAGES = {"1F1B": 2, "GPipe": 2, "Interleaved1F1B": 4}
 
 
 class Block(nn.Module):
@@ -43,7 +45,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, length, width = x.shape
-        q, k, v = self.qkv(self.norms[0](x)).view(rows, length, 3, width // 64, 64).permute(2, 0, 3, 1, 4)
+        part = min(width, 64)
+        q, k, v = self.qkv(self.norms[0](x)).view(rows, length, 3, width // part, part).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(x.shape)
         x = x + self.dropout(self.out(mixed))
         return x + self.dropout(self.down(F.gelu(self.up(self.norms[1](x)))))
@@ -59,19 +62,26 @@ def loss_fn(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def by_hand(model: nn.Sequential, schedule: str, cut: int) -> Callable[[Any, Any], float]:
+def by_hand(model: nn.Sequential, schedule: str, cuts: list[int], num_microbatches: int) -> Callable[[Any, Any], float]:
     """Write the pipeline as torch's tutorial does."""
     rank = dist.get_rank()
-    part = model[:cut] if rank == 0 else model[cut:]
-    stage = PipelineStage(part, rank, RANKS, torch.device("cpu"))
-    runner = get_schedule_class(schedule)(stage, MICROBATCHES, loss_fn=loss_fn)
+    bounds = list(zip([0, *cuts], [*cuts, len(model)], strict=True))
+    own = [index for index in range(len(bounds)) if index % RANKS == rank]
+    parts = [model[slice(*bounds[index])] for index in own]
+    stages = [
+        PipelineStage(part, index, len(bounds), torch.device("cpu")) for part, index in zip(parts, own, strict=True)
+    ]
+    kind = get_schedule_class(schedule)
+    runner = kind(stages if len(bounds) > RANKS else stages[0], num_microbatches, loss_fn=loss_fn)
+    holds_loss = len(bounds) - 1 in own
 
     def step(inputs: torch.Tensor, target: torch.Tensor) -> float:
-        part.zero_grad()
+        for part in parts:
+            part.zero_grad()
         losses: list[torch.Tensor] = []
         runner.step(*([inputs] if rank == 0 else []), target=target, losses=losses)
-        loss = torch.stack(losses).mean().detach() if losses else torch.zeros(())
-        dist.broadcast(loss, 1)  # every rank logs the loss, as with fxpipe
+        loss = torch.stack(losses).mean().detach() if holds_loss else torch.zeros(())
+        dist.broadcast(loss, RANKS - 1)  # every rank logs the loss, as with fxpipe
         return float(loss)
 
     return step
@@ -90,13 +100,16 @@ def work(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     model = gpt(options.layers, options.width, options.dropout)
     numbers = torch.Generator().manual_seed(0)
-    inputs, target = torch.randint(WORDS, (2, ROWS, LENGTH), generator=numbers)
+    inputs, target = torch.randint(WORDS, (2, options.rows, options.length), generator=numbers)
     pipe = fxpipe.compile(
-        model, RANKS, (inputs,), {"target": target}, loss_fn=loss_fn, microbatches=MICROBATCHES,
-        schedule=options.schedule, grain="block", hardware="cpu",
+        model, STAGES[options.schedule], (inputs,), {"target": target}, loss_fn=loss_fn,
+        microbatches=options.microbatches, schedule=options.schedule, grain="block", hardware="cpu",
     ).materialize()  # fmt: skip
-    cut = next(index for index in range(len(model)) if str(index) in pipe.plan.stages[1].layers)
-    hand = by_hand(model, options.schedule, cut)
+    first = [
+        min(int(layer.split(".")[0]) for layer in stage.layers if layer[0].isdigit()) for stage in pipe.plan.stages
+    ]
+    cuts = first[1:]
+    hand = by_hand(model, options.schedule, cuts, options.microbatches)
 
     def ours(inputs: torch.Tensor, target: torch.Tensor) -> float:
         pipe.zero_grad()
@@ -107,8 +120,8 @@ def work(options: argparse.Namespace) -> None:
             return 0.0
         model.zero_grad()
         total = 0.0
-        for part, wanted in zip(inputs.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
-            loss = loss_fn(model(part), wanted) / MICROBATCHES
+        for part, wanted in zip(inputs.chunk(options.microbatches), target.chunk(options.microbatches), strict=True):
+            loss = loss_fn(model(part), wanted) / options.microbatches
             loss.backward()
             total += float(loss)
         return total
@@ -133,7 +146,7 @@ def work(options: argparse.Namespace) -> None:
             ["by hand / by hand", *spread(itself)],
             ["one process on one core / fxpipe on two ranks", statistics.median(single) / step_s, "", ""],
         ]
-        print(f"{options.schedule}, cut before layer {cut}, {1e3 * step_s:.0f} ms a step, {len(times)} pairs")
+        print(f"{options.schedule}, cut before layers {cuts}, {1e3 * step_s:.0f} ms a step, {len(times)} pairs")
         print(tabulate(rows, ["ratio of step times", "median", "first quartile", "third quartile"], floatfmt=".3f"))
     pipe.close()
     dist.destroy_process_group()
@@ -146,7 +159,10 @@ def spread(ratios: list[float]) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="running", description=__doc__.splitlines()[0])
-    parser.add_argument("--schedule", default="1F1B", choices=["1F1B", "GPipe"])
+    parser.add_argument("--schedule", default="1F1B", choices=list(STAGES))
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16, help="samples of a batch")
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=50)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--layers", type=int, default=6)

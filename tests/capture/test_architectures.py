@@ -15,7 +15,7 @@ from staged import Outcome, cut, differences, every_boundary, one_stage, run_mod
 from torch import nn
 
 from fxpipe.capture.capture import Capture
-from fxpipe.training import Variants
+from fxpipe.variants import Variants
 
 GRAINS = ("block", "op")
 CASES = [(name, grain) for name, a in ARCHITECTURES.items() for grain in GRAINS if grain == "block" or not a.branches]

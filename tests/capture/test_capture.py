@@ -19,7 +19,7 @@ from torch import nn
 import fxpipe
 from fxpipe.capture.capture import Capture
 from fxpipe.errors import CaptureError
-from fxpipe.training import Variants
+from fxpipe.variants import Variants
 
 DECODERS = ("Llama", "Qwen3", "GPT-2")
 

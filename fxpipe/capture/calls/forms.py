@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,13 +62,17 @@ SHAPED_LIKE = {
 
 
 def without_source(
-    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    result: Any,
+    shape_of: Callable[[torch.Tensor], tuple[int, ...]],
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """Give function and arguments that make a result without the tensor it is shaped like; None for other calls.
 
     So it need not be sent where that tensor is not, and can be made anywhere.
 
-    >>> without_source("ones_like", (torch.zeros(2, 3),), {}, torch.ones(2, 3))[1]
+    >>> without_source("ones_like", (torch.zeros(2, 3),), {}, torch.ones(2, 3), lambda tensor: tuple(tensor.shape))[1]
     ((2, 3),)
     """
     factory = SHAPED_LIKE.get(name)
@@ -77,7 +81,7 @@ def without_source(
     if kwargs.keys() - {"dtype", "device", "size", "fill_value"} or len(tensors_in(args, kwargs)) != 1:
         return None
     filling = (kwargs["fill_value"] if "fill_value" in kwargs else args[-1],) if factory is torch.full else ()
-    return factory, (tuple(result.shape), *filling), {"dtype": result.dtype, "device": result.device}
+    return factory, (shape_of(result), *filling), {"dtype": result.dtype, "device": result.device}
 
 
 def spoken_name(func: Any, name: str) -> str:

@@ -13,7 +13,9 @@ from torch import fx, nn
 from fxpipe.capture.graph.reading import reader_of
 from fxpipe.capture.graph.sizes import WIDE, Unsuited
 from fxpipe.capture.graph.tail import Tail, Twins, spoken, tensor_of
+from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import info, is_own, reached
+from fxpipe.capture.record.recorder import Recorder
 from fxpipe.program import LossKind
 
 MOST = 48
@@ -173,7 +175,9 @@ def _applied(node: fx.Node, before: fx.Node | None, value: Any) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def counter_of(twins: Twins, candidate: Candidate) -> Callable[[Mapping[str, Any]], float] | None:
+def counter_of(
+    skeleton: Skeleton, recorder: Recorder, candidate: Candidate
+) -> Callable[[Mapping[str, Any]], float] | None:
     """Give the function that counts a microbatch from its named inputs; None where nothing is counted.
 
     Raises:
@@ -182,11 +186,10 @@ def counter_of(twins: Twins, candidate: Candidate) -> Callable[[Mapping[str, Any
     count = candidate.count
     if count is None:
         return None
-    recorder = twins.one.recorder
     constants = dict(recorder.constants)
     for node in reached(candidate.nodes):
         if is_own(node):
-            original = twins.skeleton.value_of(twins.skeleton.aliases.get(str(node.target), ""))
+            original = skeleton.value_of(skeleton.aliases.get(str(node.target), ""))
             if original is None:
                 raise Unsuited(
                     f"{node.target}, which its microbatches are weighed by, has no values when the model is compiled"

@@ -39,6 +39,7 @@ class Term:
         finish: As in ``LossTerm``.
         what: In words, for the report.
         auxiliary: Whether it couples samples, and is weighed like the main term.
+        candidate: What was found to weigh it; None where the user says it.
     """
 
     node: fx.Node
@@ -47,6 +48,7 @@ class Term:
     finish: Callable[[float], float] | None = None
     what: str = ""
     auxiliary: bool = False
+    candidate: Candidate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +132,12 @@ def _decided(
         if found.kind == "sum" and found is not verdict.candidate:
             found = Candidate("samples", found.what)
         try:
-            count = counter_of(twins, found)
+            count = counter_of(twins.skeleton, twins.one.recorder, found)
         except Unsuited as unsuited:
             return _unproved(result, str(unsuited))
         node = _scaled_copy(twins, summand) if len(summands) > 1 else result
         finish = found.finish if found.chain else None
-        terms.append(Term(node, found.kind, count, finish, found.what, verdict.candidate is None))
+        terms.append(Term(node, found.kind, count, finish, found.what, verdict.candidate is None, found))
     return Loss(tuple(terms))
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx
 
+from fxpipe.capture.record.forward import Guard
 from fxpipe.capture.record.node import reached
+from fxpipe.capture.record.recorder import Recorder
+
+Read: TypeAlias = Callable[[Mapping[str, Any]], Sequence[Any]]
+"""Gives what Python read, from inputs by name."""
 
 
 def reader_of(graph: fx.Graph, nodes: Sequence[fx.Node], constants: Mapping[str, Any]) -> Callable[..., Any]:
@@ -40,3 +45,8 @@ def reader_of(graph: fx.Graph, nodes: Sequence[fx.Node], constants: Mapping[str,
         return forward(*(tensors[name] for name in names))
 
     return read
+
+
+def read_again(recorder: Recorder, guards: Sequence[Guard]) -> Read | None:
+    """Give what reads again what some guards read; None for none."""
+    return reader_of(recorder.graph, [guard.node for guard in guards], recorder.constants) if guards else None

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.scalars import Scalar, holds_scalar
+from fxpipe.capture.calls.symbols import Sized
 from fxpipe.capture.calls.values import describe, filled, has_tensor, without_tensors
 from fxpipe.capture.model.held import held_by
 from fxpipe.capture.record.frames import Frame
@@ -28,6 +29,7 @@ class Arguments:
         generators: ``id`` of the random generators that the model keeps.
         node_of: Gives the node that owns a tensor.
         constant: Gives the node of an object.
+        size: Gives the node of a number that was computed of sizes.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class Arguments:
         generators: Collection[int],
         node_of: Callable[[torch.Tensor, Frame], fx.Node],
         constant: Callable[[Any], fx.Node],
+        size: Callable[[Sized], fx.Node],
     ) -> None:
         self._graph = graph
         self._generators = generators
         self._node_of = node_of
         self._constant = constant
+        self._size = size
         self._copies: dict[int, tuple[Any, Any, Any]] = {}  # of objects: the object, what it held, a copy of it
 
     def lift(self, value: Any, frame: Frame, reads: list[fx.Node]) -> Any:
@@ -50,6 +54,12 @@ class Arguments:
             return value.node
         if isinstance(value, torch.Tensor):
             node = self._node_of(value, frame)
+            reads.append(node)
+            return node
+        if isinstance(value, torch.SymInt):
+            value = Sized.of(value)
+        if isinstance(value, Sized):
+            node = self._size(value)
             reads.append(node)
             return node
         if isinstance(value, LITERALS) or value is Ellipsis:

@@ -173,9 +173,10 @@ class Calls(TorchFunctionMode):
             return result
         if not tensors and not has_tensor(result):
             return result
+        forward.follow(func, args, kwargs, result)
         op, target, given = canonical(func, name, written_down[0])
         named = written_down[1]
-        alone = without_source(name, *written_down, result)
+        alone = without_source(name, *written_down, result, forward.shape_of)
         if alone is not None:
             op, (target, given, named) = "call_function", alone
         layer = frame.name(spoken_name(func, name))
@@ -183,7 +184,7 @@ class Calls(TorchFunctionMode):
         if name == "register_hook":
             forward.hooks.append((node, result))
         finish_call(forward, node, position, func, args, kwargs, result, tuple(trace))
-        if shape_depends_on_values(name, args, result):
+        if (tensors or forward.symbols is None) and shape_depends_on_values(name, args, result):
             guard_shape(forward, node, result)
         if name in SHAPED_BY_LENGTHS:
             for tensor in tensors_in(result):
@@ -269,6 +270,7 @@ def record_whole(
     del frame.functions[position + 1 :]
     if forward.watch.drew:
         frame.drew.append(position)
+    forward.follow(real, args, kwargs, result)
     with without_functions():
         written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
         node = forward.recorder.call(

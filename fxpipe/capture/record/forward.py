@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxpipe.capture.calls.blocked import Blocked, asks_for_accelerator, user_line
 from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.calls.symbols import Symbols
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.calls.watch import Watch
 from fxpipe.capture.model.blocks import Leaves
@@ -71,6 +72,7 @@ class Forward:
         notes: What the report should say.
         numbers: Whether Python numbers among the inputs are followed.
         blocked: The first thing that could not be recorded; a bare ``except`` of the user's may have swallowed it.
+        symbols: The same forward with symbols for sizes, where it is followed.
     """
 
     skeleton: Skeleton
@@ -97,6 +99,7 @@ class Forward:
     notes: dict[str, None] = field(default_factory=dict)
     numbers: bool = False
     blocked: Blocked | None = None
+    symbols: Symbols | None = None
 
     @classmethod
     def begin(
@@ -129,6 +132,28 @@ class Forward:
     def fqn_of(self, module: nn.Module) -> str | None:
         """Give the FQN of a module of the model, or of the copy of one that computes on zeros; None for others."""
         return self.skeleton.module_fqns.get(id(module)) or self.on_zeros.get(id(module))
+
+    def follow(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any, like: Any = None) -> None:
+        """Make a call that is recorded with symbols for sizes, too; see ``Symbols.follow``.
+
+        Raises:
+            Untold: It cannot be made with them.
+        """
+        if self.symbols is None:
+            return
+        counting, self.counting = self.counting, True
+        try:
+            self.symbols.follow(func, args, kwargs, result, like)
+        finally:
+            self.counting = counting
+
+    def sized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give arguments with numbers that know their symbols in the place of symbols."""
+        return (args, kwargs) if self.symbols is None else (self.symbols.plain(args), self.symbols.plain(kwargs))
+
+    def shape_of(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """Give the shape of a tensor; where it is followed, as numbers that know what they are of the inputs' sizes."""
+        return tuple(tensor.shape) if self.symbols is None else self.symbols.shape(tensor)
 
     def reads_quietly(self, *values: Any) -> list[torch.Tensor]:
         """Refuse what something recorded whole reads beside its arguments, and give the tensors it reads.

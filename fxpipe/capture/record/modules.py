@@ -68,7 +68,7 @@ class ModuleCalls:
                 if forward.quiet is not None:
                     return original(module, *args, **kwargs)
                 if self._is_leaf(fqn) and self._holds_its_own(module):
-                    return self._leaf(original, frame, args, kwargs)
+                    return self._leaf(original, frame, *forward.sized(args, kwargs))
                 forward.opened.add(fqn)
                 self._note_given(frame, args, kwargs)
                 return original(module, *args, **kwargs)
@@ -118,7 +118,7 @@ class ModuleCalls:
             key = structure_of(module, args, kwargs)
             repeat = self._repeats.find(key, module)
             if repeat is not None:
-                return self._repeated(repeat, frame, args, kwargs)
+                return self._repeated(original, repeat, frame, args, kwargs)
             watched = [*tensors_in(args, kwargs), *(tensor for _, tensor in named_tensors(module))]
             versions = versions_of(watched)
             forward.side_channels.begin(module, frame.fqn, args, kwargs)
@@ -142,6 +142,7 @@ class ModuleCalls:
             if forward.has_read and any(isinstance(leaf, int | float | str) for _, leaf in tree_leaves(result)):
                 raise Blocked("it returns what Python read from a tensor", frame.fqn, opens=[frame.fqn])
             written = [t for t, old, new in zip(watched, versions, versions_of(watched), strict=True) if old != new]
+            forward.follow(functools.partial(original, module), args, kwargs, result)
             try:
                 node = forward.recorder.call(
                     "call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call, written=written
@@ -165,10 +166,18 @@ class ModuleCalls:
         forward.python_random = python_random_state()
         return result
 
-    def _repeated(self, repeat: Repeat, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _repeated(
+        self,
+        original: Callable[..., Any],
+        repeat: Repeat,
+        frame: Frame,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Record a call that is equal to an earlier one, without making it."""
         forward = self._forward
         result = repeat.again()
+        forward.follow(functools.partial(original, frame.module), args, kwargs, result, like=id(repeat))
         node = forward.recorder.call("call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call)
         info(node).frame = frame
         forward.counts.add(node, frame.module, *bare(args, kwargs), repeat.trace, repeat.attention)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -28,6 +29,7 @@ class NodeInfo:
         call: Which call of the layer's module it is, from 0.
         block: Block around the call, ``"h.0"`` or ``"h.0@1"``; read for the layers' blocks.
         tensor: Shape, dtype and gradient flag of the value, None where that is no tensor; refreshed at the end.
+        sizes: Shape and strides as expressions, where sizes are followed as symbols and the call made the tensor.
         strides: Strides of a value that is dense and not contiguous, else empty; read for boundaries.
         storage: Storage of the value, a key of ``Recorder.storages``; None where it has none.
         from_input: Whether the value depends on an input; read by the guards.
@@ -48,6 +50,7 @@ class NodeInfo:
         position: Place of a drawing function in ``frame.functions``, None for what does not draw.
         counts: What the call does; ``counts`` writes it when the forward is over.
         attention: Forms of the attention calls in it; ``counts`` writes it, the notes read it.
+        size: What the node computes of the inputs' sizes, as an expression; None for any other node.
         is_guard: Whether the node only reads a value for Python; no layer.
         removed: Whether a hook was taken away before the backward; ``outcome`` writes it.
         number: What a node is in this forward that is a Python number among the inputs, or is computed of one.
@@ -57,6 +60,7 @@ class NodeInfo:
     call: int = 0
     block: str = ""
     tensor: TensorMeta | None = None
+    sizes: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
     strides: tuple[int, ...] = ()
     storage: int | None = None
     from_input: bool = False
@@ -76,6 +80,7 @@ class NodeInfo:
     position: int | None = None
     counts: LayerCounts | None = None
     attention: tuple[str, ...] = ()
+    size: Any = None
     is_guard: bool = False
     removed: bool = False
     number: float | None = None

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.objects import Objects
 from fxpipe.capture.calls.real_values import LARGEST
 from fxpipe.capture.calls.scalars import followed_math, settled
+from fxpipe.capture.calls.symbols import SizeReads, Symbols
 from fxpipe.capture.model.blocks import Leaves
 from fxpipe.capture.model.preserve import Attributes, Change, apply_changes, random_states
 from fxpipe.capture.model.skeleton import Skeleton
@@ -61,6 +62,7 @@ class Observation:
         left: Attributes that the forward left behind in opened modules; the next forward may read them.
         notes: What the report should say.
         overwritten: Buffers that it writes to and whose value its backward needs.
+        symbols: The same forward with symbols for sizes; None where it was not followed.
     """
 
     leaves: Leaves
@@ -73,6 +75,7 @@ class Observation:
     left: tuple[Change, ...]
     notes: tuple[str, ...]
     overwritten: tuple[str, ...]
+    symbols: Symbols | None = None
 
     def result_node(self, tensor: torch.Tensor) -> fx.Node:
         """Give the node whose value a returned tensor is."""
@@ -89,6 +92,7 @@ def observe(
     counter: LayerCounter | None = None,
     left: Sequence[Change] = (),
     known: Collection[int] = (),
+    varying: Mapping[str, Sequence[Hashable | None]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Observation:
     """Run the forward (and the loss function) once and record it.
@@ -102,6 +106,7 @@ def observe(
         counter: Counts what each recorded call does; None leaves the calls uncounted.
         left: What an earlier forward left behind, to begin with.
         known: ``id`` of tensors among that which stand for what the earlier forward computed.
+        varying: Names of the sizes that are followed as symbols (``Symbols``); None: no size is.
         progress: Called with the FQN of each block whose call ends.
 
     Returns:
@@ -110,20 +115,16 @@ def observe(
     Raises:
         Blocked: Something cannot be recorded; ``fqn`` names the opened module it happened in.
         CaptureError: The forward itself failed.
+        Untold: A number in it cannot be told as a function of the sizes that vary.
     """
     with ExitStack() as stack:
         attributes = _enter(stack, skeleton, left, grad_enabled)
         recorder = Recorder(skeleton, stack.enter_context(mirrored_ambient()), known)
         forward = Forward.begin(skeleton, leaves, recorder, counter, attributes, progress)
+        if varying is not None:
+            stack.enter_context(_following(forward, inputs, varying))
         args, kwargs, target, objects = _given(forward, inputs)
-        stack.enter_context(forward.watch)
-        stack.enter_context(ModuleCalls(forward).intercepting())
-        stack.enter_context(Bypasses(forward).intercepting())
-        if "torch._dynamo" in sys.modules:  # compiled functions run as the functions they were
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if forward.numbers:
-            stack.enter_context(followed_math())
-        stack.enter_context(Calls(forward))
+        _see(stack, forward)
         output = skeleton.module(*args, **kwargs)
         loss = loss_of(forward, output, target, loss_fn)
         if loss is None or not grad_enabled:  # it is handed out
@@ -138,12 +139,15 @@ def observe(
         output,
         loss,
         *(outcome.results, outcome.left, outcome.notes, outcome.overwritten),
+        symbols=forward.symbols,
     )
 
 
 def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any], Any, Objects]:
     """Add the inputs to the graph, and give what the model is called with, and the objects in it."""
     fakes = {name: _input(tensor) for name, tensor in inputs.tensors.items()}
+    if forward.symbols is not None:
+        forward.symbols.begin(fakes)
     for name, tensor in fakes.items():
         forward.recorder.placeholder(name, tensor)
     forward.numbers = bool(inputs.followed)
@@ -151,6 +155,30 @@ def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str,
     objects = Objects()
     args, kwargs, target = (map_tree(objects.copied, part) for part in given)
     return args, kwargs, target, objects
+
+
+def _following(
+    forward: Forward, inputs: Inputs, varying: Mapping[str, Sequence[Hashable | None]]
+) -> AbstractContextManager[None]:
+    """Have the forward followed with symbols for sizes."""
+    recorder = forward.recorder
+    symbols = Symbols(forward.skeleton.mode, forward.watch, inputs.tensors, varying, recorder.made_here)
+    forward.symbols = recorder.symbols = symbols
+    return symbols.following()
+
+
+def _see(stack: ExitStack, forward: Forward) -> None:
+    """Hear of all that the forward does."""
+    stack.enter_context(forward.watch)
+    stack.enter_context(ModuleCalls(forward).intercepting())
+    stack.enter_context(Bypasses(forward).intercepting())
+    if "torch._dynamo" in sys.modules:  # compiled functions run as the functions they were
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    if forward.numbers:
+        stack.enter_context(followed_math())
+    stack.enter_context(Calls(forward))
+    if forward.symbols is not None:
+        stack.enter_context(SizeReads(forward.symbols, lambda: forward.passes))
 
 
 def _enter(stack: ExitStack, skeleton: Skeleton, left: Sequence[Change], grad_enabled: bool) -> Attributes:

@@ -25,6 +25,7 @@ from torch import fx
 from fxpipe._torch import FakeTensor
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.blocked import Blocked, user_line
+from fxpipe.capture.calls.symbols import Sized, Symbols
 from fxpipe.capture.calls.values import (
     describe,
     has_attributes,
@@ -79,7 +80,9 @@ class Recorder:
         self._attributes: dict[str, fx.Node] = {}
         self._constant_of: dict[int, str] = {}
         self._trial: _Trial | None = None
-        self._arguments = Arguments(self.graph, skeleton.generators, self.node_of, self.constant)
+        self.symbols: Symbols | None = None  # the same forward with symbols for sizes
+        self._sizes: dict[Any, fx.Node] = {}
+        self._arguments = Arguments(self.graph, skeleton.generators, self.node_of, self.constant, self.size)
         with skeleton.mode:
             self._usual_attributes = vars(torch.empty(0)).keys()
 
@@ -211,6 +214,18 @@ class Recorder:
             self._kept.append(value)
         return node
 
+    def size(self, number: Sized) -> fx.Node:
+        """Give the node that computes a number of the inputs' sizes."""
+        assert self.symbols is not None
+        expression = number.expression
+        if expression not in self._sizes:
+            names, function = self.symbols.function(expression)
+            given = {str(node.target): node for node in self.graph.nodes if node.op == "placeholder"}
+            args = tuple(given[name] for name in names)
+            node = self._made("call_function", function, args, from_input=True, size=expression)
+            self._sizes[expression] = node
+        return self._sizes[expression]
+
     def bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """Make ``node`` the owner of a tensor: later readers read it."""
         if self._trial is not None:
@@ -225,6 +240,8 @@ class Recorder:
         known.tensor = tensor_meta(tensor)
         if not tensor.is_contiguous() and is_dense(tensor):
             known.strides = tuple(tensor.stride())
+        if self.symbols is not None:
+            known.sizes = self.symbols.sizes_of(tensor)
         storage = storage_of(tensor)
         if storage is not None:
             known.storage = storage
@@ -348,6 +365,15 @@ class Recorder:
             return  # handed back unchanged: it stays the model's own, readable at every stage
         self.bind(tensor, node)
 
+    # --- the end --------------------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Let go of the tensors of the forward: its graph is finished."""
+        for known in (self._node_of, self._kept, self._left, self._constant_of):
+            known.clear()
+        if self.symbols is not None:
+            self.symbols.forget()
+
     # --- undoing --------------------------------------------------------------------------------------------------
 
     def begin_trial(self) -> None:
@@ -362,6 +388,7 @@ class Recorder:
         """Forget everything recorded since ``begin_trial``."""
         trial, self._trial = self._trial, None
         assert trial is not None
+        self._sizes.clear()
         for key, node in reversed(trial.owners):
             if node is None:
                 self._node_of.pop(key, None)

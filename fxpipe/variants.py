@@ -1,0 +1,330 @@
+"""The graphs of a model on its plan: which one a microbatch takes, recorded where there is none yet.
+
+A ``Variant`` is a graph for one set of shapes, one training mode and one set of answers to what Python reads. From the
+second set of shapes on a graph is recorded with sizes as symbols, where the model allows it, and each further set gets
+its variant without the model's forward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fxpipe.batch.inputs import Inputs
+from fxpipe.capture.calls.ambient import Ambient
+from fxpipe.capture.calls.reads import answer_of
+from fxpipe.capture.capture import Capture, Captured
+from fxpipe.capture.graph.reading import Read, read_again
+from fxpipe.capture.graph.symbolic import reads_alike
+from fxpipe.capture.numbers import with_numbers
+from fxpipe.capture.shapes import Elsewhere, with_symbols
+from fxpipe.errors import CaptureError
+from fxpipe.program import Program
+
+MOST_VARIANTS = 64
+"""Variants kept: each costs a few MiB where it was recorded, and a recording to get back."""
+MOST_NUMBERS = 16
+"""How often Python numbers may turn out to be other ones before each value gets a graph of its own."""
+MOST_GENERAL = 16
+"""Kinds of batches, sizes aside, for which graphs with symbols are kept."""
+MOST_RECORDED = 4
+"""Graphs with numbers of one kind that the next one with symbols may be held against."""
+MOST_FAMILIES = 8
+"""Graphs with symbols that are kept of one kind."""
+MOST_TRIES = 2
+"""Graphs with symbols that are tried in vain for one kind before each shape is recorded by itself."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variant:
+    """One recorded graph, cut by the plan.
+
+    Attributes:
+        key: Names it; the same on every rank.
+        runs: Names what the stages run for it, which variants that differ in sizes alone share.
+        program: The graph of each stage.
+        answers: What Python read from the inputs; another answer needs another variant.
+        read: Reads it again from named inputs; None if nothing was read.
+        alone: Gives the same graph as a program of one stage.
+        captured: What it was made of.
+    """
+
+    key: str
+    runs: str
+    program: Program
+    answers: tuple[Any, ...]
+    read: Read | None
+    alone: Callable[[], Program]
+    captured: Captured
+
+    def fits(self, inputs: Inputs) -> bool:
+        """Tell whether a microbatch takes this graph."""
+        return _answers(self.read, inputs, self.answers)
+
+    def whole(self) -> Variant:
+        """Give the same graph on one stage."""
+        return replace(self, key=f"{self.key} whole", runs=f"{self.runs} whole", program=self.alone())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Family:
+    """A graph with sizes as symbols: the variants that differ in sizes alone.
+
+    Attributes:
+        captured: The graph.
+        program: Cut by the plan, in the sizes it was recorded with.
+        read: Reads what decides the path from the inputs' values.
+        answers: What it must be.
+        read_sizes: Reads what decides the path from tensors that are made of sizes alone.
+        size_answers: What it must be.
+        key: Names the family.
+        is_shared: Whether what the stages run is the same for all sizes.
+    """
+
+    captured: Captured
+    program: Program
+    read: Read | None
+    answers: tuple[Any, ...]
+    read_sizes: Read | None
+    size_answers: tuple[Any, ...]
+    key: str
+    is_shared: bool
+
+    @classmethod
+    def of(cls, captured: Captured, program: Program, kind: Any) -> _Family:
+        """Make the family of a graph for batches of one kind."""
+        symbolic = captured.symbolic
+        assert symbolic is not None
+        read, guards = captured.guards()
+        read_sizes = read_again(captured.observation.recorder, symbolic.conditions)
+        answers = tuple(guard.answer for guard in guards)
+        size_answers = tuple(guard.answer for guard in symbolic.conditions)
+        key = _digest(kind, answers, size_answers, symbolic.guards_text)
+        return cls(captured, program, read, answers, read_sizes, size_answers, key, symbolic.keeps_strides(program))
+
+    def member(self, inputs: Inputs, spec: Any) -> Variant | None:
+        """Give the variant of a microbatch; None where the graph does not hold for it."""
+        symbolic = self.captured.symbolic
+        assert symbolic is not None
+        values = symbolic.symbols.values(inputs.shapes)
+        if values is None or not _answers(self.read, inputs, self.answers):
+            return None
+        if not _answers(self.read_sizes, inputs, self.size_answers):
+            return None
+        captured = self.captured
+
+        def alone() -> Program:
+            return symbolic.at(captured.program({}, 1), values)
+
+        key = _digest(spec, self.key)
+        program = symbolic.at(self.program, values)
+        return Variant(key, self.key if self.is_shared else key, program, self.answers, self.read, alone, captured)
+
+
+@dataclass(slots=True, eq=False)
+class _Kind:
+    """What is known of batches that differ in sizes alone.
+
+    Attributes:
+        recorded: Variants that were recorded with numbers, of no family so far, and the shapes of their inputs.
+        families: Graphs with symbols.
+        tries: How often one was recorded in vain; half of one where no recording had taken its path.
+    """
+
+    recorded: list[tuple[Variant, Mapping[str, tuple[int, ...]]]] = field(default_factory=list)
+    families: list[_Family] = field(default_factory=list)
+    tries: float = 0
+
+
+class Variants:
+    """Finds the variant a microbatch takes, and captures it where there is none yet.
+
+    Args:
+        capture: The live model.
+        stage_of_layer: The plan's stage of each layer, by name.
+        num_stages: Number of stages.
+        opened: Blocks that a cut crosses.
+
+    Attributes:
+        num_captures: Forwards that were recorded for batches.
+    """
+
+    def __init__(
+        self, capture: Capture, stage_of_layer: Mapping[str, int], num_stages: int, opened: Sequence[str]
+    ) -> None:
+        self.capture = capture
+        self.num_captures = 0
+        self._stage_of_layer = dict(stage_of_layer)
+        self._num_stages = num_stages
+        self._opened = tuple(opened)
+        self._known: dict[Any, list[Variant]] = {}
+        self._numbers: dict[Any, int] = {}  # by what numbers are open in: how often they were other ones
+        self._used: dict[str, Any] = {}  # what each variant is for, by its key; the one used last comes last
+        self._kinds: dict[Any, _Kind] = {}  # the one used last comes last
+        self._mode = ""
+
+    def add(self, captured: Captured, *, with_loss: bool) -> None:
+        """Remember what ``compile`` captured already."""
+        if captured.inputs.numbers:
+            self._times((captured.inputs.open, *self._around(with_loss)))
+        self._add(captured, captured.inputs, with_loss)
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The variants that are kept."""
+        return self._used.keys()
+
+    @property
+    def programs(self) -> set[str]:
+        """What the stages run for them."""
+        return {variant.runs for variants in self._known.values() for variant in variants}
+
+    def mode_changed(self) -> None:
+        """Look at the modules' training flags again."""
+        flags = bytes(part.training for part in self.capture.skeleton.module.modules())
+        self._mode = hashlib.sha256(flags).hexdigest()[:16]
+
+    def find_all(self, microbatches: Sequence[Inputs], *, with_loss: bool) -> tuple[Variant, ...]:
+        """Give the variant of each microbatch of a step; as ``find``."""
+        around = self._around(with_loss)
+        return tuple([self.find(inputs, with_loss=with_loss, around=around) for inputs in microbatches])
+
+    def find(self, inputs: Inputs, *, with_loss: bool, around: tuple[Any, ...] = ()) -> Variant:
+        """Give the variant of a microbatch.
+
+        Args:
+            inputs: The microbatch.
+            with_loss: Whether a loss is computed (training) or the model's output.
+            around: What else a variant is for, where that is known already.
+
+        Raises:
+            CaptureError: The model does something else than when it was compiled, so that its plan does not fit.
+        """
+        around = around or self._around(with_loss)
+        spec, any_number = (inputs.signature, *around), (inputs.open, *around)
+        for each in (spec, any_number) if inputs.numbers else (spec,):
+            for variant in self._known.get(each, ()):
+                if variant.fits(inputs):
+                    self._used[variant.key] = self._used.pop(variant.key, each)
+                    return variant
+        member = self._member(inputs, spec, with_loss)
+        if member is not None:
+            return self._remember(spec, member)
+        self.num_captures += 1
+        options: dict[str, Any] = {"opened": self._opened, "with_loss": with_loss, "grad_enabled": with_loss}
+        captured = self.capture.capture(inputs, **options)
+        if with_loss and not captured.structure.is_loss:
+            raise CaptureError(
+                f"{self.capture.name} returned no loss for this batch\n"
+                "  pass labels (or whatever makes the model return one), or compile with loss_fn="
+            )
+        if inputs.numbers and 1 < self._times(any_number) <= MOST_NUMBERS:
+            followed = with_numbers(self.capture, captured, **options)
+            if followed is not None:
+                return self._remember(any_number, self._variant(followed, any_number))
+        return self._add(captured, inputs, with_loss)
+
+    def _times(self, any_number: Any) -> int:
+        """Count the captures that differ in numbers alone."""
+        times = self._numbers[any_number] = self._numbers.pop(any_number, 0) + 1
+        if len(self._numbers) > MOST_VARIANTS:
+            del self._numbers[next(iter(self._numbers))]
+        return times
+
+    def _add(self, captured: Captured, inputs: Inputs, with_loss: bool) -> Variant:
+        """Remember a variant that was recorded with numbers for sizes, for others to be held against."""
+        spec, kind = (inputs.signature, *self._around(with_loss)), self._kind(inputs, with_loss)
+        variant = self._remember(spec, self._variant(captured, spec))
+        kind.recorded = [*kind.recorded, (variant, inputs.shapes)][-MOST_RECORDED:] if kind.tries < MOST_TRIES else []
+        return variant
+
+    def _variant(self, captured: Captured, spec: Any) -> Variant:
+        read, guards = captured.guards()
+        answers = tuple(guard.answer for guard in guards)
+        key = _digest(spec, answers)
+        program = self._program(captured)
+        captured = _without_values(captured)
+        return Variant(key, key, program, answers, read, lambda: captured.program({}, 1), captured)
+
+    def _member(self, inputs: Inputs, spec: Any, with_loss: bool) -> Variant | None:
+        """Give the variant of a microbatch without recording it by itself; None where sizes are no symbols."""
+        kind = self._kind(inputs, with_loss)
+        for family in kind.families:
+            variant = family.member(inputs, spec)
+            if variant is not None:
+                return variant
+        known = [each for each in kind.recorded if each[1] != inputs.shapes and not each[0].captured.observation.left]
+        if not known or kind.tries >= MOST_TRIES:
+            return None
+        self.num_captures += 1
+        bases = [(variant.captured, shapes) for variant, shapes in known]
+        try:
+            captured = with_symbols(self.capture, bases, inputs, with_loss=with_loss)
+        except Elsewhere:
+            kind.tries += 1 / 2
+            return None
+        if captured is None:
+            kind.tries += 1
+            return None
+        program = self._program(captured)
+        number = self._kind_key(inputs, with_loss), len(kind.families)
+        family = _Family.of(_without_values(captured), program, number)
+        kind.families = [*kind.families, family][-MOST_FAMILIES:]
+        alike = captured.symbolic.guards if captured.symbolic is not None else ()
+        kind.recorded = [each for each in known if not reads_alike(each[0].captured.observation.guards, alike)]
+        return family.member(inputs, spec)
+
+    def _remember(self, spec: Any, variant: Variant) -> Variant:
+        """Keep a variant, and let go of those that were not used for longest."""
+        self._known.setdefault(spec, []).append(variant)
+        self._used[variant.key] = spec
+        while len(self._used) > MOST_VARIANTS:
+            key = next(iter(self._used))
+            old = self._used.pop(key)
+            self._known[old] = [other for other in self._known[old] if other.key != key]
+            if not self._known[old]:
+                del self._known[old]
+        return variant
+
+    def _kind(self, inputs: Inputs, with_loss: bool) -> _Kind:
+        """Give what is known of batches like this one, and let go of the kind that was not used for longest."""
+        key = self._kind_key(inputs, with_loss)
+        self._kinds[key] = found = self._kinds.pop(key, None) or _Kind()
+        if len(self._kinds) > MOST_GENERAL:
+            del self._kinds[next(iter(self._kinds))]
+        return found
+
+    def _kind_key(self, inputs: Inputs, with_loss: bool) -> Any:
+        return (inputs.without_sizes, *self._around(with_loss))
+
+    def _around(self, with_loss: bool) -> tuple[Any, ...]:
+        """Give what a variant is for besides its inputs; looked at once for all microbatches of a step."""
+        if not self._mode:
+            self.mode_changed()
+        now = Ambient.now()
+        return with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
+
+    def _program(self, captured: Captured) -> Program:
+        return captured.program(self._stage_of_layer, self._num_stages)
+
+
+def _answers(read: Read | None, inputs: Inputs, answers: tuple[Any, ...]) -> bool:
+    """Tell whether what is read of inputs is what it must be."""
+    if read is None:
+        return True
+    try:
+        return tuple(answer_of(value) for value in read(inputs.values)) == answers
+    except (RuntimeError, IndexError, ValueError, TypeError):  # a shape that this path never has
+        return False
+
+
+def _without_values(captured: Captured) -> Captured:
+    """Let go of the tensors that a graph was recorded with: it is cut."""
+    captured.observation.recorder.forget()
+    return replace(captured, inputs=captured.inputs.without_values())
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
