@@ -11,8 +11,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.utils.checkpoint
-
-# --- capture: fake tensors, modes, and what a function mode does not see -----------------------------------------
 from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._functorch import apis as _functorch_apis
 from torch._guards import Source as Source
