@@ -241,13 +241,11 @@ class Capture:
         Raises:
             CaptureError: The forward does not run on twice as many samples.
         """
-        leaves = captured.observation.leaves
-        doubled = inputs.doubled()
+        leaves, doubled = captured.observation.leaves, inputs.doubled()
         if doubled is None:
             return {}
         other = self._observe(leaves, doubled, False, False, None)
-        sized = captured.symbolic is not None  # it was recorded with other sizes
-        one = self._observe(leaves, inputs, False, False, None) if sized else captured.observation
+        one = captured.observation if captured.symbolic is None else self._observe(leaves, inputs, False, False, None)
         return output_dims(one.output, other.output, inputs.samples)
 
     def layer_graph(
