@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxpipe.errors import PlanError
-from fxpipe.export.parts import Parts, parts_of
+from fxpipe.export.parts import parts_of
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.plan import PipelinePlan
 
@@ -28,25 +28,39 @@ def model_parts():
 class Part(nn.Module):
     """One module of the model, built alone; what it is given and returns is the hidden state.
 
-    A module that needs more (a mask, rotary tables) gets it here: extend ``forward``, which DeepSpeed calls with what
-    the layer before returned.
+    A module that needs more (a mask, rotary tables) gets it here: extend ``call``, which DeepSpeed's layers call with
+    what the layer before returned. Modules of one stage that share a weight are built together, ``tied`` says by which
+    attribute of each.
     """
 
-    def __init__(self, fqn):
+    def __init__(self, *fqns, tied=()):
         super().__init__()
-        self.module = model_parts().get_submodule(fqn).to_empty(device="cpu")
+        model = model_parts()
+        self.fqns = fqns
+        self.module = nn.ModuleList(model.get_submodule(fqn).to_empty(device="cpu") for fqn in fqns)
         for part in self.module.modules():
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
+        for module, name in zip(self.module[1:], tied[1:]):
+            setattr(module, name, getattr(self.module[0], tied[0]))
+        self.tied = tied[0] if tied else None
 
     @property
-    def weight(self):
+    def tied_weight(self):
         """The tied weight."""
-        return self.module.weight
+        return getattr(self.module[0], self.tied)
+
+    def call(self, fqn, hidden):
+        out = self.module[self.fqns.index(fqn)](hidden)
+        return out[0] if isinstance(out, tuple) else out
 
     def forward(self, hidden):
-        out = self.module(hidden)
-        return out[0] if isinstance(out, tuple) else out
+        return self.call(self.fqns[0], hidden)
+
+
+def calling(fqn):
+    """Give what DeepSpeed calls where several layers of a stage are one tied module."""
+    return lambda part, hidden: part.call(fqn, hidden)
 
 
 class CutPipelineModule(PipelineModule):
@@ -89,7 +103,8 @@ def to_deepspeed(plan: PipelinePlan, graph: LayerGraph, source: str) -> str:
     imports, function = _import(source)
     rows, bounds = [], [0]
     for names in parts.modules:
-        rows += [_layer(name, plan, parts) for name in names if name not in parts.shared]
+        own = [name for name in names if name not in parts.shared]
+        rows += [_layer(name, own, plan) for name in own]
         bounds.append(len(rows))
     return _FILE.format(
         model=plan.model,
@@ -102,14 +117,21 @@ def to_deepspeed(plan: PipelinePlan, graph: LayerGraph, source: str) -> str:
     )
 
 
-def _layer(fqn: str, plan: PipelinePlan, parts: Parts) -> str:
+def _layer(fqn: str, stage: list[str], plan: PipelinePlan) -> str:
+    """Write one layer; tied modules of one stage name each other, for DeepSpeed builds one module for one key."""
     keys = [tie.key.replace(".", "_") for tie in plan.ties]  # DeepSpeed names a module by it
     for index, tie in enumerate(plan.ties):
-        for tied in tie.fqns:
-            owner, _, attribute = tied.rpartition(".")
-            if owner == fqn:
-                key = keys[index] if keys.count(keys[index]) == 1 else f"{keys[index]}_{index}"
-                return f'TiedLayerSpec("{key}", Part, "{fqn}", tied_weight_attr="{attribute}")'
+        owners = {owner: attribute for owner, _, attribute in (name.rpartition(".") for name in tie.fqns)}
+        if fqn not in owners:
+            continue
+        key = keys[index] if keys.count(keys[index]) == 1 else f"{keys[index]}_{index}"
+        together = [name for name in stage if name in owners]
+        names = ", ".join(f'"{name}"' for name in together)
+        tied = tuple(owners[name] for name in together)
+        return (
+            f'TiedLayerSpec("{key}", Part, {names}, tied={tied!r}, forward_fn=calling("{fqn}"), '
+            'tied_weight_attr="tied_weight")'
+        )
     return f'LayerSpec(Part, "{fqn}")'
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import json
 import math
 import re
+import sys
 import tomllib
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +135,68 @@ def test_deepspeeds_file_lists_the_modules_and_cuts_where_the_plan_does():
     assert [values[0] for values in tied] == ["model_embed_tokens_weight"] * 2  # DeepSpeed refuses dots in it
     assert {values[1] for values in tied} == {"model.embed_tokens", "lm_head"}
     assert "from train import build" in text
+
+
+TIED = """
+import torch
+from torch import nn
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.inner = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 16)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.inner(self.embed(ids)))).mean()
+
+
+def build():
+    return Tied(), (torch.zeros(4, 3, dtype=torch.long),)
+"""
+
+
+def test_deepspeeds_file_calls_the_head_where_one_stage_holds_both_ends_of_a_tie(tmp_path, monkeypatch):
+    """DeepSpeed builds one module for one key on a stage, and calls each layer's ``forward_fn`` with it."""
+
+    class Spec:
+        def __init__(self, typename, *args, **options):
+            self.build = lambda: typename(*args, **options)
+
+    class TiedSpec(Spec):
+        def __init__(self, key, typename, *args, forward_fn=None, tied_weight_attr="weight", **options):
+            super().__init__(typename, *args, **options)
+            self.key, self.forward_fn, self.attribute = key, forward_fn, tied_weight_attr
+
+    pipe = types.ModuleType("deepspeed.pipe")
+    pipe.LayerSpec, pipe.TiedLayerSpec, pipe.PipelineModule = Spec, TiedSpec, object
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.pipe", pipe)
+    (tmp_path / "tied_model.py").write_text(TIED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model, batch = importlib.import_module("tied_model").build()
+    compiled = fxpipe.compile(model, 1, batch, grain="block", microbatches=1)
+    names: dict[str, Any] = {}
+    exec(export(compiled.plan, compiled.graph, "deepspeed", "tied_model:build"), names)
+    built: dict[str, Any] = {}
+    hidden = torch.tensor([[1, 2, 3]])
+    shapes = []
+    for layer in names["layers"]():
+        if isinstance(layer, TiedSpec):
+            part = built.setdefault(layer.key, None) or layer.build()
+            built[layer.key] = part
+            assert getattr(part, layer.attribute) is part.module[0].weight
+            hidden = layer.forward_fn(part, hidden)
+        else:
+            hidden = layer.build()(hidden)
+        shapes.append(tuple(hidden.shape))
+    assert shapes == [(1, 3, 8), (1, 3, 8), (1, 3, 16)]
+    [part] = built.values()
+    assert part.module[1].weight is part.module[0].weight
+    assert part.module[1].bias.shape == (16,)
 
 
 def test_json_is_the_plan(llama):
