@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,8 +47,14 @@ class RunOptions:
 
     @property
     def patience(self) -> timedelta:
-        """How long a rank waits for another one."""
-        return TIMEOUT if self.timeout is None else timedelta(seconds=self.timeout)
+        """How long a rank waits for another one; the usual time where ``check`` will refuse what was given."""
+        return TIMEOUT if self.timeout is None or not self._is_time(self.timeout) else timedelta(seconds=self.timeout)
+
+    @staticmethod
+    def _is_time(given: object) -> bool:
+        """Whether something is a number of seconds that can be waited for."""
+        number = isinstance(given, int | float) and not isinstance(given, bool)
+        return number and 0 < given <= timedelta.max.total_seconds() / 2
 
     def check(self, schedule: str) -> None:
         """Refuse what cannot be run.
@@ -58,8 +63,7 @@ class RunOptions:
             MaterializeError: ``compile`` is none of the known forms.
             ScheduleError: The schedule splits the backward, which compiled modules cannot.
         """
-        number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
-        if self.timeout is not None and not (number and 0 < self.timeout < math.inf):
+        if self.timeout is not None and not self._is_time(self.timeout):
             raise MaterializeError(f"timeout={self.timeout!r}\n  pass a positive number of seconds, or None")
         if self.check_batches not in (True, False, "auto"):
             raise MaterializeError(f"check_batches={self.check_batches!r} is unknown\n  pass 'auto', True or False")
