@@ -305,8 +305,7 @@ def weight_groups(
     def nodes(tensors: Iterable[torch.Tensor]) -> list[Node]:
         return [get_gradient_edge(tensor).node for tensor in tensors]
 
-    listed = list(weights)
-    weight_of = dict(zip(nodes(listed), listed, strict=True))
+    weight_of = dict(zip(nodes(listed := list(weights)), listed, strict=True))
     found: list[tuple[dict[Node, None], dict[Node, None]]] = []
     consumers = construct_reverse_graph(nodes(roots))
     for group in get_param_groups(nodes(inputs), list(weight_of), consumers):
@@ -320,11 +319,12 @@ def weight_groups(
                 shared, reached = others | shared, its | reached
         found = [*apart, (shared, reached)]
 
-    def owners(node: Node) -> list[Any]:  # until 2.12: the object of a Python function is not what keeps it
-        if not isinstance(node, torch.autograd.function.BackwardCFunction):
-            return [node]
-        own = [edge for edge in map(get_gradient_edge, roots) if edge.node is node]
-        return own or owners(consumers[node][0])
+    def owners(node: Node) -> list[Any]:  # until 2.12 a Python function's object does not keep it; recursion would
+        while isinstance(node, torch.autograd.function.BackwardCFunction):
+            if own := [edge for edge in map(get_gradient_edge, roots) if edge.node is node]:
+                return own
+            node = consumers[node][0]
+        return [node]
 
     return [
         (list(shared), [weight_of[node] for node in reached], [owners(node) for node in shared])
