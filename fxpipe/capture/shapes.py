@@ -6,8 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from fxpipe.batch.inputs import Inputs
-from fxpipe.capture.calls.blocked import Blocked
-from fxpipe.capture.calls.symbols import Untold
+from fxpipe.capture.calls.blocked import Blocked, Untold
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.graph.structure import make_structure
 from fxpipe.capture.graph.symbolic import Shapes, Symbolic, pair_with, paired_terms, reads_alike, varying

@@ -115,6 +115,14 @@ class Reading(nn.Module):
                 x = x.sum(1) * {7: 2}[length]
             except Exception:
                 x = x.sum(1) * 3
+        elif self.kind == "instance":
+            x = x.sum(1) * (2 if isinstance(length, int) and length > 12 else 3)
+        elif self.kind == "type":
+            x = x.sum(1) * (2 if type(length) is int and length > 12 else 3)
+        elif self.kind == "floored":
+            x = x.sum(1) + length // 3.5
+        elif self.kind == "counted":
+            x = x.sum(1) * (2 if sum(1 for _ in x.transpose(0, 1)) > 12 else 3)
         elif self.kind == "made":
             x = (x * torch.ones_like(x)[:, :, :1].cumsum(1)).mean(1) + x.new_full((length, 4), 0.5).sum(0)
         return F.mse_loss(x, labels)
@@ -122,7 +130,10 @@ class Reading(nn.Module):
 
 @pytest.mark.parametrize(
     "kind",
-    ["arithmetic", "branch", "integer", "float", "list", "loop", "text", "values", "caught", "made"],
+    [
+        *("arithmetic", "branch", "integer", "float", "list", "loop", "text", "values", "caught", "made"),
+        *("instance", "type", "floored", "counted"),
+    ],
 )
 def test_a_number_of_sizes_is_never_a_stale_one(kind):
     torch.manual_seed(0)

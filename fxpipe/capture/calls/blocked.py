@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import dis
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 
 class Blocked(BaseException):
@@ -27,6 +30,13 @@ class Blocked(BaseException):
         self.opens = tuple(opens)
         self.way_out = way_out
         self.where = ""
+
+
+class Untold(BaseException):
+    """A number cannot be told as a function of the inputs' sizes; the text says why.
+
+    Not an ``Exception``: the user's own ``except Exception`` must not turn it into another path through the model.
+    """
 
 
 def user_line() -> str:
@@ -69,3 +79,54 @@ def _user_frame() -> types.FrameType | None:
             return frame
         frame = frame.f_back
     return None
+
+
+# --- the kind of a number -------------------------------------------------------------------------------------------
+
+_type, _isinstance = type, isinstance
+
+
+def asked_by_user(depth: int = 2) -> bool:
+    """Whether what calls the caller is neither torch's code nor ours, which know symbols."""
+    return str(sys._getframe(depth).f_globals.get("__name__", "")).partition(".")[0] not in ("torch", "sympy", "fxpipe")
+
+
+@contextmanager
+def numbers_by_type(stands_for: Mapping[type, Any]) -> Iterator[None]:
+    """Let symbols be what they stand for where the user's code asks by ``isinstance``, and refuse ``type``.
+
+    Both answer without a word to the symbol, so nothing else sees the question.
+
+    Args:
+        stands_for: A number for each class of symbols.
+    """
+
+    def asks(value: Any, kinds: Any) -> bool:
+        if _type(value) in stands_for and asked_by_user():
+            value = stands_for[_type(value)]
+        return _isinstance(value, kinds)
+
+    class Asking(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            if len(args) == 1 and _type(args[0]) in stands_for and asked_by_user():
+                raise Untold("Python asks for the type of a size")
+            return _type(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return _isinstance(instance, _type)
+
+        def __subclasscheck__(cls, subclass: Any) -> bool:
+            return issubclass(subclass, _type)
+
+        def __eq__(cls, other: object) -> bool:
+            return other is cls or other is _type
+
+        def __hash__(cls) -> int:
+            return hash(_type)
+
+    stand_in: Any = Asking("type", (type,), {})
+    try:
+        vars(builtins).update(isinstance=asks, type=stand_in)
+        yield
+    finally:
+        vars(builtins).update(isinstance=_isinstance, type=_type)

@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fxpipe._torch import FakeTensorMode, Source, enable_python_dispatcher, without_functions
+from fxpipe.capture.calls.blocked import Untold, asked_by_user, numbers_by_type
 from fxpipe.capture.calls.reads import READS
 from fxpipe.capture.calls.values import has_tensor, tensors_in
 from fxpipe.capture.calls.watch import Watch
@@ -27,14 +28,7 @@ Expression = Any
 """A sympy expression over symbols, or an int."""
 
 
-class Untold(BaseException):
-    """A number cannot be told as a function of the inputs' sizes; the text says why.
-
-    Not an ``Exception``: the user's own ``except Exception`` must not turn it into another path through the model.
-    """
-
-
-_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_STANDS_FOR: dict[type, Any] = {torch.SymInt: 2, torch.SymFloat: 2.0, torch.SymBool: True}
 _UNGUARDED = ("__repr__", "__str__", "__format__", "__hash__", "__reduce_ex__")
 """Ways to see a symbol that say nothing to its ``ShapeEnv``, or say it in other words than a number."""
 
@@ -135,11 +129,12 @@ class Symbols:
     def following(self) -> Iterator[None]:
         """Let the fake mode take symbols for sizes, and hear of what Python sees of one without a guard."""
         self._mode.shape_env = self._env
-        kept = [(kind, name, vars(kind).get(name)) for kind in _SYMBOLS for name in _UNGUARDED]
+        kept = [(kind, name, vars(kind).get(name)) for kind in _STANDS_FOR for name in _UNGUARDED]
         try:
             for kind, name, _ in kept:
                 setattr(kind, name, self._guarded(name, getattr(kind, name)))
-            yield
+            with numbers_by_type(_STANDS_FOR):
+                yield
         finally:
             self._mode.shape_env = None
             for kind, name, own in kept:
@@ -147,7 +142,7 @@ class Symbols:
 
     def _guarded(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def look(symbol: Any, *args: Any) -> Any:
-            if self.busy:
+            if self.busy and (name == "__hash__" or not asked_by_user()):  # none has a hash, which libraries expect
                 return real(symbol, *args)
             raise Untold(f"Python looks at a size by {name}")
 
@@ -412,7 +407,7 @@ def _holds(value: Any) -> bool:
 
 
 def _has_number(value: Any) -> bool:
-    return any(map(_has_number, value)) if isinstance(value, tuple | list) else isinstance(value, int)
+    return any(map(_has_number, value)) if isinstance(value, tuple | list) else isinstance(value, int | float | complex)
 
 
 def _speaks(*values: Any) -> bool:

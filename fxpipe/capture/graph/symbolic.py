@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxpipe.capture.calls.symbols import Expression, Symbols, Untold, value_of
+from fxpipe.capture.calls.blocked import Untold
+from fxpipe.capture.calls.symbols import Expression, Symbols, value_of
 from fxpipe.capture.graph.counts import counter_of
 from fxpipe.capture.graph.loss import Term
 from fxpipe.capture.graph.structure import Structure
