@@ -53,8 +53,9 @@ class RunOptions:
     @staticmethod
     def _is_time(given: object) -> bool:
         """Whether something is a number of seconds that can be waited for."""
-        number = isinstance(given, int | float) and not isinstance(given, bool)
-        return number and 0 < given <= timedelta.max.total_seconds() / 2
+        if not isinstance(given, int | float) or isinstance(given, bool):
+            return False
+        return 0 < given <= timedelta.max.total_seconds() / 2
 
     def check(self, schedule: str) -> None:
         """Refuse what cannot be run.
