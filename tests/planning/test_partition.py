@@ -261,6 +261,16 @@ CHAIN_OF_THREE = PartitionProblem((1, 1, 1), edges=((0, 1), (1, 2)), memory=(0,)
 @example(CHAIN_OF_THREE, Placement.simple(2), "adjacent", True, None, 2.5)
 @example(CHAIN_OF_THREE, Placement.simple(3), "adjacent", False, None, math.inf)
 @example(FREE_FAR_LINK, FAR_BETWEEN_TWO, "adjacent", True, None, 1.5)
+# Found by hypothesis: with a goal, what keeps the limit was looked for in a few orders alone, and not found.
+@example(
+    PartitionProblem((0.0, 0.0), activation=(1.0, 2.0)), Placement.simple(2, live=(1, 2)), "adjacent", False, 2.0, 40.0
+)
+@example(
+    PartitionProblem((1.0, 1.0), activation=(1.0, 2.0)), Placement.simple(2, live=(1, 2)), "adjacent", True, 2.0, 40.0
+)
+@example(
+    PartitionProblem((1.0, 1.0), activation=(1.0, 2.0)), Placement.simple(2, live=(2, 1)), "adjacent", True, 2.0, 40.0
+)
 def test_a_search_that_stops_at_a_goal_bounds_nothing_that_exists(problem, placement, routing, exactly, limit, goal):
     stages = len(placement.rank_of_stage)
     (best, _), _ = brute_force(problem, stages, placement, routing=routing, memory_limit=limit, exactly=exactly)

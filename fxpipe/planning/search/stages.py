@@ -86,7 +86,7 @@ def _search_small(
     goal = max(lower, hints.goal)
     found = search_pool(instance, request, goal, _started(small, request, hints))
     downsets = None
-    if not single and not hints.goal and (found is None or found.value > lower):
+    if not single and (found is None or (not hints.goal and found.value > lower)):
         downsets = all_downsets(instance, request, hints.learned)
     if found is None:
         found = _least_memory(problem, instance, request, downsets, memory_limit, single=single)
