@@ -121,12 +121,14 @@ class BatchDims:
         return found
 
     def map(self, function: Any, batch: Microbatch) -> Microbatch:
-        """Rebuild a batch around other leaves."""
+        """Rebuild a batch around other leaves; no two have one path, whatever the model calls its own."""
         args, kwargs, target = batch
+        paths = [self.path(index) for index in range(len(args))]
+        place = "loss_fn.target" if "target" in kwargs or "target" in paths else "target"
         return (
-            tuple([map_tree(function, value, self.path(index), _WHOLE) for index, value in enumerate(args)]),
+            tuple([map_tree(function, value, path, _WHOLE) for path, value in zip(paths, args, strict=True)]),
             {name: map_tree(function, value, name, _WHOLE) for name, value in kwargs.items()},
-            map_tree(function, target, "target", _WHOLE),
+            map_tree(function, target, place, _WHOLE),
         )
 
     def path(self, index: int) -> str:

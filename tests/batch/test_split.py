@@ -11,6 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import fxpipe
+from fxpipe.batch.dims import BatchDims
 from fxpipe.batch.merge import merge_outputs
 from fxpipe.batch.split import batch_size_of, check_ready_split, split_batch
 from fxpipe.batch.weights import loss_weights
@@ -217,3 +219,32 @@ def test_a_loss_weight_must_be_a_finite_number(weight: Any) -> None:
 def test_a_loss_weight_gets_the_target_by_name() -> None:
     microbatches = split_batch((torch.zeros(4),), {}, torch.tensor([1, 0, 1, 1]), num_microbatches=2)
     assert loss_weights(lambda x, target=None: target.sum(), microbatches) == (1.0, 2.0)
+
+
+class ReadsTarget(torch.nn.Module):
+    """A model with an argument of its own that is called as the loss's target is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4, dtype=torch.float64) for _ in range(3)])
+
+    def forward(self, x, target=None):
+        for layer in self.layers:
+            x = layer(x)
+        return (x - target).square().mean()
+
+
+def test_a_model_may_have_an_argument_called_target():
+    torch.manual_seed(0)
+    model = ReadsTarget()
+    x, target = torch.randn(2, 8, 4, dtype=torch.float64)
+    pipe = fxpipe.compile(model, 2, (x, target), microbatches=4).materialize(device="cpu")
+    torch.testing.assert_close(float(pipe.step(x, target)), float(model(x, target)), rtol=1e-12, atol=0)
+
+
+def test_the_targets_of_the_model_and_of_the_loss_are_split_each_along_its_own_dimension():
+    inner, outer = torch.zeros(3, 8), torch.arange(8)
+    dims = BatchDims.of(("x", "target"), {"target": 1})
+    parts = split_batch((torch.zeros(8, 2), inner), {}, target=outer, num_microbatches=4, dims=dims)
+    assert [tuple(args[1].shape) for args, _, _ in parts] == [(3, 2)] * 4
+    assert [target.tolist() for _, _, target in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
