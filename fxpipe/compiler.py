@@ -28,11 +28,11 @@ from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import default_ranks, least_microbatches, placement, schedule_named
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.logs import log
-from fxpipe.materialize import Source
+from fxpipe.materialize import Origin
 from fxpipe.pipeline import Pipeline
 from fxpipe.planning.costs.estimate import Estimate, estimate_costs
 from fxpipe.planning.layout import make_layout
-from fxpipe.planning.peers import compare
+from fxpipe.planning.peers import peer_baselines
 from fxpipe.planning.planner import plan_pipeline
 from fxpipe.planning.search.learned import Learned
 from fxpipe.planning.settings import GRAINS, Settings, device_limit
@@ -184,7 +184,7 @@ def compile(
         "planned %s: %d stages, %s, %d microbatches, the slowest %.3g s a microbatch",
         made.model, made.num_stages, made.schedule, made.num_microbatches, made.bottleneck,
     )  # fmt: skip
-    source = Source(capture, dims, needs_target, loss_weight, mesh, compiler.baselines, compiler.profile)
+    source = Origin(capture, dims, needs_target, loss_weight, mesh, compiler.baselines, compiler.profile)
     return Pipeline(graph, made, source, variants)
 
 
@@ -241,11 +241,11 @@ class _Compiler:
     def baselines(self) -> tuple[Baseline, ...]:
         """Cut the model as others would, at the same costs."""
         if self.example is None:
-            return compare(make_layout(*self._by_parameters()))
+            return peer_baselines(make_layout(*self._by_parameters()))
         self.counter = self._counter()  # the model may have been cast since
         graph, captured = self._captured("block")
         estimate = self._estimate(graph, captured)
-        return compare(make_layout(*self._measured(graph, estimate, self.settings)))
+        return peer_baselines(make_layout(*self._measured(graph, estimate, self.settings)))
 
     def _looks_inside(self) -> bool:
         """Tell whether recomputation needs to know what lies in blocks, whatever the grain."""

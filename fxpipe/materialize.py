@@ -32,13 +32,13 @@ from fxpipe.runtime.build.values import initial_values
 from fxpipe.runtime.ranks.agreement import CALL, agree
 from fxpipe.runtime.ranks.dimensions import check_mesh
 from fxpipe.runtime.ranks.groups import Groups, busy, stop_process_group
-from fxpipe.runtime.ranks.joining import join
+from fxpipe.runtime.ranks.joining import join_ranks
 from fxpipe.runtime.ranks.place import default_device
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.prepare import RunOptions
-from fxpipe.runtime.run.timeline import Recorder
+from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.weights.checkpoints import Checkpoints
 from fxpipe.runtime.weights.model import Model
 
@@ -48,7 +48,7 @@ FIRST_CHECKED, CHECKED_EVERY = 8, 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class Origin:
     """The live objects behind a plan.
 
     Attributes:
@@ -103,7 +103,7 @@ class Running:
     unfilled: set[str]
     started: bool
     checkpoints: Checkpoints
-    recorder: Recorder | None = None
+    recorder: SpanRecorder | None = None
     check_batches: bool | str = "auto"
 
     def checks_batch(self, step: int) -> bool:
@@ -169,7 +169,7 @@ class Running:
         """Record what runs inside, if that is recorded."""
         return nullcontext() if self.recorder is None else self.recorder.span(kind)
 
-    def recorded(self) -> Recorder:
+    def recorded(self) -> SpanRecorder:
         """Give what was recorded.
 
         Raises:
@@ -213,7 +213,7 @@ class Running:
 
 
 def materialize(
-    source: Source,
+    source: Origin,
     graph: LayerGraph,
     plan: PipelinePlan,
     *,
@@ -244,7 +244,7 @@ def materialize(
     layers = _layers_by_name(graph)
     where, error = _where(source, plan, device, options)
     same = {"the seed": seed, "check_batches": options.check_batches, "timeout": options.timeout}
-    groups, started = join(source.mesh, plan, where, options.patience, same, error)
+    groups, started = join_ranks(source.mesh, plan, where, options.patience, same, error)
     with groups.guard("materialize") if groups is not None else nullcontext():
         if dtype is not None:
             capture.cast(dtype)
@@ -273,7 +273,7 @@ def materialize(
 
 
 def _where(
-    source: Source, plan: PipelinePlan, device: torch.device | str | int | None, options: RunOptions
+    source: Origin, plan: PipelinePlan, device: torch.device | str | int | None, options: RunOptions
 ) -> tuple[torch.device, Exception | None]:
     """Give this rank's device, and what is wrong with how it is to be run: the other ranks must not wait for it."""
     try:
@@ -321,7 +321,7 @@ def _engine(
 
 
 def weight_sources(
-    source: Source, graph: LayerGraph, plan: PipelinePlan, seed: int, init: Init, loaded: Mapping[str, str]
+    source: Origin, graph: LayerGraph, plan: PipelinePlan, seed: int, init: Init, loaded: Mapping[str, str]
 ) -> list[WeightSource]:
     """Say where every tensor's first value comes from, as ``materialize`` goes about it.
 

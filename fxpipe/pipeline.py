@@ -19,7 +19,7 @@ from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.simulation import Explanation
 from fxpipe.logs import log
-from fxpipe.materialize import Init, Running, Source, materialize, tied_names, weight_sources
+from fxpipe.materialize import Init, Origin, Running, materialize, tied_names, weight_sources
 from fxpipe.planning.explain import advice_of, explain
 from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.report.page import framed
@@ -51,7 +51,7 @@ class Pipeline:
     graph: LayerGraph
     plan: PipelinePlan
 
-    def __init__(self, graph: LayerGraph, plan: PipelinePlan, source: Source, variants: Variants) -> None:
+    def __init__(self, graph: LayerGraph, plan: PipelinePlan, source: Origin, variants: Variants) -> None:
         self.graph = graph
         self.plan = plan
         self._source = source

@@ -20,7 +20,7 @@ from fxpipe.batch.order import Order, check_call
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
 from fxpipe.errors import FxpipeError, ScheduleError
-from fxpipe.materialize import Running, Source
+from fxpipe.materialize import Origin, Running
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.agreement import CALL, ModesChanged, agree
@@ -129,7 +129,7 @@ class Trainer:
         seed: Of the random numbers; ``materialize`` may set another.
     """
 
-    def __init__(self, variants: Variants, source: Source, seed: int) -> None:
+    def __init__(self, variants: Variants, source: Origin, seed: int) -> None:
         self.variants = variants
         self.seed = seed
         self.num_steps = 0

@@ -84,3 +84,12 @@ def test_the_scan_finds_what_it_looks_for():
     assert {"a", "inplace", "use_cache"} <= set(
         attributes(ast.parse("x.a, getattr(y, 'inplace', 0), hasattr(z, 'use_cache')"))
     )
+
+
+def test_no_two_public_classes_share_a_name():
+    homes = {}
+    for file, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(file)
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}

@@ -26,7 +26,7 @@ from fxpipe.capture.graph.symbolic import Symbolic
 from fxpipe.capture.graph.trace import trace_layers
 from fxpipe.capture.model.blocks import Leaves, block_fqns, choose_leaves
 from fxpipe.capture.model.builtin import is_builtin
-from fxpipe.capture.model.preserve import Change
+from fxpipe.capture.model.preserve import AttributeChange
 from fxpipe.capture.model.skeleton import Skeleton, make_skeleton
 from fxpipe.capture.places import place_of, relative
 from fxpipe.capture.progress import shown_progress
@@ -286,7 +286,7 @@ class Capture:
         with_loss: bool,
         grad_enabled: bool,
         counter: LayerCounter | None,
-        left: Sequence[Change] = (),
+        left: Sequence[AttributeChange] = (),
         known: Collection[int] = (),
     ) -> Observation:
         try:

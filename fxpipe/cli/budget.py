@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from fxpipe.cli.models import find_factory
 from fxpipe.cli.options import add_command, add_model, limit, read_cost, training, write
-from fxpipe.cli.shapes import Example
+from fxpipe.cli.shapes import ExampleSize
 from fxpipe.errors import FxpipeError, PlanError
 from fxpipe.ir.files.hardware_file import resolve_hardware
 from fxpipe.ir.hardware import Hardware, Training
@@ -110,7 +110,7 @@ def _spent(options: argparse.Namespace, ways: list[Training]) -> tuple[list[Spen
         value = getattr(options, name)
         if value is not None and value < 1:
             raise PlanError(f"--{name.replace('_', '-')} is {value}\n  give a number, 1 or more")
-    example = Example.asked(options.batch, max(SIZES), options.sequence, options.dtype)
+    example = ExampleSize.asked(options.batch, max(SIZES), options.sequence, options.dtype)
     model, args, kwargs = build(find_factory(options.model, example), "meta")
     capture = Capture(model)
     batch, dims = example_batch(model, args, kwargs, needs_target=False), BatchDims(capture.parameter_names)

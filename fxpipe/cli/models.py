@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fxpipe.cli.shapes import SHAPES, Example, Shape
+from fxpipe.cli.shapes import SHAPES, ExampleSize, Shape
 from fxpipe.errors import PlanError
 
 MODEL = (
@@ -20,7 +20,7 @@ MODEL = (
 )
 
 
-def find_factory(text: str, example: Example) -> Callable[[], Any]:
+def find_factory(text: str, example: ExampleSize) -> Callable[[], Any]:
     """Find what builds a model.
 
     Args:
@@ -62,7 +62,7 @@ def find_factory(text: str, example: Example) -> Callable[[], Any]:
     )
 
 
-def _from_shape(shape: Shape, example: Example) -> Callable[[], Any]:
+def _from_shape(shape: Shape, example: ExampleSize) -> Callable[[], Any]:
     def build() -> Any:
         from fxpipe.cli.published import model_of, read_config
 
@@ -71,7 +71,7 @@ def _from_shape(shape: Shape, example: Example) -> Callable[[], Any]:
     return build
 
 
-def _from_config(path: str, example: Example) -> Callable[[], Any]:
+def _from_config(path: str, example: ExampleSize) -> Callable[[], Any]:
     def build() -> Any:
         from fxpipe.cli.published import load_config, model_of
 

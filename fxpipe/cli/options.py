@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxpipe.cli.models import MODEL, find_factory
-from fxpipe.cli.shapes import Example
+from fxpipe.cli.shapes import ExampleSize
 from fxpipe.errors import PlanError
 from fxpipe.ir.hardware import RECOMPUTE, Training
 from fxpipe.ir.plan import PipelinePlan
@@ -99,7 +99,7 @@ def compiled(options: argparse.Namespace, *, on_meta: bool = True, **changes: An
         from fxpipe.capture.model.factory import build
         from fxpipe.compiler import compile
     size = options.stages if isinstance(options.stages, int) else options.ranks or 8
-    example = Example.asked(options.batch, 4 * max(size, 1), options.sequence, options.dtype)
+    example = ExampleSize.asked(options.batch, 4 * max(size, 1), options.sequence, options.dtype)
     with waiting(f"building {options.model}"):
         model, args, kwargs = build(find_factory(options.model, example), "meta" if on_meta else "cpu")
     arguments: dict[str, Any] = {

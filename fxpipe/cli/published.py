@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxpipe.cli.shapes import Example
+from fxpipe.cli.shapes import ExampleSize
 from fxpipe.errors import PlanError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_config(data: Mapping[str, Any], source: str) -> PreTrainedConfig:
     return config
 
 
-def model_of(config: PreTrainedConfig, example: Example) -> tuple[PreTrainedModel, tuple[()], dict[str, Any]]:
+def model_of(config: PreTrainedConfig, example: ExampleSize) -> tuple[PreTrainedModel, tuple[()], dict[str, Any]]:
     """Build the model of a config on the default device, and an example batch for it.
 
     Args:
@@ -91,7 +91,7 @@ def model_of(config: PreTrainedConfig, example: Example) -> tuple[PreTrainedMode
     return model, (), _batch(model, config, example, dtype)
 
 
-def _batch(model: PreTrainedModel, config: PreTrainedConfig, example: Example, dtype: Any) -> dict[str, Any]:
+def _batch(model: PreTrainedModel, config: PreTrainedConfig, example: ExampleSize, dtype: Any) -> dict[str, Any]:
     """Make inputs and labels: token ids real, since models look at them; images and sounds without memory."""
     import torch
 

@@ -21,7 +21,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class ExampleSize:
     """The example batch of a model that is given by its sizes alone.
 
     Attributes:
@@ -37,7 +37,7 @@ class Example:
     given: tuple[str, ...] = ()
 
     @classmethod
-    def asked(cls, batch: int | None, usual: int, sequence: int | None, dtype: str | None) -> Example:
+    def asked(cls, batch: int | None, usual: int, sequence: int | None, dtype: str | None) -> ExampleSize:
         """Take what was asked for, and the usual batch where none was."""
         options = (("--batch", batch), ("--sequence", sequence), ("--dtype", dtype))
         given = tuple(name for name, value in options if value is not None)

@@ -32,9 +32,9 @@ def _run(options: argparse.Namespace) -> None:
 
     from fxpipe.capture.model.factory import build
     from fxpipe.cli.models import find_factory
-    from fxpipe.cli.shapes import Example
+    from fxpipe.cli.shapes import ExampleSize
 
-    example = Example.asked(options.batch, 4 * max(options.stages, 1), options.sequence, options.dtype)
+    example = ExampleSize.asked(options.batch, 4 * max(options.stages, 1), options.sequence, options.dtype)
     _, args, kwargs = build(find_factory(options.model, example), "cpu")
     with compiled(options, on_meta=False) as pipe:
         pipe.materialize()

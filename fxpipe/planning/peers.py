@@ -23,7 +23,7 @@ from fxpipe.planning.search.problem import measure
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class PeerModule:
     """One module of the list that peers cut.
 
     Attributes:
@@ -41,7 +41,7 @@ class Unit:
     is_repeated: bool
 
 
-def units_of(layout: Layout) -> tuple[Unit, ...]:
+def modules_of(layout: Layout) -> tuple[PeerModule, ...]:
     """Give the modules of a model in the order of calling; what runs between them goes with the one before."""
     graph = layout.graph
     block_of = {node: block for block in layout.blocks for node in block.layers}
@@ -60,7 +60,7 @@ def units_of(layout: Layout) -> tuple[Unit, ...]:
         members[graph.name] = waiting
     repeated = {block.name for block in layout.blocks if block.is_repeated}
     return tuple(
-        Unit(
+        PeerModule(
             name,
             tuple(nodes),
             sum(math.prod(info.shape) for node in nodes for info in graph.specs[layout.layers[node]].parameters),
@@ -71,7 +71,7 @@ def units_of(layout: Layout) -> tuple[Unit, ...]:
     )
 
 
-def compare(layout: Layout) -> tuple[Baseline, ...]:
+def peer_baselines(layout: Layout) -> tuple[Baseline, ...]:
     """Cut the same model as DeepSpeed, torchtitan, Megatron and torchgpipe would, at the same costs and links.
 
     Args:
@@ -80,7 +80,7 @@ def compare(layout: Layout) -> tuple[Baseline, ...]:
     Returns:
         One row for each rule, with the largest load of a rank, transfers included.
     """
-    units = units_of(layout)
+    units = modules_of(layout)
     return tuple(_row(layout, units, name, source, _cuts(rule)) for name, source, rule in _rules(layout, units))
 
 
@@ -89,7 +89,7 @@ def partitions(layout: Layout) -> tuple[tuple[int, ...], ...]:
 
     Rules that take long where there are many modules are left out there.
     """
-    units, stages = units_of(layout), layout.settings.stages
+    units, stages = modules_of(layout), layout.settings.stages
     rules = _rules(layout, units)
     if len(units) ** 2 * stages > MANY:
         rules = tuple(entry for entry in rules if entry[0] not in SLOW)
@@ -102,7 +102,7 @@ SLOW = ("DeepSpeed parameters", "torchgpipe")
 MANY = 200_000  # modules squared times stages
 
 
-def _rules(layout: Layout, units: Sequence[Unit]) -> tuple[tuple[str, str, Rule], ...]:
+def _rules(layout: Layout, units: Sequence[PeerModule]) -> tuple[tuple[str, str, Rule], ...]:
     stages, repeated = layout.settings.stages, [unit.is_repeated for unit in units]
     return (
         ("DeepSpeed parameters", "partition_balanced", lambda: balanced([u.parameters for u in units], stages)),
@@ -124,7 +124,7 @@ def _cuts(rule: Rule) -> list[int] | str:
         return str(error)
 
 
-def _row(layout: Layout, units: Sequence[Unit], name: str, source: str, cuts: list[int] | str) -> Baseline:
+def _row(layout: Layout, units: Sequence[PeerModule], name: str, source: str, cuts: list[int] | str) -> Baseline:
     if isinstance(cuts, str):
         return Baseline(name, source, remark=cuts)
     stage_of = _stages(layout, units, cuts)
@@ -145,7 +145,7 @@ def _row(layout: Layout, units: Sequence[Unit], name: str, source: str, cuts: li
     )
 
 
-def _stages(layout: Layout, units: Sequence[Unit], cuts: Sequence[int]) -> tuple[int, ...]:
+def _stages(layout: Layout, units: Sequence[PeerModule], cuts: Sequence[int]) -> tuple[int, ...]:
     stage_of = [0] * len(layout.layers)
     for stage, (low, high) in enumerate(pairwise(cuts)):
         for unit in units[low:high]:

@@ -83,7 +83,7 @@ class _Search:
         self.choices = choices
         self.limit = limit
         self.layout = choices.layout
-        self.units = units_of(self.layout)
+        self.units = runs_of(self.layout)
         self.root = Front.empty()
         self._judge = Judge(self.layout)
         self.best: Recut | None = None
@@ -336,7 +336,7 @@ class _Fronts:
         return found
 
 
-def units_of(layout: Layout) -> tuple[tuple[int, int], ...]:
+def runs_of(layout: Layout) -> tuple[tuple[int, int], ...]:
     """Give runs of nodes ``[start, stop)`` that stay together: blocks and groups; where they overlap, all of them."""
     stop_of = list(range(1, len(layout.layers) + 1))
     for nodes in (*(block.layers for block in layout.blocks), *layout.problem.groups):

@@ -15,7 +15,7 @@ from fxpipe._torch import FakeTensor, checked_generators, truncated_normals
 from fxpipe.errors import MaterializeError
 from fxpipe.recipes.lazy import recorded_lazily
 from fxpipe.recipes.operations import is_there
-from fxpipe.recipes.recorder import Recorder, RecordingMode
+from fxpipe.recipes.recorder import InitRecorder, RecordingMode
 from fxpipe.recipes.replay import BLANK, OTHER_BLANK, Replay, holds_blanks, replaying, view_of
 from fxpipe.recipes.tape import Region
 
@@ -114,7 +114,7 @@ def replay(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Ten
         yield from _replay(mode.recorder, own)
 
 
-def _replay(recorder: Recorder, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor | None]]:
+def _replay(recorder: InitRecorder, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor | None]]:
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(recorder.number(tensor), []).append(name)
@@ -141,7 +141,7 @@ def _replay(recorder: Recorder, tensors: Mapping[str, torch.Tensor]) -> Iterator
 
 
 def _if_filled(
-    recorder: Recorder, number: int, region: Region, needs: list[int], value: torch.Tensor
+    recorder: InitRecorder, number: int, region: Region, needs: list[int], value: torch.Tensor
 ) -> torch.Tensor | None:
     """Fill memory of other contents again: what differs was never filled."""
     again = Replay(recorder.tape, recorder.streams, recorder.size, OTHER_BLANK)

@@ -56,7 +56,7 @@ class RecordingMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.recorder = Recorder(self)
+        self.recorder = InitRecorder(self)
         self._busy = False
 
     def dispatch(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -102,7 +102,7 @@ class RecordingMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True, eq=False)
-class Recorder:
+class InitRecorder:
     """One recording.
 
     Attributes:

@@ -18,8 +18,8 @@ from fxpipe.report.words import (
     headline,
     memory_by_rank,
     memory_of,
+    named_parts,
     notes,
-    parts_of,
     slowest_load,
     tie_names,
     tie_price,
@@ -285,7 +285,7 @@ def _stage_table(plan: PipelinePlan) -> str:
 
 
 def _names(plan: PipelinePlan, stage: StagePlan) -> str:
-    names = parts_of(plan, stage)
+    names = named_parts(plan, stage)
     first, last = ends_of(names)
     return f"{first} … {last} ({len(names)})" if len(names) > 2 else ", ".join(filter(None, (first, last)))
 

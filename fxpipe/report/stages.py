@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from fxpipe.ir.plan import PipelinePlan, StagePlan
 from fxpipe.ir.units import count_text, digits, size_text, time_unit
-from fxpipe.report.words import cut_name, ends_of, gib_text, memory_of, parts_of
+from fxpipe.report.words import cut_name, ends_of, gib_text, memory_of, named_parts
 
 GAP = 2
 INDENT = 7
@@ -129,7 +129,7 @@ def _spanned(rows: list[list[str]]) -> list[str]:
 
 def _names(plan: PipelinePlan, stage: StagePlan, room: int = 10**6) -> str:
     """Give the first and last part of a stage and how many there are."""
-    names = parts_of(plan, stage)
+    names = named_parts(plan, stage)
     first, last = ends_of(names)
     count = f" ({len(names)})" if len(names) > 2 else ""
     joint = " … " if len(names) > 2 else ", "

@@ -181,7 +181,7 @@ def notes(plan: PipelinePlan) -> list[str]:
     return [*warnings, *empty, *plan.notes]
 
 
-def parts_of(plan: PipelinePlan, stage: StagePlan) -> tuple[str, ...]:
+def named_parts(plan: PipelinePlan, stage: StagePlan) -> tuple[str, ...]:
     """Name what lies in a stage as a person would; of a plan without such names, what it has alone of its layers."""
     if stage.parts or not stage.layers:
         return stage.parts

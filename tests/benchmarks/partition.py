@@ -30,7 +30,7 @@ from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.planning.costs.estimate import estimate_costs
 from fxpipe.planning.layout import Layout, make_layout
-from fxpipe.planning.peers import compare
+from fxpipe.planning.peers import peer_baselines
 from fxpipe.planning.search.graphs import read_graph
 from fxpipe.planning.search.partition import Partition, partition, partition_nodes
 from fxpipe.planning.settings import Settings
@@ -304,7 +304,7 @@ def model_rows(name: str, graph: LayerGraph, hardware: Hardware) -> Iterator[lis
         spent = time.process_time() - start
         seconds = layout.problem.seconds
         ideal = max(math.fsum(seconds) / stages, *seconds)
-        peers = {peer.name: peer.bottleneck for peer in compare(layout)}
+        peers = {peer.name: peer.bottleneck for peer in peer_baselines(layout)}
         order = one_order(layout)
         assert found.bottleneck <= min(order, *filter(None, peers.values())) * (1 + 1e-9), "behind another cut"
         yield [

@@ -24,7 +24,7 @@ from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.planning.costs.estimate import estimate_costs
 from fxpipe.planning.judge import Judge, step_s
 from fxpipe.planning.layout import make_layout
-from fxpipe.planning.peers import compare, units_of
+from fxpipe.planning.peers import modules_of, peer_baselines
 from fxpipe.planning.planner import plan_pipeline, solve_pipeline
 from fxpipe.planning.search.problem import measure
 from fxpipe.planning.settings import Settings, device_limit
@@ -91,8 +91,8 @@ def recomputed() -> str:
             rows.append([name, f"fxpipe, {label}", count, f"{simulate(plan).step_s:.3f}", f"{most / 1e9:.1f}"])
         full = replace(base, training=Training(recompute="block"))
         layout = make_layout(graph, estimate_costs(graph, "roofline", hardware, full.training), full)
-        node_of = {unit.name: unit.nodes for unit in units_of(layout)}
-        for peer in compare(layout):
+        node_of = {unit.name: unit.nodes for unit in modules_of(layout)}
+        for peer in peer_baselines(layout):
             if peer.bottleneck is None or not all(peer.stages):
                 continue
             stage_of = [0] * len(layout.layers)

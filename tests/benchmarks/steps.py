@@ -15,7 +15,7 @@ from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.planning.costs.estimate import estimate_costs
 from fxpipe.planning.judge import Judge
 from fxpipe.planning.layout import Layout
-from fxpipe.planning.peers import compare, units_of
+from fxpipe.planning.peers import modules_of, peer_baselines
 from fxpipe.planning.planner import solve_pipeline
 from fxpipe.planning.search.problem import PartitionProblem
 from fxpipe.planning.settings import Settings
@@ -101,9 +101,9 @@ class Order:
 
 def peers_s(layout: Layout) -> dict[str, float]:
     """Give the simulated step of each peer's cut."""
-    judge, nodes = Judge(layout), {unit.name: unit.nodes for unit in units_of(layout)}
+    judge, nodes = Judge(layout), {unit.name: unit.nodes for unit in modules_of(layout)}
     found = {}
-    for peer in compare(layout):
+    for peer in peer_baselines(layout):
         if peer.bottleneck is not None and all(peer.stages):
             stage_of = [0] * len(layout.layers)
             for stage, names in enumerate(peer.stages):

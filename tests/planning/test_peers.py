@@ -17,12 +17,12 @@ from fxpipe.planning.peers import (
     NoCutError,
     balanced,
     block_partition,
-    compare,
     counted,
     divided,
+    modules_of,
     partitions,
+    peer_baselines,
     uniform,
-    units_of,
 )
 from fxpipe.planning.planner import plan_of, plan_pipeline, solve_pipeline
 from fxpipe.planning.simulation.simulate import simulate
@@ -87,7 +87,7 @@ def test_units_are_the_blocks_and_what_has_weights_beside_them():
     graph = layer_graphs.gpt(blocks=3)
     made_for = layer_graphs.settings(2)
     layout = make_layout(graph, layer_graphs.estimate(graph, made_for), made_for)
-    units = units_of(layout)
+    units = modules_of(layout)
     assert [unit.name for unit in units] == ["wte", "h.0", "h.1", "h.2", "ln_f", "lm_head"]
     assert [unit.is_repeated for unit in units] == [False, True, True, True, False, False]
     assert sorted(node for unit in units for node in unit.nodes) == list(range(len(layout.layers)))
@@ -112,7 +112,7 @@ def test_no_rule_cuts_better_than_the_plan(model, stages, hardware):
     made_for = layer_graphs.settings(stages, hardware=links[hardware])
     estimate = layer_graphs.estimate(graph, made_for)
     found = plan_pipeline(graph, estimate, made_for)
-    rows = compare(make_layout(graph, estimate, made_for))
+    rows = peer_baselines(make_layout(graph, estimate, made_for))
     assert [row.name for row in rows] == [
         "DeepSpeed parameters",
         "DeepSpeed uniform",
@@ -139,12 +139,12 @@ def test_rows_and_plan_are_both_of_ranks_where_they_have_several_stages(schedule
     made_for = layer_graphs.settings(8, ranks=4, schedule=schedule, grain="block")
     estimate = layer_graphs.estimate(graph, made_for)
     layout = make_layout(graph, estimate, made_for)
-    seconds = {unit.name: unit.seconds for unit in units_of(layout)}
+    seconds = {unit.name: unit.seconds for unit in modules_of(layout)}
     rank_of = made_for.rank_of_stage
     found = plan_of(*solve_pipeline(graph, estimate, made_for, simulated=False), estimate)
     loads = [math.fsum(stage.seconds for stage in found.stages if stage.rank == rank) for rank in range(4)]
     assert found.bottleneck == pytest.approx(max(loads), rel=1e-12)
-    rows = [row for row in compare(layout) if row.bottleneck is not None]
+    rows = [row for row in peer_baselines(layout) if row.bottleneck is not None]
     assert len(rows) == 5
     for row in rows:
         of_stage = [math.fsum(seconds[name] for name in names) for names in row.stages]

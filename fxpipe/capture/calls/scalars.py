@@ -16,7 +16,7 @@ from fxpipe._torch import replaced
 from fxpipe.ir.tree import map_tree
 
 
-class Tape(Protocol):
+class ScalarTape(Protocol):
     """Writes down what happens to numbers."""
 
     def made(self, function: Callable[..., Any], args: tuple[Any, ...], value: float) -> Scalar:
@@ -43,9 +43,9 @@ class Scalar:
     __slots__ = ("node", "tape", "value")
     value: float
     node: Any
-    tape: Tape
+    tape: ScalarTape
 
-    def __init__(self, value: float, node: Any, tape: Tape) -> None:
+    def __init__(self, value: float, node: Any, tape: ScalarTape) -> None:
         self.value = value
         self.node = node
         self.tape = tape

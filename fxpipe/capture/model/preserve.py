@@ -19,7 +19,7 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class AttributeChange:
     """An attribute of a module that was set anew.
 
     Attributes:
@@ -52,10 +52,10 @@ class Attributes:
         self._saved = [(fqn, part, dict(vars(part)), _contents(part)) for fqn, part in root.named_modules()]
         self._place = {fqn: place for place, (fqn, *_) in enumerate(self._saved)}
 
-    def changes(self, within: str = "") -> list[Change]:
+    def changes(self, within: str = "") -> list[AttributeChange]:
         """List what changed in a module and those inside it."""
         start = f"{within}." if within else ""
-        found: list[Change] = []
+        found: list[AttributeChange] = []
         for fqn, part, values, contents in itertools.islice(self._saved, self._place[within], None):
             if fqn != within and not fqn.startswith(start):
                 break  # those inside come right after it
@@ -76,14 +76,14 @@ class Attributes:
                     container.extend(items) if isinstance(container, list) else container.update(items)
 
 
-def apply_changes(root: nn.Module, changes: Iterable[Change]) -> None:
+def apply_changes(root: nn.Module, changes: Iterable[AttributeChange]) -> None:
     """Set attributes as a forward has left them."""
     for change in changes:
         own = vars(root.get_submodule(change.fqn))
         (own[change.registry] if change.registry else own)[change.name] = change.now
 
 
-def _changes(fqn: str, part: nn.Module, values: dict[str, Any], contents: dict[str, Any]) -> Iterator[Change]:
+def _changes(fqn: str, part: nn.Module, values: dict[str, Any], contents: dict[str, Any]) -> Iterator[AttributeChange]:
     for name, now in vars(part).items():
         before = values.get(name, MISSING)
         if name.startswith("_") and "_hooks" in name:
@@ -91,11 +91,11 @@ def _changes(fqn: str, part: nn.Module, values: dict[str, Any], contents: dict[s
         if name in _REGISTRIES:
             for key, value in now.items():
                 if contents[name].get(key, MISSING) is not value:
-                    yield Change(fqn, key, contents[name].get(key, MISSING), value, registry=name)
+                    yield AttributeChange(fqn, key, contents[name].get(key, MISSING), value, registry=name)
         elif before is not now and not _same(before, now):
-            yield Change(fqn, name, before, copy.copy(now) if isinstance(now, list | dict | set) else now)
+            yield AttributeChange(fqn, name, before, copy.copy(now) if isinstance(now, list | dict | set) else now)
         elif name in contents and not _same_items(contents[name], now):
-            yield Change(fqn, name, contents[name], copy.copy(now))
+            yield AttributeChange(fqn, name, contents[name], copy.copy(now))
 
 
 def _contents(part: nn.Module) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from fxpipe.capture.calls.real_values import LARGEST
 from fxpipe.capture.calls.scalars import followed_math, settled
 from fxpipe.capture.calls.symbols import SizeReads, Symbols
 from fxpipe.capture.model.blocks import Leaves
-from fxpipe.capture.model.preserve import Attributes, Change, apply_changes, random_states
+from fxpipe.capture.model.preserve import AttributeChange, Attributes, apply_changes, random_states
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.bypass import Bypasses
 from fxpipe.capture.record.calls import Calls
@@ -72,7 +72,7 @@ class Observation:
     output: Any
     loss: torch.Tensor | None
     results: Mapping[int, fx.Node]
-    left: tuple[Change, ...]
+    left: tuple[AttributeChange, ...]
     notes: tuple[str, ...]
     overwritten: tuple[str, ...]
     symbols: Symbols | None = None
@@ -90,7 +90,7 @@ def observe(
     loss_fn: Callable[..., Any] | None = None,
     grad_enabled: bool = True,
     counter: LayerCounter | None = None,
-    left: Sequence[Change] = (),
+    left: Sequence[AttributeChange] = (),
     known: Collection[int] = (),
     varying: Mapping[str, Sequence[Hashable | None]] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -181,7 +181,7 @@ def _see(stack: ExitStack, forward: Forward) -> None:
         stack.enter_context(SizeReads(forward.symbols, lambda: forward.passes))
 
 
-def _enter(stack: ExitStack, skeleton: Skeleton, left: Sequence[Change], grad_enabled: bool) -> Attributes:
+def _enter(stack: ExitStack, skeleton: Skeleton, left: Sequence[AttributeChange], grad_enabled: bool) -> Attributes:
     """Have all put back at the end, make the state around the forward, and give what its modules hold at the start."""
     stack.enter_context(random_states())
     before = Attributes(skeleton.module)

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxpipe._torch import without_functions
 from fxpipe.capture.calls.values import describe, has_tensor, tensors_in
-from fxpipe.capture.model.preserve import Change
+from fxpipe.capture.model.preserve import AttributeChange
 from fxpipe.capture.record.forward import Forward
 from fxpipe.capture.record.frames import Frame
 from fxpipe.capture.record.node import info
@@ -20,7 +20,7 @@ from fxpipe.program import CallContext
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class ForwardOutcome:
     """What a forward gave beside its graph.
 
     Attributes:
@@ -31,7 +31,7 @@ class Outcome:
     """
 
     results: Mapping[int, fx.Node]
-    left: tuple[Change, ...]
+    left: tuple[AttributeChange, ...]
     notes: tuple[str, ...]
     overwritten: tuple[str, ...]
 
@@ -56,7 +56,7 @@ def loss_of(forward: Forward, output: Any, target: Any, loss_fn: Callable[..., A
     return loss
 
 
-def finish(forward: Forward, returned: Any) -> Outcome:
+def finish(forward: Forward, returned: Any) -> ForwardOutcome:
     """Look at what the forward left behind, give what it returns nodes of its own, and have the calls counted.
 
     Raises:
@@ -65,7 +65,7 @@ def finish(forward: Forward, returned: Any) -> Outcome:
     if forward.blocked is not None:
         raise forward.blocked
     forward.check_python_random(forward.frames.top)
-    left: list[Change] = []
+    left: list[AttributeChange] = []
     results: dict[int, fx.Node] = {}
     with without_functions():
         for change in forward.attributes.changes():
@@ -88,10 +88,10 @@ def finish(forward: Forward, returned: Any) -> Outcome:
         for change in left
         if has_tensor(change.now)
     ]
-    return Outcome(results, tuple(left), tuple(dict.fromkeys((*notes, *forward.notes))), overwritten)
+    return ForwardOutcome(results, tuple(left), tuple(dict.fromkeys((*notes, *forward.notes))), overwritten)
 
 
-def _written_back(forward: Forward, change: Change) -> bool:
+def _written_back(forward: Forward, change: AttributeChange) -> bool:
     """Record a buffer that was assigned anew as a write; False for any other attribute."""
     before, now = change.before, change.now
     tensors = isinstance(now, torch.Tensor) and isinstance(before, torch.Tensor)

@@ -15,7 +15,7 @@ from torch import nn
 from fxpipe.errors import FxpipeError, RankError
 from fxpipe.runtime.ranks.record import Record
 from fxpipe.runtime.ranks.status import Doing
-from fxpipe.runtime.ranks.watch import Watch
+from fxpipe.runtime.ranks.watch import RankWatch
 
 PATIENCE_S = 0.5
 """How long a rank whose exchange ended waits for the connection's state to show why."""
@@ -43,7 +43,7 @@ class Failures:
         cause: Why the pipeline ended; None as long as it lives.
     """
 
-    def __init__(self, rank: int, watch: Watch, close: Callable[[], None]) -> None:
+    def __init__(self, rank: int, watch: RankWatch, close: Callable[[], None]) -> None:
         self.watch = watch
         self.cause: str | None = None
         self._rank = rank

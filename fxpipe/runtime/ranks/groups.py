@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from fxpipe.errors import MaterializeError, ScheduleError
 from fxpipe.runtime.ranks.connections import Connections
 from fxpipe.runtime.ranks.failures import Failures
-from fxpipe.runtime.ranks.watch import Watch
+from fxpipe.runtime.ranks.watch import RankWatch
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for another one that stands still before it gives up."""
@@ -234,7 +234,7 @@ def make_groups(
     members = next((tuple(ranks) for ranks in unions if own in ranks), mine)
     opened: list[dist.ProcessGroup] = []
     key = f"fxpipe/failure/{next(_pipelines)}"
-    watch = Watch(members, own, timeout.total_seconds(), key, lambda: _abort(opened))
+    watch = RankWatch(members, own, timeout.total_seconds(), key, lambda: _abort(opened))
     make = _Maker(watch.connections, device)
     sets = sorted({tuple(sorted(set(positions))) for positions in ties if len(set(positions)) > 1})
     found: Groups | None = None

@@ -17,7 +17,7 @@ from fxpipe.runtime.ranks.groups import Groups, make_groups, start_process_group
 from fxpipe.runtime.ranks.place import is_distributed, versions
 
 
-def join(
+def join_ranks(
     mesh: DeviceMesh | None,
     plan: PipelinePlan,
     device: torch.device,

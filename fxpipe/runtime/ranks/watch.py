@@ -38,7 +38,7 @@ _STAGE = re.compile(r"(\d+)[A-Z]\d+")
 _MOST_SHOWN = 16
 
 
-class Watch:
+class RankWatch:
     """What one rank knows of the others; live, from ``start`` to ``close``.
 
     Args:

@@ -15,7 +15,7 @@ from fxpipe.runtime.run.engine_stage import EngineStage
 from fxpipe.runtime.run.forward_only import infer, run_forwards
 from fxpipe.runtime.run.refusals import CheckpointWatch, refuse_modules
 from fxpipe.runtime.run.schedule import forget_exchanges, make_schedule, without_dumps
-from fxpipe.runtime.run.timeline import Recorder
+from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.run.work import Job, Tensors
 
 
@@ -52,7 +52,7 @@ class DistributedEngine:
         if groups.failures is not None:
             groups.failures.before_closing(self._let_go)
 
-    def record(self, recorder: Recorder) -> None:
+    def record(self, recorder: SpanRecorder) -> None:
         """Record what the stages do when."""
         for stage in self._stages:
             stage.recorder = recorder

@@ -27,7 +27,7 @@ from fxpipe.runtime.build.boundary import MessageLayout, gradient_layout, messag
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.refusals import CheckpointWatch
 from fxpipe.runtime.run.sharded import hold_reduction, reduce_now
-from fxpipe.runtime.run.timeline import Recorder
+from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.run.work import (
     Job,
     Pass,
@@ -67,7 +67,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.loss_dtype: torch.dtype | None = None
         self.work: Work = lambda *_: nullcontext()
         self.over_replicas = False
-        self.recorder: Recorder | None = None
+        self.recorder: SpanRecorder | None = None
         self.when_done: Callable[[int], None] = lambda stage_index: None
         self._passes: dict[int, Pass] = {}
         self._received: dict[int, Tensors] = {}

@@ -9,7 +9,7 @@ import torch
 
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.refusals import CheckpointWatch, refuse_modules
-from fxpipe.runtime.run.timeline import Recorder
+from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
 
 _UNTIMED: AbstractContextManager[None] = nullcontext()
@@ -20,10 +20,10 @@ class LocalEngine:
 
     def __init__(self, stages: Sequence[StageModule]) -> None:
         self._stages = list(stages)
-        self._recorder: Recorder | None = None
+        self._recorder: SpanRecorder | None = None
         self._checkpoints = CheckpointWatch()
 
-    def record(self, recorder: Recorder) -> None:
+    def record(self, recorder: SpanRecorder) -> None:
         """Record what the stages do when."""
         self._recorder = recorder
 

@@ -17,7 +17,7 @@ from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import TIMEOUT
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.local import LocalEngine
-from fxpipe.runtime.run.timeline import Recorder
+from fxpipe.runtime.run.timeline import SpanRecorder
 
 _SCOPES = ("blocks", "stage")
 
@@ -112,11 +112,11 @@ class RunOptions:
             if fqn in wanted:
                 module.compile(**options)
 
-    def recorder(self, engine: LocalEngine | DistributedEngine, device: torch.device) -> Recorder | None:
+    def recorder(self, engine: LocalEngine | DistributedEngine, device: torch.device) -> SpanRecorder | None:
         """Let an engine record what its stages do when, if that is wanted."""
         if not self.timings:
             return None
-        recorder = Recorder(device)
+        recorder = SpanRecorder(device)
         engine.record(recorder)
         return recorder
 

@@ -90,7 +90,7 @@ class StepTiming:
         return self.samples / self.seconds if self.seconds else 0.0
 
 
-class Recorder:
+class SpanRecorder:
     """Keeps the spans of this rank; on an accelerator by events, so that nothing waits for the device meanwhile.
 
     Args:
@@ -206,7 +206,7 @@ def trace_events(spans: Sequence[Span], rank: int) -> list[dict[str, Any]]:
 
 def write_trace(
     path: str | os.PathLike[str],
-    recorder: Recorder,
+    recorder: SpanRecorder,
     groups: Groups | None,
     device: torch.device,
     plan: PipelinePlan,
@@ -239,7 +239,7 @@ def write_trace(
 
 
 def _summary(
-    recorder: Recorder, groups: Groups | None, device: torch.device, plan: PipelinePlan, bubble: Sequence[float]
+    recorder: SpanRecorder, groups: Groups | None, device: torch.device, plan: PipelinePlan, bubble: Sequence[float]
 ) -> dict[str, Any]:
     """Give what a rank measured beside what was planned for it."""
     steps = recorder.steps()

@@ -14,7 +14,7 @@ from fxpipe.errors import WeightsError
 from fxpipe.runtime.weights.disk.directory import INDEX, WHOLE, Listing, list_path
 from fxpipe.runtime.weights.disk.files import StoredTensor, cannot_write, write_file, write_json
 from fxpipe.runtime.weights.disk.manifest import Chunk, Entry, Manifest, write_manifest
-from fxpipe.runtime.weights.reading import Progress, read_tensors, shown_progress
+from fxpipe.runtime.weights.reading import Progress, byte_progress, read_tensors
 
 SHARD_BYTES = 5 * 10**9
 """Largest file, unless one tensor is larger."""
@@ -49,7 +49,7 @@ def convert(
         place.parent.mkdir(parents=True, exist_ok=True)
         if part.exists():
             shutil.rmtree(part) if part.is_dir() else part.unlink()
-        with shown_progress(f"convert {listing.path.name}", total) as progress:
+        with byte_progress(f"convert {listing.path.name}", total) as progress:
             if listing.kind != "checkpoint":
                 part.mkdir()
                 _checkpoint(listing, part, _filled(entries, shard_bytes), progress)

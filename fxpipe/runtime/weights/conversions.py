@@ -22,7 +22,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class Conversion:
     """How some tensors come out of others.
 
     Attributes:
@@ -56,7 +56,9 @@ def is_transformers(module: nn.Module) -> bool:
     return hasattr(module, "config") and hasattr(module, "base_model_prefix") and hasattr(module, "save_pretrained")
 
 
-def reading_sources(model: nn.Module, entries: Mapping[str, StoredTensor], plain: Tensors) -> tuple[Source, ...]:
+def reading_conversions(
+    model: nn.Module, entries: Mapping[str, StoredTensor], plain: Tensors
+) -> tuple[Conversion, ...]:
     """Tell how a model's tensors come out of a file's, as ``from_pretrained`` would have them.
 
     Args:
@@ -74,7 +76,7 @@ def reading_sources(model: nn.Module, entries: Mapping[str, StoredTensor], plain
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     prefix = model.base_model_prefix
     groups: dict[str, _Group] = {}
-    sources: list[Source] = []
+    sources: list[Conversion] = []
     for name in sorted(entries, key=loading.dot_natural_key):
         target, pattern = loading.rename_source_key(name, renamings, converters, prefix, plain)
         if target not in plain and name in plain:
@@ -90,7 +92,7 @@ def reading_sources(model: nn.Module, entries: Mapping[str, StoredTensor], plain
     return tuple(sources)
 
 
-def writing_sources(model: nn.Module, entries: Mapping[str, StoredTensor]) -> tuple[Source, ...]:
+def writing_conversions(model: nn.Module, entries: Mapping[str, StoredTensor]) -> tuple[Conversion, ...]:
     """Tell how the tensors of a file come out of a model's, as ``save_pretrained`` would have them.
 
     Args:
@@ -110,7 +112,7 @@ def writing_sources(model: nn.Module, entries: Mapping[str, StoredTensor]) -> tu
     converters = [each for each in reverse if isinstance(each, loading.WeightConverter)]
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     groups: dict[str, _Group] = {}
-    sources: list[Source] = []
+    sources: list[Conversion] = []
     for name in sorted(entries, key=loading.dot_natural_key):
         target, pattern = loading.apply_converters(name, converters)
         if pattern is None:
@@ -142,8 +144,8 @@ def ignored_names(model: nn.Module, buffers: Iterable[str]) -> tuple[re.Pattern[
     return _any_of(sorted(unexpected)), _any_of(sorted(missing))
 
 
-def _direct(name: str, target: str, entry: StoredTensor) -> Source:
-    return Source((name,), (StoredTensor(target, entry.dtype, entry.shape),))
+def _direct(name: str, target: str, entry: StoredTensor) -> Conversion:
+    return Conversion((name,), (StoredTensor(target, entry.dtype, entry.shape),))
 
 
 def _converted(
@@ -152,7 +154,7 @@ def _converted(
     group: _Group,
     entries: Mapping[str, StoredTensor],
     after: Callable[[Tensors], dict[str, torch.Tensor]] = dict,
-) -> Source:
+) -> Conversion:
     reads = tuple(name for name, _ in group.members)
 
     def convert(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -169,7 +171,7 @@ def _converted(
             f"{_several(reads)} cannot be converted to {target} as transformers does: {type(error).__name__}: {error}\n"
             "  the file may be of another model, or of another version of it"
         ) from error
-    return Source(reads, tuple(stored(name, tensor) for name, tensor in made.items()), convert)
+    return Conversion(reads, tuple(stored(name, tensor) for name, tensor in made.items()), convert)
 
 
 def _several(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors, write_state
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups, busy
-from fxpipe.runtime.weights.conversions import Source
+from fxpipe.runtime.weights.conversions import Conversion
 from fxpipe.runtime.weights.disk.directory import Listing, list_path
 from fxpipe.runtime.weights.disk.files import StoredTensor, stored
 from fxpipe.runtime.weights.disk.manifest import MODULE
@@ -24,7 +24,7 @@ from fxpipe.runtime.weights.disk.plain import decode
 from fxpipe.runtime.weights.matching import Match, Rename, Wanted, match, shown
 from fxpipe.runtime.weights.model import Model
 from fxpipe.runtime.weights.optimizer_state import Restored, prepare_restore
-from fxpipe.runtime.weights.reading import read_into, read_tensors, shown_progress
+from fxpipe.runtime.weights.reading import byte_progress, read_into, read_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class _Prepared:
         sources = [source for source in self._match.sources if any(self._own(source))]
         state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in restored.targets.values())
         total = state_bytes + sum(self._bytes(source) for source in sources)
-        with shown_progress(f"load {self.listing.path.name}", total) as progress:
+        with byte_progress(f"load {self.listing.path.name}", total) as progress:
             rounds: list[dict[str, torch.Tensor]] = []
             for source in sources:
                 if source.convert is None:
@@ -202,13 +202,13 @@ class _Prepared:
             return Loaded(filled, self.listing.path.name)
         return Loaded(filled, self.listing.path.name, manifest.step, manifest.seed, decode(manifest.extra))
 
-    def _own(self, source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    def _own(self, source: Conversion) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield this rank's tensors that a source is for, with the given name."""
         for made in source.gives:
             for first in self._match.targets.get(made.name, ()):
                 if first in self._held:
                     yield made.name, self._held[first]
 
-    def _bytes(self, source: Source) -> int:
+    def _bytes(self, source: Conversion) -> int:
         entries = self.listing.entries
         return sum(StoredTensor(name, entries[name].dtype, entries[name].shape).nbytes for name in source.reads)

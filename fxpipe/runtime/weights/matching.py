@@ -12,7 +12,7 @@ from torch import nn
 from fxpipe.errors import WeightsError
 from fxpipe.ir.units import folded
 from fxpipe.runtime.build.wrappers import is_peft
-from fxpipe.runtime.weights.conversions import Source, ignored_names, is_transformers, reading_sources
+from fxpipe.runtime.weights.conversions import Conversion, ignored_names, is_transformers, reading_conversions
 from fxpipe.runtime.weights.disk.directory import Listing
 from fxpipe.runtime.weights.disk.files import StoredTensor
 from fxpipe.runtime.weights.model import Model
@@ -53,7 +53,7 @@ class Match:
         twins: ``(first FQN, name, other name)``: the file has a tied tensor twice; both must be equal.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[Conversion, ...]
     targets: Mapping[str, tuple[str, ...]]
     twins: tuple[tuple[str, str, str], ...]
 
@@ -68,9 +68,9 @@ def match(listing: Listing, model: Model, wanted: Wanted) -> Match:
     entries = {name: StoredTensor(name, entry.dtype, entry.shape) for name, entry in listing.entries.items()}
     resolve = _Resolver(listing, model, wanted)
     faults = _Faults(listing, model)
-    kept: list[Source] = []
+    kept: list[Conversion] = []
     targets: dict[str, tuple[str, ...]] = {}
-    given: dict[str, Source] = {}
+    given: dict[str, Conversion] = {}
     twins: list[tuple[str, str, str]] = []
     for source in resolve.sources(entries):
         useful = False
@@ -129,19 +129,19 @@ class _Resolver:
             )
         return f"{outermost[0][0]}.", outermost[0][1]
 
-    def sources(self, entries: Mapping[str, StoredTensor]) -> list[Source]:
+    def sources(self, entries: Mapping[str, StoredTensor]) -> list[Conversion]:
         wanted = self._wanted
         start = wanted.prefix or ""
         if self._huggingface is not None:
             inner, module = self._huggingface
             plain = self._plain_state(inner)
-            found = reading_sources(module, entries, plain)
+            found = reading_conversions(module, entries, plain)
             return [_prefixed(source, start + inner) for source in found]
         renamed = []
         for name, entry in entries.items():
             target = _renamed(name, wanted.rename)
             if target is not None:
-                renamed.append(Source((name,), (StoredTensor(start + target, entry.dtype, entry.shape),)))
+                renamed.append(Conversion((name,), (StoredTensor(start + target, entry.dtype, entry.shape),)))
         return renamed
 
     def _plain_state(self, inner: str) -> dict[str, torch.Tensor]:
@@ -282,7 +282,7 @@ def _renamed(name: str, rename: Rename) -> str | None:
     )
 
 
-def _prefixed(source: Source, start: str) -> Source:
+def _prefixed(source: Conversion, start: str) -> Conversion:
     if not start:
         return source
     convert = source.convert
@@ -294,7 +294,7 @@ def _prefixed(source: Source, start: str) -> Source:
     )
 
 
-def _misfits(made: StoredTensor, expected: StoredTensor | None, dtype: str, source: Source) -> list[str]:
+def _misfits(made: StoredTensor, expected: StoredTensor | None, dtype: str, source: Conversion) -> list[str]:
     if expected is None:
         return []
     name = made.name if source.convert is not None else source.reads[0]
@@ -309,7 +309,7 @@ def _misfits(made: StoredTensor, expected: StoredTensor | None, dtype: str, sour
     return faults
 
 
-def _twins(first: str, one: Source, other: Source, faults: _Faults) -> Iterable[tuple[str, str, str]]:
+def _twins(first: str, one: Conversion, other: Conversion, faults: _Faults) -> Iterable[tuple[str, str, str]]:
     if one.convert is None and other.convert is None:
         return [(first, one.reads[0], other.reads[0])]
     faults.others.append(f"{first} comes from {one.reads[0]} and from {other.reads[0]}")

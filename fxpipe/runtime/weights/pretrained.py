@@ -16,7 +16,7 @@ from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors
 from fxpipe.runtime.build.wrappers import is_peft
 from fxpipe.runtime.ranks.groups import Groups
-from fxpipe.runtime.weights.conversions import Source, is_transformers, writing_sources
+from fxpipe.runtime.weights.conversions import Conversion, is_transformers, writing_conversions
 from fxpipe.runtime.weights.disk.directory import INDEX, WHOLE
 from fxpipe.runtime.weights.disk.files import StoredTensor, cannot_write, write_file, write_json
 from fxpipe.runtime.weights.gathering import brought, holders, whole
@@ -40,7 +40,7 @@ class Shard:
     """
 
     position: int
-    sources: tuple[Source, ...]
+    sources: tuple[Conversion, ...]
     nbytes: int
 
     @property
@@ -85,7 +85,7 @@ def save_pretrained(
     try:
         spelled = _spelled(model)
         _check(model, spelled, where)
-        sources = writing_sources(
+        sources = writing_conversions(
             model.module,
             {fqn: StoredTensor(fqn, where[first][1].dtype, where[first][1].shape) for fqn, first in spelled.items()},
         )
@@ -145,19 +145,19 @@ def _check(model: Model, spelled: Mapping[str, str], where: Mapping[str, Any]) -
 
 
 def _shards(
-    sources: Sequence[Source],
+    sources: Sequence[Conversion],
     spelled: Mapping[str, str],
     where: Mapping[str, tuple[int, StoredTensor]],
     shard_bytes: int,
 ) -> tuple[Shard, ...]:
     """Give each source to the first rank that holds something of it, and fill files up."""
-    by_position: dict[int, list[Source]] = {}
+    by_position: dict[int, list[Conversion]] = {}
     for source in sources:
         position = min(where[spelled[name]][0] for name in source.reads)
         by_position.setdefault(position, []).append(source)
     shards: list[Shard] = []
     for position, own in sorted(by_position.items()):
-        part: list[Source] = []
+        part: list[Conversion] = []
         size = 0
         for source in own:
             nbytes = sum(made.nbytes for made in source.gives)

@@ -30,7 +30,7 @@ Progress = Callable[[int], None]
 
 
 @contextmanager
-def shown_progress(title: str, nbytes: int) -> Iterator[Progress]:
+def byte_progress(title: str, nbytes: int) -> Iterator[Progress]:
     """Give a function to be called with the bytes that were done: a bar on rank 0, on a terminal, where it takes long.
 
     Args:
