@@ -86,7 +86,7 @@ def main():
     pipe.print_report()
     pipe.materialize()
     if options.weights and not options.resume:
-        pipe.load(options.weights, strict=not options.lora)  # this rank's tensors; adapters are in no such directory
+        pipe.load(options.weights)  # this rank's tensors; adapters, which no such directory holds, keep their start
     optimizer = pipe.optimizer(torch.optim.AdamW, lr=options.lr)  # also where a stage has nothing to train
     start = pipe.load(options.save, optimizer=optimizer)["steps"] if options.resume else 0
     for _ in range(start):
