@@ -76,6 +76,7 @@ class Randomness:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._generators = _default_generators(device)
+        self.hash = torch.compiler.disable(_hash)  # where a stage is compiled whole: dynamo does not follow hashlib
         self._now: _Moment | None = None
         self._seed: int | None = None
         self._running: list[tuple[object, _SeedEachCall | None]] = []
@@ -139,7 +140,7 @@ class Randomness:
     def enter(self, block: int, rules: DrawRules, fqn: str, scope: DrawScope) -> None:
         """Begin a module call that draws inside."""
         self._now = _Moment(block, rules, dict(scope.first_calls))
-        self.seed(block, fqn, _hash(32, *scope.first_calls), _ENTRY)
+        self.seed(block, fqn, self.hash(32, *scope.first_calls), _ENTRY)
 
     def leave(self) -> None:
         """Say that no module call with draws inside runs."""
@@ -150,7 +151,7 @@ class Randomness:
 
         Torch's CPU generator uses the low 32 bits alone, so that they depend on everything.
         """
-        self._seed = block << 32 | _hash(32, block, fqn, call, index)
+        self._seed = block << 32 | self.hash(32, block, fqn, call, index)
         for generator in self._generators:
             generator.manual_seed(self._seed)
 
@@ -218,7 +219,7 @@ class MicrobatchDraws:
     def _block(self, fqn: str, call: int) -> int:
         key = (fqn, call)
         if key not in self._blocks:
-            self._blocks[key] = _hash(31, self._microbatch, fqn, call)
+            self._blocks[key] = self._randomness.hash(31, self._microbatch, fqn, call)
         return self._blocks[key]
 
 
