@@ -76,7 +76,8 @@ class Randomness:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._generators = _default_generators(device)
-        self.hash = torch.compiler.disable(_hash)  # where a stage is compiled whole: dynamo does not follow hashlib
+        # Where a stage is compiled whole: dynamo does not follow hashlib.
+        self.hash: Callable[..., int] = torch.compiler.disable(_hash)  # type: ignore[no-untyped-call]
         self._now: _Moment | None = None
         self._seed: int | None = None
         self._running: list[tuple[object, _SeedEachCall | None]] = []
