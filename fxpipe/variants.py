@@ -125,10 +125,10 @@ class _Family:
 
 @dataclass(slots=True, eq=False)
 class _Kind:
-    """What is known of batches that differ in sizes alone.
+    """What is known of batches that differ in sizes alone; with Python numbers as inputs of the graphs also in those.
 
     Attributes:
-        recorded: Variants that were recorded with numbers, of no family so far, and the shapes of their inputs.
+        recorded: Variants that were recorded with fixed sizes, of no family so far, and the shapes of their inputs.
         families: Graphs with symbols.
         tries: How often one was recorded in vain; half of one where no recording had taken its path.
     """
@@ -160,7 +160,9 @@ class Variants:
         self._num_stages = num_stages
         self._opened = tuple(opened)
         self._known: dict[Any, list[Variant]] = {}
-        self._numbers: dict[Any, int] = {}  # by what numbers are open in: how often they were other ones
+        self._numbers: dict[
+            Any, tuple[int, Any]
+        ] = {}  # by what numbers are open in: how often they were others, and last
         self._used: dict[str, Any] = {}  # what each variant is for, by its key; the one used last comes last
         self._kinds: dict[Any, _Kind] = {}  # the one used last comes last
         self._mode = ""
@@ -168,7 +170,7 @@ class Variants:
     def add(self, captured: Captured, *, with_loss: bool) -> None:
         """Remember what ``compile`` captured already."""
         if captured.inputs.numbers:
-            self._times((captured.inputs.open, *self._around(with_loss)))
+            self._times(captured.inputs, with_loss)
         self._add(captured, captured.inputs, with_loss)
 
     @property
@@ -209,9 +211,10 @@ class Variants:
                 if variant.fits(inputs):
                     self._used[variant.key] = self._used.pop(variant.key, each)
                     return variant
-        member = self._member(inputs, spec, with_loss)
-        if member is not None:
-            return self._remember(spec, member)
+        for each, given in ((spec, inputs), (any_number, replace(inputs, follows=True))):
+            member = self._member(given, each, with_loss) if given is inputs or inputs.numbers else None
+            if member is not None:
+                return self._remember(each, member)
         self.num_captures += 1
         options: dict[str, Any] = {"opened": self._opened, "with_loss": with_loss, "grad_enabled": with_loss}
         captured = self.capture.capture(inputs, **options)
@@ -220,22 +223,27 @@ class Variants:
                 f"{self.capture.name} returned no loss for this batch\n"
                 "  pass labels (or whatever makes the model return one), or compile with loss_fn="
             )
-        if inputs.numbers and 1 < self._times(any_number) <= MOST_NUMBERS:
+        if inputs.numbers and 1 < self._times(inputs, with_loss) <= MOST_NUMBERS:
+            self.num_captures += 1
             followed = with_numbers(self.capture, captured, **options)
             if followed is not None:
-                return self._remember(any_number, self._variant(followed, any_number))
+                return self._add(followed, followed.inputs, with_loss)
         return self._add(captured, inputs, with_loss)
 
-    def _times(self, any_number: Any) -> int:
-        """Count the captures that differ in numbers alone."""
-        times = self._numbers[any_number] = self._numbers.pop(any_number, 0) + 1
+    def _times(self, inputs: Inputs, with_loss: bool) -> int:
+        """Count the captures with other numbers than the one before, whatever their sizes."""
+        key, now = (inputs.open_without_sizes, *self._around(with_loss)), tuple(inputs.numbers.values())
+        times, last = self._numbers.pop(key, (0, None))
+        times += int(now != last)
+        self._numbers[key] = times, now
         if len(self._numbers) > MOST_VARIANTS:
             del self._numbers[next(iter(self._numbers))]
         return times
 
     def _add(self, captured: Captured, inputs: Inputs, with_loss: bool) -> Variant:
-        """Remember a variant that was recorded with numbers for sizes, for others to be held against."""
-        spec, kind = (inputs.signature, *self._around(with_loss)), self._kind(inputs, with_loss)
+        """Remember a variant that was recorded with fixed sizes, for others to be held against."""
+        signature = inputs.open if inputs.follows else inputs.signature
+        spec, kind = (signature, *self._around(with_loss)), self._kind(inputs, with_loss)
         variant = self._remember(spec, self._variant(captured, spec))
         kind.recorded = [*kind.recorded, (variant, inputs.shapes)][-MOST_RECORDED:] if kind.tries < MOST_TRIES else []
         return variant
@@ -297,7 +305,8 @@ class Variants:
         return found
 
     def _kind_key(self, inputs: Inputs, with_loss: bool) -> Any:
-        return (inputs.without_sizes, *self._around(with_loss))
+        signature = inputs.open_without_sizes if inputs.follows else inputs.without_sizes
+        return (inputs.follows, signature, *self._around(with_loss))
 
     def _around(self, with_loss: bool) -> tuple[Any, ...]:
         """Give what a variant is for besides its inputs; looked at once for all microbatches of a step."""

@@ -73,10 +73,12 @@ class Inputs:
     @property
     def without_sizes(self) -> tuple[Any, ...]:
         """The signature without the sizes of tensors, which keep their numbers of dimensions."""
-        return tuple(
-            (name, len(rest[0]), rest[1], bool(rest[2])) if len(rest) == 3 else (name, *rest)
-            for name, *rest in self.signature
-        )
+        return _without_sizes(self.signature)
+
+    @property
+    def open_without_sizes(self) -> tuple[Any, ...]:
+        """The same, and without the values of numbers."""
+        return _without_sizes(self.open)
 
     @property
     def are_partly_fake(self) -> bool:
@@ -123,6 +125,12 @@ class Inputs:
 
 
 _NUMBERS = (int, float)
+
+
+def _without_sizes(signature: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        (name, len(rest[0]), rest[1], bool(rest[2])) if len(rest) == 3 else (name, *rest) for name, *rest in signature
+    )
 
 
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:

@@ -140,6 +140,37 @@ def test_three_hundred_values_give_one_graph():
         compare(model, (pipe.zero_grad(), pipe)[1], x, 0.3, x)
 
 
+def test_numbers_and_lengths_that_change_together_take_one_graph():
+    class Average(nn.Module):
+        """The loss as Hugging Face's trainer has it: a sum over all that a whole batch of microbatches has."""
+
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.blocks = nn.Embedding(9, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, ids, temperature, num_items_in_batch):
+            x = self.embedding(ids) + torch.arange(ids.shape[1])[None, :, None] / temperature
+            for block in self.blocks:
+                x = x + torch.tanh(block(x))
+            if temperature > 1.5:
+                x = x * 2
+            return {"loss": x.square().sum() / num_items_in_batch}
+
+    model = Average()
+    pipe = fxpipe.compile(model, 2, (torch.ones(4, 3).long(), 1.0, 12), microbatches=2, schedule="GPipe").materialize()
+    with pipe:
+        for step in range(24):
+            ids = torch.randint(9, (4, 4 + step % 11))
+            given = ids, 1 + step / 23, ids.numel()
+            model.zero_grad(), pipe.zero_grad()
+            wanted = model(*given)["loss"]
+            wanted.backward()
+            torch.testing.assert_close(pipe.step(*given), wanted.detach(), rtol=1e-12, atol=0)
+            for fqn, parameter in pipe.named_parameters():
+                torch.testing.assert_close(parameter.grad, model.get_parameter(fqn).grad, rtol=1e-10, atol=1e-12)
+        assert pipe._trainer.variants.num_captures <= 6  # two paths, each with values, with numbers, with sizes
+
+
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()

@@ -123,6 +123,18 @@ class Reading(nn.Module):
             x = x.sum(1) + length // 3.5
         elif self.kind == "counted":
             x = x.sum(1) * (2 if sum(1 for _ in x.transpose(0, 1)) > 12 else 3)
+        elif self.kind == "classes":
+
+            class Kind(type):
+                pass
+
+            class Own(metaclass=Kind):
+                pass
+
+            assert type(Own) is Kind
+            assert (isinstance(Own, Kind), isinstance(x, Kind), Kind == type) == (True, False, False)  # noqa: E721
+            self.kinds = type(Own).__name__
+            x = x.sum(1) * (2 if length > 12 else 3)
         elif self.kind == "made":
             x = (x * torch.ones_like(x)[:, :, :1].cumsum(1)).mean(1) + x.new_full((length, 4), 0.5).sum(0)
         return F.mse_loss(x, labels)
@@ -132,7 +144,7 @@ class Reading(nn.Module):
     "kind",
     [
         *("arithmetic", "branch", "integer", "float", "list", "loop", "text", "values", "caught", "made"),
-        *("instance", "type", "floored", "counted"),
+        *("instance", "type", "floored", "counted", "classes"),
     ],
 )
 def test_a_number_of_sizes_is_never_a_stale_one(kind):

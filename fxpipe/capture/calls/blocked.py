@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dis
 import sys
+import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,28 +102,35 @@ def numbers_by_type(stands_for: Mapping[type, Any]) -> Iterator[None]:
         stands_for: A number for each class of symbols.
     """
 
+    recording = threading.get_ident()  # builtins are every thread's
+
+    def is_asked(value: Any) -> bool:
+        return _type(value) in stands_for and threading.get_ident() == recording and asked_by_user(3)
+
     def asks(value: Any, kinds: Any) -> bool:
-        if _type(value) in stands_for and asked_by_user():
-            value = stands_for[_type(value)]
-        return _isinstance(value, kinds)
+        return _isinstance(stands_for[_type(value)] if is_asked(value) else value, kinds)
 
     class Asking(type):
+        """What stands for ``type``; a class of classes that is made meanwhile inherits from it, and is itself."""
+
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            if len(args) == 1 and _type(args[0]) in stands_for and asked_by_user():
+            if cls is not stand_in:
+                return _type.__call__(cls, *args, **kwargs)
+            if len(args) == 1 and is_asked(args[0]):
                 raise Untold("Python asks for the type of a size")
             return _type(*args, **kwargs)
 
         def __instancecheck__(cls, instance: Any) -> bool:
-            return _isinstance(instance, _type)
+            return _type.__instancecheck__(_type if cls is stand_in else cls, instance)
 
         def __subclasscheck__(cls, subclass: Any) -> bool:
-            return issubclass(subclass, _type)
+            return _type.__subclasscheck__(_type if cls is stand_in else cls, subclass)
 
         def __eq__(cls, other: object) -> bool:
-            return other is cls or other is _type
+            return other is cls or (cls is stand_in and other is _type)
 
         def __hash__(cls) -> int:
-            return hash(_type)
+            return hash(_type) if cls is stand_in else _type.__hash__(cls)
 
     stand_in: Any = Asking("type", (type,), {})
     try:
