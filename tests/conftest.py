@@ -1,5 +1,6 @@
 """What all tests share: the modules beside them, one thread each, their random inputs, and how they are spread."""
 
+import gc
 import os
 import pathlib
 import sys
@@ -27,14 +28,25 @@ def pytest_xdist_auto_num_workers(config):
     return None if config.args == config.getini("testpaths") else 0
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+LONGEST = (
+    *("test_training", "test_exact", "test_random_models", "test_source", "test_replicas", "test_example", "test_docs"),
+    *("test_checkpoints", "test_architectures", "test_adapters", "test_constructs", "test_shapes", "test_chaos"),
+    *("test_failures", "test_distributed", "test_costs", "test_cli", "test_finetune_example", "test_examples"),
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Keep on one process what shares a launch of ranks: the tests of a file that use a fixture of their module."""
+    """Begin with the files that take longest: a process takes a whole file at a time, and the last ones are short."""
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
-        found = getattr(item, "_fixtureinfo", None)
-        if found and any(defs[-1].scope == "module" for defs in found.name2fixturedefs.values() if defs):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if FUZZ and hypothesis.is_hypothesis_test(item.obj):
             asked = item.obj._hypothesis_internal_use_settings
             more = hypothesis.settings(asked, max_examples=FUZZ * asked.max_examples)
             item.obj._hypothesis_internal_use_settings = more
+
+
+def pytest_collection_finish():
+    """Let Python not look for garbage among all that was imported and collected: it stays."""
+    gc.collect()
+    gc.freeze()

@@ -1,6 +1,7 @@
 """What ranks need, imported once before they are forked; nothing is computed here, and no thread is started."""
 
 import contextlib
+import gc
 import importlib
 
 NEEDED = (
@@ -20,3 +21,4 @@ NEEDED = (
 for _name in NEEDED:
     with contextlib.suppress(ImportError):  # a rank that needs it says so
         importlib.import_module(_name)
+gc.freeze()  # what is imported stays; a rank that looks for garbage need not touch, and so copy, its memory
