@@ -159,10 +159,10 @@ class Running:
         if self.groups is not None:
             self.engine.check()
 
-    def recording(self, samples: int) -> AbstractContextManager[None]:
+    def recording(self, samples: int, tokens: int) -> AbstractContextManager[None]:
         """Record a step, if steps are recorded."""
         if self.recorder is not None:
-            self.recorder.begin(samples)
+            self.recorder.begin(samples, tokens)
         return self.span("step")
 
     def span(self, kind: str) -> AbstractContextManager[None]:

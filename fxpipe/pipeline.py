@@ -565,8 +565,8 @@ class Pipeline:
     def trace(self, path: str | os.PathLike[str]) -> None:
         """Write what all ranks did when, for the trace viewers of Chrome and Perfetto; every rank calls it.
 
-        Beside the events stand, by rank, the bubble of the last step as measured and as simulated, samples per second,
-        and the most memory in use as measured (on an accelerator) and as planned.
+        Beside the events stand, by rank, the bubble of the last step as measured and as simulated, samples and
+        tokens per second, and the most memory in use as measured (on an accelerator) and as planned.
 
         Args:
             path: A JSON file; rank 0 writes it.

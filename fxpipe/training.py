@@ -16,6 +16,7 @@ from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
 from fxpipe.batch.dims import Microbatch
 from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.merge import merge_outputs
+from fxpipe.batch.moving import OnDevice
 from fxpipe.batch.order import Order, check_call
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
@@ -89,7 +90,6 @@ class Step:
 
     def jobs(
         self,
-        stages: Sequence[StageModule],
         device: torch.device,
         *,
         seed: int,
@@ -97,10 +97,9 @@ class Step:
         replica: int = 0,
         scale: torch.Tensor | None = None,
     ) -> list[Job]:
-        """Give each microbatch the form that engines take, its inputs on the stages' device.
+        """Give each microbatch the form that engines take.
 
         Args:
-            stages: This rank's stages, the variants installed.
             device: Where the stages run.
             seed: Seed of the random numbers.
             step: Which step it is.
@@ -110,12 +109,8 @@ class Step:
         jobs = []
         shares_of = self.shares or ((),) * len(self.inputs)
         for index, (inputs, variant, shares) in enumerate(zip(self.inputs, self.variants, shares_of, strict=True)):
-            names: dict[str, None] = {}
-            for stage in stages:
-                names.update(dict.fromkeys(variant.program.stages[stage.stage_index].inputs))
-            given: dict[str, Any] = {name: inputs.numbers[name] for name in names if name in inputs.numbers}
-            given |= {name: inputs.tensors[name].to(device, non_blocking=True) for name in names if name not in given}
             draws = microbatch_seed(seed, step, index, replica)
+            given = OnDevice(inputs, device)
             jobs.append(Job(variant.runs, variant.program, given, shares, draws, scale))
         return jobs
 
@@ -154,7 +149,7 @@ class Trainer:
         if self._checks(running) and not on_host(running.device):
             late = LateDigest(step.inputs, running.device)
         running.gradients.begin(last=last)
-        with running.recording(sum(step.sizes)):
+        with running.recording(sum(step.sizes), sum(inputs.tokens for inputs in step.inputs)):
             loss = running.engine.train(jobs)
             if late is not None:  # before this step's gradients are anybody's
                 self._compare(running, late)
@@ -204,9 +199,7 @@ class Trainer:
     def jobs(self, running: Running, step: Step, scale: torch.Tensor | None = None) -> list[Job]:
         """Give a step the form that the engine takes."""
         replica = running.groups.replica if running.groups is not None else 0
-        return step.jobs(
-            running.stages, running.device, seed=self.seed, step=self.num_steps, replica=replica, scale=scale
-        )
+        return step.jobs(running.device, seed=self.seed, step=self.num_steps, replica=replica, scale=scale)
 
     def _held(self, running: Running, step: Step, what: str) -> dict[str, object]:
         """Give what must be the same on all ranks of a pipeline before a batch is exchanged."""

@@ -36,7 +36,7 @@ from fxpipe.runtime.build.extra_state import (
     held_extra_modules,
     spelled_states,
 )
-from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages, build_whole
+from fxpipe.runtime.build.stage import StageParts, build_stages, build_whole
 from fxpipe.runtime.build.state import gather_tensors
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import busy
@@ -179,7 +179,7 @@ class Verifier:
         shown = prepared.with_outputs(self._variants)
         stages = self._running.stages
         shown.install(stages)
-        jobs, output_jobs = self._jobs(stages, (prepared, shown), seed, step)
+        jobs, output_jobs = self._jobs((prepared, shown), seed, step)
         with kept_buffers(stages):
             infos = self._variants.capture.skeleton.infos.values()
             whole = bool(self._first_of_all(fits_whole(infos, self._running.device)))
@@ -203,12 +203,10 @@ class Verifier:
         assert result is not None
         return result
 
-    def _jobs(
-        self, stages: Sequence[StageModule], prepared: tuple[Step, Step], seed: int, step: int
-    ) -> list[list[Job]]:
+    def _jobs(self, prepared: tuple[Step, Step], seed: int, step: int) -> list[list[Job]]:
         groups = self._running.groups
         replica = groups.replica if groups is not None else 0
-        return [each.jobs(stages, self._running.device, seed=seed, step=step, replica=replica) for each in prepared]
+        return [each.jobs(self._running.device, seed=seed, step=step, replica=replica) for each in prepared]
 
     def _first_of_all(self, value: Any) -> Any:
         """Give every rank what the first one has."""
@@ -270,7 +268,7 @@ class Verifier:
                     alone = prepared[0].on_one_stage(), prepared[1].on_one_stage()
                     for each in alone:
                         each.install([model.stage])
-                    jobs = self._jobs([model.stage], alone, seed, step)
+                    jobs = self._jobs(alone, seed, step)
                     wanted, name = model.run(alone[0], *jobs)
                     with nudged([model.stage]):
                         control, _ = model.run(alone[0], *jobs)

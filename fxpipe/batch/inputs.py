@@ -71,6 +71,17 @@ class Inputs:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     @property
+    def tokens(self) -> int:
+        """Entries of the first tensor of integers that has samples along one of several dimensions; 0 without one.
+
+        >>> name_inputs(("ids",), (torch.zeros(2, 3, dtype=torch.int64),), {}, layout=BatchLayout(2, {"ids": 0})).tokens
+        6
+        """
+        kinds = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        found = (t for name, t in self.tensors.items() if name in self.dims and t.dim() > 1 and t.dtype in kinds)
+        return next((tensor.numel() for tensor in found), 0)
+
+    @property
     def without_sizes(self) -> tuple[Any, ...]:
         """The signature without the sizes of tensors, which keep their numbers of dimensions."""
         return _without_sizes(self.signature)

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import fxpipe
 from fxpipe.batch.dims import BatchDims
+from fxpipe.batch.inputs import name_inputs
 from fxpipe.batch.merge import merge_outputs
+from fxpipe.batch.moving import OnDevice
 from fxpipe.batch.split import batch_size_of, check_ready_split, split_batch
 from fxpipe.batch.weights import loss_weights
 from fxpipe.errors import ScheduleError
@@ -248,3 +250,33 @@ def test_the_targets_of_the_model_and_of_the_loss_are_split_each_along_its_own_d
     parts = split_batch((torch.zeros(8, 2), inner), {}, target=outer, num_microbatches=4, dims=dims)
     assert [tuple(args[1].shape) for args, _, _ in parts] == [(3, 2)] * 4
     assert [target.tolist() for _, _, target in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_an_input_is_copied_once_through_pinned_memory_when_it_is_asked_for() -> None:
+    class Host:
+        """A tensor that says what is done with it."""
+
+        device, pinned = torch.device("cpu"), False
+
+        def __init__(self) -> None:
+            self.done: list[str] = []
+
+        def is_pinned(self) -> bool:
+            return self.pinned
+
+        def pin_memory(self) -> Host:
+            self.done.append("pinned")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool) -> str:
+            self.done.append(f"to {device}, {non_blocking}")
+            return str(device)
+
+    first, second = Host(), Host()
+    second.pinned = True
+    inputs = dataclasses.replace(name_inputs((), (), {"scale": 2}), tensors={"first": first, "second": second})  # type: ignore[dict-item]
+    moving = OnDevice(inputs, torch.device("cuda:1"))
+    assert (list(moving), len(moving), moving["scale"], first.done) == (["first", "second", "scale"], 3, 2, [])
+    assert [moving["first"], moving["first"]] == ["cuda:1"] * 2
+    assert (first.done, second.done) == (["pinned", "to cuda:1, True"], [])
+    assert (moving["second"], second.done) == ("cuda:1", ["to cuda:1, True"])

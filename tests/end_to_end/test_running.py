@@ -215,7 +215,10 @@ def test_a_scaled_step_is_that_of_plain_training():
 
 def test_evaluation_gives_the_loss_alone():
     model, batch = gpt2(resid_pdrop=0.1), models.causal_batch()
-    with pipe_of(model, batch).materialize() as pipe:
+    with pipe_of(model, batch).materialize(timings=True) as pipe:
+        pipe.step(**batch)
+        assert (pipe.timings[0].samples, pipe.timings[0].tokens) == (models.BATCH, models.BATCH * models.LENGTH)
+        pipe.zero_grad()
         pipe.eval()
         wanted = models.token_loss(copy.deepcopy(model).eval()(batch["input_ids"]), batch["target"])
         found = pipe.evaluate(**batch)

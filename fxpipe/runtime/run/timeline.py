@@ -68,6 +68,7 @@ class StepTiming:
         communication_s: Seconds in sums of gradients and of the loss.
         waiting_s: The rest: the pipeline's bubble, and what is received and sent.
         samples: Samples of the rank's batch.
+        tokens: Tokens of it: entries of its first input of integers with several dimensions; 0 without one.
     """
 
     step: int
@@ -77,6 +78,7 @@ class StepTiming:
     communication_s: float
     waiting_s: float
     samples: int
+    tokens: int = 0
 
     @property
     def bubble(self) -> float:
@@ -88,6 +90,11 @@ class StepTiming:
     def samples_per_s(self) -> float:
         """Samples of the rank's batch per second."""
         return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the rank's batch per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class SpanRecorder:
@@ -102,16 +109,16 @@ class SpanRecorder:
         self._cuda = device if device.type == "cuda" else None
         self._most = most
         self._spans: list[tuple[str, int, int, int, Any, Any]] = []
-        self._samples: dict[int, int] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
         self._step = -1
         self._clock = time.time() - time.perf_counter()
         self._zero = self._now()
         self._zero_s = time.time()
 
-    def begin(self, samples: int) -> None:
+    def begin(self, samples: int, tokens: int = 0) -> None:
         """Begin a step."""
         self._step += 1
-        self._samples[self._step] = samples
+        self._sizes[self._step] = samples, tokens
 
     @contextmanager
     def span(self, kind: str, stage: int = -1, microbatch: int = -1) -> Iterator[None]:
@@ -136,7 +143,7 @@ class SpanRecorder:
 
     def steps(self) -> tuple[StepTiming, ...]:
         """Add the spans up by step."""
-        return add_up(self.spans(), self._samples)
+        return add_up(self.spans(), self._sizes)
 
     def _now(self) -> Any:
         if self._cuda is None:
@@ -151,17 +158,17 @@ class SpanRecorder:
         return float(self._zero_s + self._zero.elapsed_time(moment) / 1000)
 
 
-def add_up(spans: Sequence[Span], samples: dict[int, int]) -> tuple[StepTiming, ...]:
+def add_up(spans: Sequence[Span], sizes: dict[int, tuple[int, int]]) -> tuple[StepTiming, ...]:
     """Add spans up by step.
 
     Args:
         spans: Of one rank; a step without its own span is left out.
-        samples: Samples of each step.
+        sizes: Samples and tokens of each step.
 
     >>> work = Span("forward", 0, 1, 0, 0.0, 1.0), Span("backward", 0, 1, 0, 2.0, 4.0)
-    >>> (found,) = add_up([Span("step", 0, -1, -1, 0.0, 4.0), *work], {0: 8})
-    >>> found.bubble, found.waiting_s, found.samples_per_s
-    (0.25, 1.0, 2.0)
+    >>> (found,) = add_up([Span("step", 0, -1, -1, 0.0, 4.0), *work], {0: (8, 80)})
+    >>> found.bubble, found.waiting_s, found.samples_per_s, found.tokens_per_s
+    (0.25, 1.0, 2.0, 20.0)
     """
     found = []
     for whole in spans:
@@ -181,7 +188,7 @@ def add_up(spans: Sequence[Span], samples: dict[int, int]) -> tuple[StepTiming, 
                 tuple(sorted(sums["backward"].items())),
                 sum(sums["communication"].values()),
                 max(0.0, whole.seconds - busy),
-                samples.get(whole.step, 0),
+                *sizes.get(whole.step, (0, 0)),
             )
         )
     return tuple(found)
@@ -252,6 +259,7 @@ def _summary(
         "bubble": steps[-1].bubble if steps else None,
         "planned_bubble": bubble[position] if position is not None else None,
         "samples_per_s": steps[-1].samples_per_s if steps else None,
+        "tokens_per_s": steps[-1].tokens_per_s if steps else None,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "planned_peak_bytes": sum(stage.peak_bytes for stage in planned),
     }
