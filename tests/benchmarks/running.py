@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks running [--schedule Interleaved1F1B] [--pairs 50] [--layers 8] [--width 512]
     python -m tests.benchmarks running --width 16 --layers 8 --microbatches 32 --rows 32 --length 8  # the host
+    python -m tests.benchmarks running page  # three of them, as a section of docs/benchmarks.md
 
 Two processes of one thread each; the model is built whole on both, so that the hand-written cut is the plan's own.
 Every pair runs both, in turns first; beside the ratio stands that of the hand-written cut to itself, which is what the
@@ -11,6 +12,7 @@ machine's noise alone makes of 1.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -30,6 +32,8 @@ import fxpipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import launch
+
+from tests.benchmarks.sections import write_section
 
 WORDS, RANKS = 512, 2
 STAGES = {"1F1B": 2, "GPipe": 2, "Interleaved1F1B": 4}
@@ -141,6 +145,9 @@ def work(options: argparse.Namespace) -> None:
     single = [seconds(alone, batch) for _ in range(max(options.pairs // 5, 3))]
     if dist.get_rank() == 0:
         step_s = statistics.median(times)
+        if options.json:
+            print(json.dumps([1e3 * step_s, *spread(ratios), *spread(itself)]))
+            return
         rows = [
             ["fxpipe / by hand", *spread(ratios)],
             ["by hand / by hand", *spread(itself)],
@@ -148,13 +155,48 @@ def work(options: argparse.Namespace) -> None:
         ]
         print(f"{options.schedule}, cut before layers {cuts}, {1e3 * step_s:.0f} ms a step, {len(times)} pairs")
         print(tabulate(rows, ["ratio of step times", "median", "first quartile", "third quartile"], floatfmt=".3f"))
-    pipe.close()
-    dist.destroy_process_group()
 
 
 def spread(ratios: list[float]) -> tuple[float, float, float]:
     first, middle, third = statistics.quantiles(ratios, n=4)
     return middle, first, third
+
+
+SHOWN = {
+    "near-zero compute, 1F1B": ("1.05", "--width 16 --layers 8 --microbatches 32 --rows 32 --length 8"),
+    "real compute, 1F1B": ("1.03", "--schedule 1F1B"),
+    "real compute, Interleaved1F1B": ("1.00 + half", "--schedule Interleaved1F1B"),
+}
+"""What the page shows: at most what ratio, and how it is measured."""
+TEXT = """\
+## Steps beside the same cut by hand
+
+Two ranks of one core each, gloo. The cut is the plan's own, written by hand on `torch.distributed.pipelining` as its
+tutorial does; both run in turns, {pairs} pairs, first one and then the other. *Spread* is the distance of the quartiles
+of the hand-written cut against itself, which is what the machine alone makes of 1; *half* is half of it. Near-zero
+compute is a width of 16, 8 blocks, 32 microbatches of 8 tokens; real compute a width of 256, 6 blocks, 8 microbatches
+of 256 tokens.
+
+Written by `python -m tests.benchmarks running page` with torch {torch}.
+
+"""
+
+
+def page(pairs: int) -> str:
+    """Measure all that the page shows; gives its section."""
+    rows = []
+    for name, (most, arguments) in SHOWN.items():
+        given = [*arguments.split(), "--pairs", str(pairs), "--json"]
+        results = launch.launch("benchmarks/running.py", RANKS, "--worker", *given, timeout_s=3600)
+        launch.check(results)
+        step_ms, middle, first, third, own, low, high = json.loads(results[0].stdout.splitlines()[-1])
+        ratio = f"{middle:.3f} ({first:.3f} to {third:.3f})"
+        rows.append([name, f"{step_ms:.1f}", ratio, most, f"{own:.3f}", f"{high - low:.3f}"])
+        print(*rows[-1], sep="  ", flush=True)
+    heads = ["", "step ms", "fxpipe / by hand (quartiles)", "at most", "by hand / itself", "spread"]
+    return TEXT.format(pairs=pairs, torch=torch.__version__.partition("+")[0]) + tabulate(
+        rows, heads, tablefmt="github", disable_numparse=True
+    )
 
 
 def main() -> None:
@@ -168,9 +210,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("page", nargs="?", choices=["page"], help="measure what the page shows, and write its section")
     options = parser.parse_args()
     if options.worker:
         work(options)
+        dist.destroy_process_group()
+        return
+    if options.page:
+        write_section("running", page(options.pairs))
         return
     results = launch.launch("benchmarks/running.py", RANKS, "--worker", *sys.argv[1:], timeout_s=3600)
     launch.check(results)

@@ -1,8 +1,10 @@
 """Batches of ever new shapes: one graph with symbols for all that take its path, held against the plain model."""
 
 import copy
+import gc
 
 import models
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,12 +53,16 @@ def built(name):
     torch.manual_seed(0)
     if name == "net":
         return Net().double(), images
-    config = {"bert": ("BertConfig", "BertForMaskedLM"), "gpt2": ("GPT2Config", "GPT2LMHeadModel")}[name]
+    config = {
+        "bert": ("BertConfig", "BertForMaskedLM"),
+        "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
+        "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    }[name]
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     sizes |= {"num_hidden_layers": 3, "n_embd": 16, "n_layer": 3, "n_head": 2}
     for drop in ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         sizes[drop] = 0.0
-    sizes = {key: value for key, value in sizes.items() if name == "bert" or not key.startswith(("hidden", "num_"))}
+    sizes = {key: value for key, value in sizes.items() if name != "gpt2" or not key.startswith(("hidden", "num_"))}
     return models.huggingface(config[0], sizes, config[1])().double(), language
 
 
@@ -81,6 +87,29 @@ def test_new_lengths_need_no_new_recording(name, most):
                     error = float((parameter.grad - plain.get_parameter(fqn).grad).abs().max())
                     assert error <= (1e-6 if name == "gpt2" else 1e-12) * largest, fqn
         assert pipe._trainer.variants.num_captures <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "net"])
+def test_a_hundred_and_fifty_lengths_take_five_recordings_and_no_memory(name):
+    """Each length padded once and once not; Hugging Face computes the losses of decoders in float32."""
+    model, batch_of = built(name)
+    resident = []
+    with fxpipe.compile(model, 2, (), batch_of(4, 9, False), microbatches=2, schedule="GPipe") as pipe:
+        pipe.materialize()
+        for step in range(300):
+            batch = batch_of(4, 8 + (step * 37) % 150, bool((step // 150 + step) % 2))
+            pipe.zero_grad()
+            with torch.no_grad():
+                wanted = model(**batch)
+            wanted = wanted if name == "net" else wanted.loss
+            rtol = 1e-6 if name in ("gpt2", "llama") else 1e-12
+            torch.testing.assert_close(pipe.step(**batch), wanted, rtol=rtol, atol=0)
+            if step % 50 == 49:
+                gc.collect()
+                resident.append(psutil.Process().memory_info().rss)
+        assert pipe._trainer.variants.num_captures <= 5
+    assert max(resident[1:]) - resident[0] < 32 * 2**20, [size >> 20 for size in resident]
 
 
 class Reading(nn.Module):
@@ -173,7 +202,6 @@ def test_inference_takes_every_length_too():
 
 
 def test_no_tensor_of_a_past_batch_is_kept():
-    import gc
     import weakref
 
     model, batch_of = built("bert")
