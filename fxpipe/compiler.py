@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -39,6 +40,7 @@ from fxpipe.planning.settings import GRAINS, Settings, device_limit
 from fxpipe.planning.solve import LEAST_GAIN
 from fxpipe.profiling import Profiler
 from fxpipe.recipes.deferred import is_recording
+from fxpipe.runtime.ranks.groups import is_time, patience
 from fxpipe.variants import Variants
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def compile(
     mesh: DeviceMesh | None = None,
     plan: PipelinePlan | None = None,
     seed: int = 0,
+    timeout: float | None = None,
 ) -> Pipeline:
     """Turn a model into a pipeline of stages.
 
@@ -103,6 +106,8 @@ def compile(
             data-parallel replicas; others need ``materialize(parallelize=)``. None: all ranks are the pipeline.
         plan: A ready plan, checked against the model.
         seed: Of dropout and of initialisation.
+        timeout: Seconds that ranks which measure (``cost="profile"``) wait for one that does not come or stands still;
+            None: ten minutes. One that is measuring is waited for. ``materialize`` has its own.
 
     Returns:
         The pipeline: a graph, a plan and a report until it is materialized.
@@ -130,7 +135,7 @@ def compile(
         )
     hardware = resolve_hardware(hardware)
     training = _with_replicas(training if training is not None else Training(), _replicas(mesh))
-    _check(stages, grain, memory_limit, microbatches)
+    _check(stages, grain, memory_limit, microbatches, timeout)
     limit = _limit(memory_limit, hardware)
     module = model if isinstance(model, nn.Module) else build_sequence(model)
     check_loss_weight(loss_weight)
@@ -170,7 +175,7 @@ def compile(
         memory_limit=limit,
         seed=seed,
     )
-    compiler = _Compiler(capture, settings, cost, example)
+    compiler = _Compiler(capture, settings, cost, example, patience(timeout))
     graph, made, captured = compiler.from_plan(plan) if plan is not None else compiler.plan()
     said = () if explained is None else (explained(made),)
     lost = capture.skeleton.lost_compilations(capture.closed_modules(made.opened))
@@ -197,12 +202,13 @@ class _Compiler:
         settings: Settings,
         cost: str | Mapping[str, float] | Profile,
         example: Example | None,
+        timeout: timedelta,
     ) -> None:
         self.capture = capture
         self.settings = settings
         self.cost = cost
         self.example = example
-        self.profiler = Profiler() if cost == "profile" else None
+        self.profiler = Profiler(timeout) if cost == "profile" else None
         self.profile = cost if isinstance(cost, Profile) else None
         self.counter = self._counter()
 
@@ -331,7 +337,7 @@ def _with_replicas(training: Training, replicas: int) -> Training:
     return replace(training, data_parallel=max(replicas, training.data_parallel))
 
 
-def _check(stages: object, grain: object, memory_limit: object, microbatches: object) -> None:
+def _check(stages: object, grain: object, memory_limit: object, microbatches: object, timeout: object) -> None:
     if stages != "auto" and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
         raise PartitionError(f'stages is {stages!r}\n  pass a whole number of stages, 1 or more, or "auto"')
     if grain not in GRAINS:
@@ -344,6 +350,8 @@ def _check(stages: object, grain: object, memory_limit: object, microbatches: ob
         )
     if microbatches not in (None, "auto") and (isinstance(microbatches, bool) or not isinstance(microbatches, int)):
         raise ScheduleError(f'microbatches is {microbatches!r}\n  pass a divisor of the batch size, "auto", or None')
+    if timeout is not None and not is_time(timeout):
+        raise PartitionError(f"timeout is {timeout!r}\n  pass a positive number of seconds, or None")
 
 
 def _limit(memory_limit: float | str | None, hardware: Hardware) -> int | None:

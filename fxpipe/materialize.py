@@ -245,7 +245,7 @@ def materialize(
     where, error = _where(source, plan, device, options)
     same = {"the seed": seed, "check_batches": options.check_batches, "timeout": options.timeout}
     groups, started = join_ranks(source.mesh, plan, where, options.patience, same, error)
-    with groups.guard("materialize") if groups is not None else nullcontext():
+    with _closed_on_failure(groups, started), groups.guard("materialize") if groups is not None else nullcontext():
         if dtype is not None:
             capture.cast(dtype)
         stages, unfilled = _build_own(capture, plan, layers, groups, where, seed, init, options)
@@ -254,6 +254,7 @@ def materialize(
         model = Model(capture.skeleton.module, state_names(capture.skeleton.module, capture.skeleton.aliases))
         checkpoints = Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching, seed)
         checkpoints.start_adapters(has_all=init != "empty")
+        recorder = options.recorder(engine, where)
     return Running(
         plan,
         capture,
@@ -267,9 +268,22 @@ def materialize(
         unfilled,
         started,
         checkpoints,
-        options.recorder(engine, where),
+        recorder,
         options.check_batches,
     )
+
+
+@contextmanager
+def _closed_on_failure(groups: Groups | None, started: bool) -> Iterator[None]:
+    """End the groups where nothing is made that could be closed later: the script may try again."""
+    try:
+        yield
+    except BaseException:
+        if groups is not None:
+            groups.close()
+            if started:
+                stop_process_group()
+        raise
 
 
 def _where(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,14 +20,20 @@ from fxpipe.ir.profile import LinkTime, Profile
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups, busy, make_groups, start_process_group
 from fxpipe.runtime.ranks.links import measure_links
+from fxpipe.runtime.ranks.meeting import meeting
 from fxpipe.runtime.ranks.place import default_device, is_distributed, is_first
 from fxpipe.runtime.run.profile import measure_kept, measure_layer, random_like
 
 
 class Profiler:
-    """Measures the layers of captures; what was measured once is not measured again."""
+    """Measures the layers of captures; what was measured once is not measured again.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: How long a rank waits for another one that stands still; one that measures is waited for.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._timeout = timeout
         self._times: dict[LayerCounts, tuple[LayerCost, int]] = {}
         self._layers: dict[str, tuple[LayerCost, int]] = {}
         self._links: list[LinkTime] = []
@@ -45,8 +52,10 @@ class Profiler:
         if not is_distributed():
             self._measure(missing, device)
         else:
-            start_process_group(device)
-            groups = make_groups([range(dist.get_world_size())], [], device)
+            with meeting("compile", self._timeout) as met:
+                start_process_group(device, self._timeout)
+                met.start()
+                groups = make_groups([range(dist.get_world_size())], [], device, self._timeout)
             try:
                 with groups.guard("profiling"):
                     self._measure_together(missing, graph, device, groups)
@@ -70,8 +79,7 @@ class Profiler:
         agree(groups, error, "the times of layers")
         most = max((value.meta.nbytes for value in graph.values), default=0)
         if most > self._most_bytes:
-            with groups.waiting():
-                self._most_bytes, self._links = most, measure_links(groups.pipeline, device, most)
+            self._most_bytes, self._links = most, measure_links(groups.pipeline, device, most, groups.waiting)
         self._times, self._links = groups.gather((self._times, self._links))[0]
 
     def _measure(self, layers: list[LayerAlone], device: torch.device) -> None:

@@ -39,11 +39,14 @@ def table(lines: list[dict[str, object]]) -> str:
         fault, wrong = line["fault"], line["wrong"]
         place = fault["place"]  # type: ignore[index]
         counts[place]["faults"] += 1
-        for what in ("hang", "late", "wrong cause", "orphan"):
+        for what in ("not reached", "hang", "late", "wrong cause", "orphan"):
             counts[place][what] += any(str(text).startswith(what) for text in wrong)  # type: ignore[attr-defined]
         slowest[place] = max(slowest[place], float(line["seconds"]))  # type: ignore[arg-type]
-    columns = ("faults", "hang", "late", "wrong cause", "orphan")
-    rows = ["| place | faults | hangs | late | wrong causes | orphans | slowest |", "|---|--:|--:|--:|--:|--:|--:|"]
+    columns = ("faults", "not reached", "hang", "late", "wrong cause", "orphan")
+    rows = [
+        "| place | faults | not reached | hangs | late | wrong causes | orphans | slowest |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for place in (*PLACES, "step"):
         if place in counts:
             cells = " | ".join(str(counts[place][column]) for column in columns)

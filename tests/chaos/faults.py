@@ -100,17 +100,19 @@ class Said:
 
 def faults_of(
     fault: Fault,
-    injected_at: float | None,
+    is_reached: bool,
     said: dict[int, Said | None],
+    after: dict[int, float],
     codes: dict[int, int | None],
     ended: dict[int, str],
 ) -> list[str]:
     """Say what is wrong with how the ranks took a fault; nothing where all is as it should be.
 
-    ``ended`` is what ranks printed that were kept by an exchange which never ends, and so ended themselves.
+    ``after`` is how many seconds after the fault each rank spoke; ``ended`` is what ranks printed that were kept by an
+    exchange which never ends, and so ended themselves.
     """
-    if injected_at is None:
-        return ["it was not injected"]
+    if not is_reached:
+        return [f"not reached: {[what and what.text for what in said.values()]}"]
     wrong = []
     for rank in range(RANKS):
         what = said.get(rank)
@@ -122,8 +124,8 @@ def faults_of(
             wrong.append(f"hang: rank {rank} said nothing (ended with {codes.get(rank)})")
             continue
         limit = WITHIN_S + (STALL_S if fault.stands_still else 0.0)
-        if what.at - injected_at > limit:
-            wrong.append(f"late: rank {rank} after {what.at - injected_at:.1f} s")
+        if after[rank] > limit:
+            wrong.append(f"late: rank {rank} after {after[rank]:.1f} s")
         cause = _wrong_cause(fault, rank, what)
         if cause:
             wrong.append(f"wrong cause: rank {rank} {cause}: {what.kind}: {what.text}; then {what.again}")

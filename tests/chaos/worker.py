@@ -29,9 +29,13 @@ import fxpipe.runtime.run.gradients
 import fxpipe.runtime.weights.loading
 import fxpipe.runtime.weights.writing
 from fxpipe.ir.schedule import SCHEDULES
+from fxpipe.runtime.ranks.awake import Awake
+from fxpipe.runtime.ranks.groups import Groups
 
 WIDTH, BATCH, MICROBATCHES = 6, 12, 6
-GIVEN_UP_S = 40.0
+GIVEN_UP_S = 40.0  # after the fault
+NEVER_REACHED_S = 600.0  # ranks of a starved machine take their time until then
+PAUSE_S = 1.0  # a machine, or a job, that stands still for longer is no fault's doing
 
 
 class Tied(nn.Module):
@@ -64,6 +68,13 @@ def compiled(schedule: str, **options: object) -> fxpipe.Pipeline:
         ranks=RANKS,
         **options,  # type: ignore[arg-type]
     )
+
+
+def be_impatient(groups: Groups | None) -> None:
+    """Set ``timeout`` short where the fault comes next: until then, a starved rank is waited for."""
+    assert groups is not None
+    assert groups.failures is not None
+    groups.failures.watch.timeout_s = STALL_S
 
 
 class Rank:
@@ -119,6 +130,16 @@ class Rank:
 
         setattr(owner, name, instead)
 
+    def impatient_from(self, owner: object, name: str) -> None:
+        """Let ranks wait for each other no longer than the fault needs from where this function is called."""
+        real = getattr(owner, name)
+
+        def instead(*args: object) -> object:
+            be_impatient(next(each for each in args if isinstance(each, Groups)))
+            return real(*args)
+
+        setattr(owner, name, instead)
+
     def run(self, pipe: fxpipe.Pipeline) -> None:
         """Do what a script does, and fail where the fault says."""
         place = self.fault.place
@@ -129,13 +150,16 @@ class Rank:
         if place == "materialize":
             self.patched(fxpipe.materialize_module, "_parts")
         self.pipe = pipe
-        timeout = STALL_S if self.fault.stands_still else 60.0
-        pipe.materialize(device="cpu", init=self.init, timeout=timeout, check_batches=True)
+        if self.armed and self.fault.stands_still:
+            self.impatient_from(fxpipe.materialize_module, "_build_own")
+        pipe.materialize(device="cpu", init=self.init, timeout=NEVER_REACHED_S, check_batches=True)
         x = self.batch()
         optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-3)
         pipe.step(x, target=x)
         optimizer.step()
         self.armed = True
+        if self.fault.stands_still:
+            be_impatient(pipe._running.groups)  # type: ignore[union-attr]
         getattr(self, "_" + place.replace(" ", "_"))(pipe, x, optimizer)
         if place != "step":  # a rank whose part of the call was over hears of it in its next one
             pipe.step(x, target=x)
@@ -255,7 +279,7 @@ def rank_main(fault: Fault, rank: int, folder: pathlib.Path, port: int, pipe: fx
         with open(folder / f"{rank}.out", "a") as file:
             os.dup2(file.fileno(), number)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(GIVEN_UP_S - 10)
+    faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     own = Rank(fault, rank, folder)
     code = 0
@@ -287,6 +311,7 @@ class Injection:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.fault, self.folder, self.start = fault, pathlib.Path(tempfile.mkdtemp()), time.monotonic()
+        self.injected_at: float | None = None
         self.processes = [
             context.Process(target=rank_main, args=(fault, rank, self.folder, port, pipe)) for rank in range(RANKS)
         ]
@@ -294,13 +319,23 @@ class Injection:
             process.start()
         self.heard = [rank for rank in range(RANKS) if rank != fault.rank or fault.is_heard]
 
-    def is_over(self) -> bool:
+    def is_over(self, clock: Awake) -> bool:
+        self._look()
+        reached, limit = (self.start, NEVER_REACHED_S) if self.injected_at is None else (self.injected_at, GIVEN_UP_S)
         running = any(self.processes[rank].is_alive() for rank in self.heard)
-        return not running or time.monotonic() - self.start > GIVEN_UP_S
+        return not running or clock.since(reached) > limit
 
-    def result(self) -> dict[str, object]:
+    def _look(self) -> None:
+        noted = self.folder / "injected"
+        if self.injected_at is None and noted.exists() and (text := noted.read_text()):
+            self.injected_at = float(text)
+
+    def result(self, clock: Awake) -> dict[str, object]:
         """End what is left, and say what was wrong."""
         orphans = [rank for rank in self.heard if self.processes[rank].is_alive()]
+        for rank in orphans:
+            os.kill(self.processes[rank].pid, signal.SIGUSR1)  # type: ignore[arg-type]  # it prints where it is
+        time.sleep(0.5 if orphans else 0.0)
         codes = {rank: process.exitcode for rank, process in enumerate(self.processes)}
         for process in self.processes:
             process.kill()
@@ -310,11 +345,13 @@ class Injection:
         for rank in range(RANKS):
             path = self.folder / f"{rank}.json"
             said[rank] = Said(**json.loads(path.read_text())) if path.exists() else None
-        noted = self.folder / "injected"
-        at = float(noted.read_text()) if noted.exists() else None
+        self._look()
+        at = self.injected_at
         ended = {rank: (self.folder / f"{rank}.out").read_text() for rank in range(RANKS) if codes[rank] == ENDED}
-        wrong = faults_of(self.fault, at, said, codes, ended) + [f"orphan: rank {rank}" for rank in orphans]
-        slowest = max((what.at - (at or what.at) for r, what in said.items() if what and r in self.heard), default=0.0)
+        after = {rank: clock.between(at or what.at, what.at) for rank, what in said.items() if what}
+        wrong = faults_of(self.fault, at is not None, said, after, codes, ended)
+        wrong += [f"orphan: rank {rank}" for rank in orphans]
+        slowest = max((seconds for rank, seconds in after.items() if rank in self.heard), default=0.0)
         if wrong:
             wrong += [f"rank {r} printed: {(self.folder / f'{r}.out').read_text()[-1500:]}" for r in range(RANKS)]
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -326,6 +363,7 @@ class Injection:
             "seconds": slowest,
             "text": text,
             "ended": len(ended),
+            "reached": at is not None,
         }
 
 
@@ -335,15 +373,17 @@ def main(names: list[str], at_once: int) -> None:
     pipes = {schedule: compiled(schedule) for schedule in {f.schedule: 0 for f in waiting if f.place != "profiling"}}
     gc.collect()
     gc.freeze()  # ranks share it
+    clock = Awake(PAUSE_S / 2)
     running: list[Injection] = []
     while waiting or running:
         while waiting and len(running) < at_once:
             fault = waiting.pop(0)
             running.append(Injection(fault, pipes.get(fault.schedule)))
         time.sleep(0.02)
-        for injection in [each for each in running if each.is_over()]:
+        clock.tick()
+        for injection in [each for each in running if each.is_over(clock)]:
             running.remove(injection)
-            print(json.dumps(injection.result()), flush=True)
+            print(json.dumps(injection.result(clock)), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import pathlib
+import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -108,7 +111,29 @@ def building() -> None:
 
     x = torch.randn(8, 6)
     pipe = fxpipe.compile(model, 2, (x,), {"target": x}, loss_fn=F.mse_loss, microbatches=4)
-    said(lambda: pipe.materialize(device="cpu", init=init))
+    counts = []
+    for _ in range(3):
+        said(lambda: pipe.materialize(device="cpu", init=init))
+        gc.collect()
+        counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
+    print(counts[0] == counts[1] == counts[2] or counts, flush=True)
+    with make().materialize(device="cpu") as other:
+        other.step(batch(), target=batch())
+
+
+def gone() -> None:
+    """A rank that is killed while the groups are made, where the others would wait for it for ever."""
+    dist.init_process_group("gloo")
+    if RANK == 1:
+        joining.make_groups = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    said(lambda: make().materialize(device="cpu"))
+
+
+def absent() -> None:
+    """A script that ends on one rank before it comes to materialize."""
+    dist.init_process_group("gloo")
+    if RANK == 0:
+        said(lambda: make().materialize(device="cpu"))
 
 
 def leaving() -> None:
@@ -166,6 +191,22 @@ def busy() -> None:
     if RANK == 1:
         time.sleep(3)
     said(lambda: pipe.step(x, target=x))
+
+
+def paused() -> None:
+    """The whole job is stopped for longer than a rank may stand still, while one waits for the other, and goes on."""
+    pipe = make().materialize(device="cpu", timeout=3.0)
+    x = batch()
+    pipe.step(x, target=x)
+    pids: list[int] = [0, 0]
+    dist.all_gather_object(pids, os.getpid())
+    if RANK == 1:
+        names = f"{pids[0]} {pids[1]}"
+        subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -STOP {names}; sleep 4; kill -CONT {names}"])
+        for _ in range(7):  # not one sleep, which would be over when the job goes on
+            time.sleep(0.1)
+    said(lambda: pipe.step(x, target=x))
+    pipe.close()
 
 
 def elsewhere() -> None:

@@ -45,6 +45,20 @@ def test_an_initialiser_that_fails_on_one_rank_is_told_to_the_others():
     first, second = run("building")
     assert "rank 1: init= on 2 (Linear) fails: ZeroDivisionError: no values" in first[0]
     assert "init= on 2 (Linear) fails: ZeroDivisionError: no values" in second[0]
+    assert first[3] == second[3] == "True"  # what fails leaves nothing behind, and the script may go on
+
+
+def test_a_rank_that_is_killed_while_groups_are_made_is_named():
+    rank, killed = launch.launch("runtime/ranks_worker.py", 2, "gone", timeout_s=60)
+    assert killed.returncode == -9
+    cause = "rank 1 ended without a word in materialize"
+    assert f"fxpipe: rank 0 ends: {cause}" in rank.stderr or rank.stdout.startswith(f"RankError: {cause}")
+    assert rank.returncode in (0, 70)
+
+
+def test_a_rank_that_ends_before_it_meets_the_others_is_named():
+    first, _ = run("absent")
+    assert first[0].startswith("RankError: rank 1 ended, or left the others, before it came to materialize | ")
 
 
 def test_a_rank_that_ends_in_the_middle_of_a_step_is_a_failure_like_others():
@@ -75,6 +89,10 @@ def test_a_rank_that_is_busy_is_waited_for_and_one_that_stands_still_is_named():
     assert first[1].startswith("RankError: rank 1 has not answered for ")
     assert "it is in no call of the pipeline; its last one was step; last actions: rank 0 " in first[1]
     assert second[1].startswith("RankError: rank 1 has not answered for ")  # it hears so when it comes back
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on():
+    assert run("paused") == [["nothing raised"]] * 2
 
 
 def test_what_fails_on_another_machine_is_heard_through_the_store():

@@ -27,6 +27,22 @@ _FOR_EVER = datetime.timedelta(days=365)
 """Of exchanges themselves: the watch beside them ends them, since it knows whether another rank is busy."""
 
 
+def is_time(given: object) -> bool:
+    """Tell whether something is a number of seconds that can be waited for.
+
+    >>> is_time(0.5), is_time(0), is_time(True), is_time(float("inf"))
+    (True, False, False, False)
+    """
+    if not isinstance(given, int | float) or isinstance(given, bool):
+        return False
+    return 0 < given <= datetime.timedelta.max.total_seconds() / 2
+
+
+def patience(timeout: float | None) -> datetime.timedelta:
+    """Give how long a rank waits for another one; the usual time for None, and for what is no time."""
+    return datetime.timedelta(seconds=timeout) if timeout is not None and is_time(timeout) else TIMEOUT
+
+
 @dataclass(slots=True, eq=False)
 class Replicas:
     """The ranks that hold the same stages, one per data-parallel replica.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from fxpipe.errors import FxpipeError, RankError, ScheduleError
+from fxpipe.errors import ScheduleError
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.runtime.ranks.agreement import agree_first
 from fxpipe.runtime.ranks.dimensions import dimensions
 from fxpipe.runtime.ranks.groups import Groups, make_groups, start_process_group
+from fxpipe.runtime.ranks.meeting import meeting
 from fxpipe.runtime.ranks.place import is_distributed, versions
 
 
@@ -46,18 +46,12 @@ def join_ranks(
         if error is not None:
             raise error
         return None, False
-    try:
+    with meeting("materialize", timeout, error) as met:
         started = start_process_group(device, timeout)
+        met.start()
         planned = {**plan.described, "its fingerprint": plan.fingerprint}
         agree_first(error, planned, {"the versions of libraries": versions(), **same})
         return _groups(mesh, plan, device, timeout), started
-    except RuntimeError as failed:
-        if failed is error or isinstance(failed, FxpipeError):
-            raise
-        raise RankError(
-            f"rank {os.environ.get('RANK', '0')} did not meet the other ranks in materialize: {failed}\n"
-            "  see their output; materialize(timeout=) is how long they are waited for"
-        ) from failed
 
 
 def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device, timeout: timedelta) -> Groups:

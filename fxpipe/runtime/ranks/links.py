@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,12 @@ def sizes_up_to(most_bytes: int) -> list[int]:
     return [*sizes, most]
 
 
-def measure_links(group: dist.ProcessGroup, device: torch.device, most_bytes: int) -> list[LinkTime]:
+def measure_links(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    most_bytes: int,
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[LinkTime]:
     """Send messages to and fro between rank 0 and its neighbours: the next rank, and the first one of the next node.
 
     Every rank of the group calls it. Half of the median round trip counts, as rank 0 sees it.
@@ -39,6 +46,7 @@ def measure_links(group: dist.ProcessGroup, device: torch.device, most_bytes: in
         group: All ranks.
         device: Where tensors of a pipeline lie.
         most_bytes: The largest message, 1 GiB at most.
+        waiting: Goes around every exchange: a rank that makes one after the other does not stand still.
 
     Returns:
         On rank 0 what was measured; elsewhere nothing.
@@ -50,31 +58,43 @@ def measure_links(group: dist.ProcessGroup, device: torch.device, most_bytes: in
     found = []
     for other, far in others if world > 1 else []:
         for size in sizes_up_to(most_bytes):
-            seconds = _half_round_trip_s(group, other, size, device) if own in (0, other) else 0.0
+            seconds = _half_round_trip_s(group, other, size, device, waiting) if own in (0, other) else 0.0
             found += [LinkTime(size, seconds, far)] if own == 0 else []
-    dist.barrier(group)
+    with waiting():
+        dist.barrier(group)
     return found
 
 
-def _half_round_trip_s(group: dist.ProcessGroup, other: int, size: int, device: torch.device) -> float:
+def _half_round_trip_s(
+    group: dist.ProcessGroup,
+    other: int,
+    size: int,
+    device: torch.device,
+    waiting: Callable[[], AbstractContextManager[None]],
+) -> float:
     message = torch.zeros(size, dtype=torch.uint8, device=device)
     first = dist.get_rank(group) == 0
     times: list[float] = []
     goes_on = torch.ones(1, device=device)
     while goes_on.item():
-        start = time.perf_counter()
-        if first:
-            dist.send(message, group=group, group_dst=other)
-            dist.recv(message, group=group, group_src=other)
-        else:
-            dist.recv(message, group=group, group_src=0)
-            dist.send(message, group=group, group_dst=0)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-        if first:
-            few = len(times) < WARM_UPS + LEAST_RUNS or (sum(times) < ENOUGH_S and len(times) < MOST_RUNS)
-            dist.send(goes_on.fill_(float(few)), group=group, group_dst=other)
-        else:
-            dist.recv(goes_on, group=group, group_src=0)
+        with waiting():
+            times.append(_round_trip_s(group, other, message))
+            if first:
+                few = len(times) < WARM_UPS + LEAST_RUNS or (sum(times) < ENOUGH_S and len(times) < MOST_RUNS)
+                dist.send(goes_on.fill_(float(few)), group=group, group_dst=other)
+            else:
+                dist.recv(goes_on, group=group, group_src=0)
     return max(statistics.median(times[WARM_UPS:]) / 2, 1e-9)
+
+
+def _round_trip_s(group: dist.ProcessGroup, other: int, message: torch.Tensor) -> float:
+    start = time.perf_counter()
+    if dist.get_rank(group) == 0:
+        dist.send(message, group=group, group_dst=other)
+        dist.recv(message, group=group, group_src=other)
+    else:
+        dist.recv(message, group=group, group_src=0)
+        dist.send(message, group=group, group_dst=0)
+    if message.device.type == "cuda":
+        torch.cuda.synchronize(message.device)
+    return time.perf_counter() - start

@@ -181,11 +181,14 @@ class OtherStatus:
     Args:
         path: Where that rank wrote it.
         token: What its name ends with: a file of that name is that rank's.
+
+    Attributes:
+        heard_at: When its process was last seen to have shown that it runs.
     """
 
     def __init__(self, path: str, token: str) -> None:
         self._block: mmap.mmap | bytes = b""
-        self._beats, self._heard_at = -1, time.monotonic()
+        self._beats, self.heard_at = -1, time.monotonic()
         with suppress(OSError, ValueError):
             file = os.open(path, os.O_RDONLY)
             try:
@@ -204,16 +207,11 @@ class OtherStatus:
             return None
         status = parse(self._block[:])
         if status.beats != self._beats:
-            self._beats, self._heard_at = status.beats, time.monotonic()
+            self._beats, self.heard_at = status.beats, time.monotonic()
         return status
 
-    def silent_s(self) -> float:
-        """Seconds since its process last showed that it runs, of which this rank knows."""
-        self.read()
-        return time.monotonic() - self._heard_at
-
-    def idle_s(self, status: Status) -> float:
-        """Seconds since a rank does what it does."""
+    def idle_since(self, status: Status) -> float:
+        """Give since when a rank does what it does, by this machine's clock."""
         if self.is_here:
-            return time.monotonic() - status.since
-        return status.beaten_at - status.since + self.silent_s()
+            return status.since
+        return self.heard_at - (status.beaten_at - status.since)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from fxpipe._torch import default_store
+from fxpipe.runtime.ranks.awake import Awake
 from fxpipe.runtime.ranks.connections import Connections
 from fxpipe.runtime.ranks.record import Record
 from fxpipe.runtime.ranks.status import Doing, OtherStatus, OwnStatus, Status
@@ -65,6 +66,7 @@ class RankWatch:
         self._lost: dict[int, float] = {}
         self._record: Record | None = None
         self._decided_at = 0.0
+        self._awake = Awake(TICK_S)
         self._asks_store = False
         self._decided = threading.Event()
         self._stopped = threading.Event()
@@ -151,6 +153,7 @@ class RankWatch:
         while not self._stopped.is_set():
             for rank in sorted(self.connections.ended(TICK_S)):
                 self._lost.setdefault(rank, time.monotonic())
+            self._awake.tick()
             self.status.beat()
             if self._decided.is_set():
                 self._leave_what_never_ends()
@@ -168,7 +171,7 @@ class RankWatch:
         Gloo forgets, rarely, an exchange that begins just as its connection ends: nothing would wake that thread.
         """
         start = max(self.status.since, self._decided_at)
-        if self.status.current == Doing.WAITING and time.monotonic() - start > GRACE_S and self._record is not None:
+        if self.status.current == Doing.WAITING and self._awake.since(start) > GRACE_S and self._record is not None:
             print(f"fxpipe: rank {self._own} ends: {self._record.text}", file=sys.stderr, flush=True)
             os._exit(EXIT_CODE)
 
@@ -180,8 +183,8 @@ class RankWatch:
             other = self._others[rank].read()
             if other is None or other.finished < own.entered:
                 return self._gone(rank)
-        waited = time.monotonic() - own.since
-        return self._standing_still(own) if own.doing == Doing.WAITING and waited >= self.timeout_s else None
+        waited_s = self._awake.since(own.since)
+        return self._standing_still(waited_s) if own.doing == Doing.WAITING and waited_s >= self.timeout_s else None
 
     def _gone(self, rank: int) -> Record:
         """Say why a connection ended: in the words of the rank itself, where it left any."""
@@ -207,14 +210,15 @@ class RankWatch:
                         return record
         return None
 
-    def _standing_still(self, own: Status) -> Record | None:
+    def _standing_still(self, waited_s: float) -> Record | None:
         """Say which rank the others wait for; None as long as one is busy, or goes on."""
         stopped, stuck, going = [], [], 0
         for rank, other in self._others.items():
             status = other.read()
-            idle_s = other.idle_s(status) if status is not None else other.silent_s()
-            if other.silent_s() > SILENT_S or status is None:
-                stopped.append((other.silent_s(), rank))
+            silent_s = self._awake.since(other.heard_at)
+            idle_s = self._awake.since(other.idle_since(status)) if status is not None else silent_s
+            if silent_s > SILENT_S or status is None:
+                stopped.append((silent_s, rank))
             elif status.doing == Doing.BUSY or idle_s < self.timeout_s:
                 going += 1
             elif status.doing != Doing.WAITING:
@@ -226,7 +230,7 @@ class RankWatch:
             return Record(None, text, silent=True)
         seconds, rank = max(stopped or stuck)
         status = self._others[rank].read()
-        seconds = max(seconds, time.monotonic() - own.since)
+        seconds = max(seconds, waited_s)
         text = f"{_named(rank, status)} has not answered for {seconds:.0f} s (timeout={self.timeout_s:g}): "
         return Record(rank, text + self._what(rank, status, bool(stopped)) + self._last_actions(), silent=True)
 

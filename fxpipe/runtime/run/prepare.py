@@ -14,7 +14,7 @@ from fxpipe.errors import MaterializeError, NonFiniteError, ScheduleError
 from fxpipe.ir.schedule import SCHEDULES, schedule_named
 from fxpipe.ir.tree import tree_leaves
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.ranks.groups import TIMEOUT
+from fxpipe.runtime.ranks.groups import is_time, patience
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.timeline import SpanRecorder
@@ -48,14 +48,7 @@ class RunOptions:
     @property
     def patience(self) -> timedelta:
         """How long a rank waits for another one; the usual time where ``check`` will refuse what was given."""
-        return TIMEOUT if self.timeout is None or not self._is_time(self.timeout) else timedelta(seconds=self.timeout)
-
-    @staticmethod
-    def _is_time(given: object) -> bool:
-        """Whether something is a number of seconds that can be waited for."""
-        if not isinstance(given, int | float) or isinstance(given, bool):
-            return False
-        return 0 < given <= timedelta.max.total_seconds() / 2
+        return patience(self.timeout)
 
     def check(self, schedule: str) -> None:
         """Refuse what cannot be run.
@@ -64,7 +57,7 @@ class RunOptions:
             MaterializeError: ``compile`` is none of the known forms.
             ScheduleError: The schedule splits the backward, which compiled modules cannot.
         """
-        if self.timeout is not None and not self._is_time(self.timeout):
+        if self.timeout is not None and not is_time(self.timeout):
             raise MaterializeError(f"timeout={self.timeout!r}\n  pass a positive number of seconds, or None")
         if self.check_batches not in (True, False, "auto"):
             raise MaterializeError(f"check_batches={self.check_batches!r} is unknown\n  pass 'auto', True or False")

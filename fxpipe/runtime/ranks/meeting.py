@@ -1,0 +1,180 @@
+"""The time in which ranks first meet, before there are connections to watch: who is gone is told through the store."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from fxpipe._torch import default_store
+from fxpipe.errors import FxpipeError, RankError
+from fxpipe.runtime.ranks.awake import Awake
+
+TICK_S = 0.25
+"""How often a rank shows that it is there, and looks whether its neighbour is."""
+GRACE_S = 2.0
+"""How long a rank may stay in an exchange with one that is gone: making a group would wait for it for ever."""
+EXIT_CODE = 70
+_meetings = itertools.count()
+"""Of this process; every rank meets the others in the same order."""
+
+
+class Meeting:
+    """Shows that this rank is there, and watches the next one, in a thread; live, from ``start`` to ``end``.
+
+    A rank that is gone is found by its neighbour, which tells all: nobody asks for every rank. On one machine it is its
+    process that is looked at; ranks of other machines must show themselves.
+
+    Args:
+        call: In which ranks meet, by name.
+        timeout: How long a rank that has come may not show itself.
+    """
+
+    def __init__(self, call: str, timeout: timedelta) -> None:
+        self._call, self._timeout_s = call, timeout.total_seconds()
+        self._key = f"fxpipe/meeting/{next(_meetings)}"
+        self._cause: str | None = None
+        self._decided, self._over = threading.Event(), threading.Event()
+        self._awake = Awake(TICK_S)
+        self._heard: tuple[object, float] | None = None
+        self._thread: threading.Thread | None = None
+        self._store: Any = None
+        self._rank, self._world = 0, 1
+
+    def start(self) -> None:
+        """Begin, once there is a default process group."""
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        with suppress(RuntimeError, NotImplementedError):  # a store of the user's that cannot
+            self._store = default_store().clone()
+        if self._store is not None and self._world > 1:
+            self._thread = threading.Thread(target=self._run, name="fxpipe-meeting", daemon=True)
+            self._thread.start()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the thread; the others learn of an error that is this rank's own."""
+        self._over.set()
+        if self._thread is None:
+            return
+        self._thread.join(GRACE_S)
+        with suppress(RuntimeError, ValueError):
+            if error is not None and not isinstance(error, FxpipeError | RuntimeError) and self._cause is None:
+                self._settle(f"rank {self._rank} failed in {self._call}: {type(error).__name__}: {error}")
+            self._store.set(f"{self._key}/{self._rank}", json.dumps({"left": True}))
+        self._store = None
+
+    def why(self) -> str | None:
+        """Say which rank is gone, where that is why an exchange ended; None where nothing is known."""
+        if self._thread is None:
+            return None
+        self._decided.wait(4 * TICK_S)
+        if self._cause is None:
+            with suppress(RuntimeError, ValueError):
+                absent = [rank for rank in range(self._world) if not self._store.check([f"{self._key}/{rank}"])]
+                if absent:
+                    return f"rank {absent[0]} ended, or left the others, before it came to {self._call}"
+        return self._cause
+
+    # --- in the thread ---
+
+    def _run(self) -> None:
+        for beat in itertools.count():
+            self._awake.tick()
+            try:
+                self._store.set(f"{self._key}/{self._rank}", json.dumps({"where": _where(), "beat": beat}))
+                found = self._said() or self._look()
+                if found is not None and self._cause is None:
+                    self._cause = self._settle(found)
+            except (RuntimeError, ValueError):  # the rank that keeps the store is gone
+                self._cause = self._cause or "the process that keeps the store, as a rule rank 0, ended"
+            if self._cause is not None:
+                self._decided.set()
+                if not self._over.wait(GRACE_S):
+                    print(f"fxpipe: rank {self._rank} ends: {self._cause}", file=sys.stderr, flush=True)
+                    os._exit(EXIT_CODE)
+                return
+            if self._over.wait(TICK_S):
+                return
+
+    def _settle(self, text: str) -> str:
+        return bytes(self._store.compare_set(f"{self._key}/cause", "", text)).decode()
+
+    def _said(self) -> str | None:
+        key = f"{self._key}/cause"
+        return bytes(self._store.get(key)).decode() if self._store.check([key]) else None
+
+    def _look(self) -> str | None:
+        """Look at the next rank."""
+        other = (self._rank + 1) % self._world
+        key = f"{self._key}/{other}"
+        if not self._store.check([key]):  # it has not come yet: whoever waits for it knows how long
+            return None
+        shown = json.loads(self._store.get(key))
+        if shown.get("left"):
+            return None
+        if self._heard is None or self._heard[0] != shown["beat"]:
+            self._heard = shown["beat"], time.monotonic()
+        here, pid = shown["where"]
+        if here == _where()[0] and not _runs(pid):
+            return f"rank {other} ended without a word in {self._call}"
+        silent_s = self._awake.since(self._heard[1])
+        if silent_s > self._timeout_s:
+            return f"rank {other} has not answered for {silent_s:.0f} s in {self._call} (timeout={self._timeout_s:g})"
+        return None
+
+
+@contextmanager
+def meeting(call: str, timeout: timedelta, error: Exception | None = None) -> Iterator[Meeting]:
+    """Say what it means where ranks that start to exchange something do not meet.
+
+    Args:
+        call: In which they meet, by name.
+        timeout: How long a rank waits for another one.
+        error: What is wrong on this rank already: passes as it is.
+
+    Raises:
+        RankError: Another rank did not come, or ended meanwhile.
+    """
+    met = Meeting(call, timeout)
+    try:
+        yield met
+    except BaseException as failed:
+        if failed is error or isinstance(failed, FxpipeError) or not isinstance(failed, RuntimeError):
+            met.end(failed)
+            raise
+        cause = met.why()
+        met.end(failed)
+        if cause is not None:
+            raise RankError(f"{cause}\n  see the output of that rank, then start the script again") from failed
+        raise RankError(
+            f"rank {os.environ.get('RANK', '0')} did not meet the other ranks in {call}: {failed}\n"
+            f"  see their output; {call}(timeout=) is how long they are waited for"
+        ) from failed
+    met.end()
+
+
+def _where() -> tuple[str, int]:
+    """Give the machine, as far as its processes see each other, and this process."""
+    parts = []
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        parts = [file.read().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts), os.getpid()
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a process of this machine runs; where there is nothing to look at, it counts as one that does."""
+    if not os.path.isdir("/proc/self"):
+        return True
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
