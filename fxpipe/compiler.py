@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -38,9 +37,8 @@ from fxpipe.planning.planner import plan_pipeline
 from fxpipe.planning.search.learned import Learned
 from fxpipe.planning.settings import GRAINS, Settings, device_limit
 from fxpipe.planning.solve import LEAST_GAIN
-from fxpipe.profiling import Profiler
+from fxpipe.profiling import Profiler, check_timeout
 from fxpipe.recipes.deferred import is_recording
-from fxpipe.runtime.ranks.groups import is_time, patience
 from fxpipe.variants import Variants
 
 if TYPE_CHECKING:
@@ -135,7 +133,8 @@ def compile(
         )
     hardware = resolve_hardware(hardware)
     training = _with_replicas(training if training is not None else Training(), _replicas(mesh))
-    _check(stages, grain, memory_limit, microbatches, timeout)
+    _check(stages, grain, memory_limit, microbatches)
+    check_timeout(timeout)
     limit = _limit(memory_limit, hardware)
     module = model if isinstance(model, nn.Module) else build_sequence(model)
     check_loss_weight(loss_weight)
@@ -175,7 +174,7 @@ def compile(
         memory_limit=limit,
         seed=seed,
     )
-    compiler = _Compiler(capture, settings, cost, example, patience(timeout))
+    compiler = _Compiler(capture, settings, cost, example, timeout)
     graph, made, captured = compiler.from_plan(plan) if plan is not None else compiler.plan()
     said = () if explained is None else (explained(made),)
     lost = capture.skeleton.lost_compilations(capture.closed_modules(made.opened))
@@ -202,7 +201,7 @@ class _Compiler:
         settings: Settings,
         cost: str | Mapping[str, float] | Profile,
         example: Example | None,
-        timeout: timedelta,
+        timeout: float | None,
     ) -> None:
         self.capture = capture
         self.settings = settings
@@ -337,7 +336,7 @@ def _with_replicas(training: Training, replicas: int) -> Training:
     return replace(training, data_parallel=max(replicas, training.data_parallel))
 
 
-def _check(stages: object, grain: object, memory_limit: object, microbatches: object, timeout: object) -> None:
+def _check(stages: object, grain: object, memory_limit: object, microbatches: object) -> None:
     if stages != "auto" and (isinstance(stages, bool) or not isinstance(stages, int) or stages < 1):
         raise PartitionError(f'stages is {stages!r}\n  pass a whole number of stages, 1 or more, or "auto"')
     if grain not in GRAINS:
@@ -350,8 +349,6 @@ def _check(stages: object, grain: object, memory_limit: object, microbatches: ob
         )
     if microbatches not in (None, "auto") and (isinstance(microbatches, bool) or not isinstance(microbatches, int)):
         raise ScheduleError(f'microbatches is {microbatches!r}\n  pass a divisor of the batch size, "auto", or None')
-    if timeout is not None and not is_time(timeout):
-        raise PartitionError(f"timeout is {timeout!r}\n  pass a positive number of seconds, or None")
 
 
 def _limit(memory_limit: float | str | None, hardware: Hardware) -> int | None:

@@ -32,12 +32,12 @@ from fxpipe.runtime.build.values import initial_values
 from fxpipe.runtime.ranks.agreement import CALL, agree
 from fxpipe.runtime.ranks.dimensions import check_mesh
 from fxpipe.runtime.ranks.groups import Groups, busy, stop_process_group
-from fxpipe.runtime.ranks.joining import join_ranks
+from fxpipe.runtime.ranks.joining import closed_on_failure, join_ranks
 from fxpipe.runtime.ranks.place import default_device
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
-from fxpipe.runtime.run.prepare import RunOptions
+from fxpipe.runtime.run.prepare import RunOptions, spelled
 from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.weights.checkpoints import Checkpoints
 from fxpipe.runtime.weights.model import Model
@@ -113,15 +113,15 @@ class Running:
         return bool(self.check_batches)
 
     @contextmanager
-    def together(self, call: str) -> Iterator[None]:
-        """Guard a call in which all ranks meet, once they have agreed that it is this one.
+    def together(self, call: str, **arguments: object) -> Iterator[None]:
+        """Guard a call in which all ranks meet, once they have agreed that it is this one, with these arguments.
 
         Raises:
             PlanError: Another rank makes another call.
             RankError: From within: another rank failed.
         """
         with self.guard(call):
-            agree(self.groups, None, call, within={CALL: call})
+            agree(self.groups, None, call, arguments, within={CALL: call})
             yield
 
     def guard(self, call: str) -> AbstractContextManager[None]:
@@ -243,9 +243,9 @@ def materialize(
     capture = source.capture
     layers = _layers_by_name(graph)
     where, error = _where(source, plan, device, options)
-    same = {"the seed": seed, "check_batches": options.check_batches, "timeout": options.timeout}
+    same = {"the seed": seed, "the kind of device": where.type, "dtype": dtype, "init": spelled(init), **options.same}
     groups, started = join_ranks(source.mesh, plan, where, options.patience, same, error)
-    with _closed_on_failure(groups, started), groups.guard("materialize") if groups is not None else nullcontext():
+    with closed_on_failure(groups, started), groups.guard("materialize") if groups is not None else nullcontext():
         if dtype is not None:
             capture.cast(dtype)
         stages, unfilled = _build_own(capture, plan, layers, groups, where, seed, init, options)
@@ -271,19 +271,6 @@ def materialize(
         recorder,
         options.check_batches,
     )
-
-
-@contextmanager
-def _closed_on_failure(groups: Groups | None, started: bool) -> Iterator[None]:
-    """End the groups where nothing is made that could be closed later: the script may try again."""
-    try:
-        yield
-    except BaseException:
-        if groups is not None:
-            groups.close()
-            if started:
-                stop_process_group()
-        raise
 
 
 def _where(

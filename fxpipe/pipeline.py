@@ -386,7 +386,7 @@ class Pipeline:
             The norm before, of all ranks' parameters, ties once; the same on every rank.
         """
         running = self._materialized()
-        with running.together("clip_grad_norm_"):
+        with running.together("clip_grad_norm_", max_norm=max_norm, norm_type=norm_type):
             return running.gradients.clip(max_norm, norm_type)
 
     def state_dict(self, full: bool = False) -> dict[str, Any]:
@@ -450,7 +450,8 @@ class Pipeline:
             WeightsError: On every rank; lists all that is wrong. Nothing was changed then.
         """
         running = self._materialized()
-        with running.together("load"):
+        given = {"optimizer": optimizer is not None, "scheduler": scheduler is not None}
+        with running.together("load", dtype=dtype, strict=strict, prefix=prefix, **given):
             loaded = running.checkpoints.load(
                 path,
                 rename=rename,
@@ -496,7 +497,8 @@ class Pipeline:
         """
         log.info("saving step %d to %s", self._trainer.num_steps, path)
         running = self._materialized()
-        with running.together("save"):
+        given = {"optimizer": optimizer is not None, "scheduler": scheduler is not None}
+        with running.together("save", only=only, async_=async_, **given):
             return running.checkpoints.save(
                 path,
                 optimizer=optimizer,
@@ -597,4 +599,6 @@ class Pipeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and self._running is not None and self._running.groups is not None:
+            self._running.groups.leave(error)
         self.close()

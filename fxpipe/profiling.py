@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from tqdm import tqdm
 
 from fxpipe.capture.capture import Captured
 from fxpipe.capture.cut.single_layers import Activation, LayerAlone, Weight, layers_alone
+from fxpipe.errors import ScheduleError
 from fxpipe.ir.cost import LayerCost, LayerCounts
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.profile import LinkTime, Profile
 from fxpipe.runtime.ranks.agreement import agree
-from fxpipe.runtime.ranks.groups import Groups, busy, make_groups, start_process_group
+from fxpipe.runtime.ranks.groups import Groups, busy, is_time, make_groups, patience, start_process_group
 from fxpipe.runtime.ranks.links import measure_links
 from fxpipe.runtime.ranks.meeting import meeting
 from fxpipe.runtime.ranks.place import default_device, is_distributed, is_first
@@ -29,11 +29,11 @@ class Profiler:
     """Measures the layers of captures; what was measured once is not measured again.
 
     Args:
-        timeout: How long a rank waits for another one that stands still; one that measures is waited for.
+        timeout: Seconds a rank waits for another one that stands still; one that measures is waited for.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
-        self._timeout = timeout
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = patience(timeout)
         self._times: dict[LayerCounts, tuple[LayerCost, int]] = {}
         self._layers: dict[str, tuple[LayerCost, int]] = {}
         self._links: list[LinkTime] = []
@@ -90,6 +90,16 @@ class Profiler:
             bar.set_postfix_str(layer.name)
             given = layer.call, layer.args, layer.kwargs, device, _make
             self._times[layer.counts] = measure_layer(*given), measure_kept(*given)
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Refuse what is no number of seconds.
+
+    Raises:
+        ScheduleError: It is none.
+    """
+    if timeout is not None and not is_time(timeout):
+        raise ScheduleError(f"timeout is {timeout!r}\n  pass a positive number of seconds, or None")
 
 
 def _make(leaf: Any, device: torch.device) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class Trainer:
         scaler: torch.amp.GradScaler | None = None,
     ) -> torch.Tensor:
         """Run forward and backward of one batch; see ``Pipeline.step``."""
-        step = self.prepare(running, batch, ready)
+        step = self.prepare(running, batch, ready, last=last, scaler=scaler is not None)
         scale = scaler.scale(torch.ones((), device=running.device)) if scaler is not None else None
         jobs = self.jobs(running, step, scale)
         late: LateDigest | None = None
@@ -178,7 +179,8 @@ class Trainer:
 
     def infer(self, running: Running, batch: Microbatch, num_microbatches: int, *, gather: bool) -> Any:
         """Run the model forward; see ``Pipeline.infer``."""
-        step = self._agreed(running, lambda: self._for_inference(running, batch, num_microbatches), "infer")
+        make = partial(self._for_inference, running, batch, num_microbatches)
+        step = self._agreed(running, make, "infer", gather=gather)
         jobs = self.jobs(running, step)
         flat = running.engine.infer(jobs, gather=gather)
         if flat is None:
@@ -186,9 +188,25 @@ class Trainer:
         outputs = [job.program.rebuild(tensors) for job, tensors in zip(jobs, flat, strict=True)]
         return merge_outputs(outputs, step.sizes, step.output_dims)
 
-    def prepare(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None, what: str = "step") -> Step:
-        """Check a batch, cut it and find its variants; every rank goes on, or all raise the same error."""
-        return self._agreed(running, lambda: self._for_training(running, batch, ready), what).weighed(running.groups)
+    def prepare(
+        self,
+        running: Running,
+        batch: Microbatch,
+        ready: Sequence[Any] | None,
+        what: str = "step",
+        **arguments: object,
+    ) -> Step:
+        """Check a batch, cut it and find its variants; every rank goes on, or all raise the same error.
+
+        Args:
+            running: This rank's stages.
+            batch: Whole; or nothing.
+            ready: Instead of it, microbatches.
+            what: The method that was called.
+            **arguments: What else must be the same on all ranks.
+        """
+        step = self._agreed(running, lambda: self._for_training(running, batch, ready), what, **arguments)
+        return step.weighed(running.groups)
 
     def evaluate(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> torch.Tensor:
         """Compute the loss of a batch alone; see ``Pipeline.evaluate``."""
@@ -201,7 +219,7 @@ class Trainer:
         replica = running.groups.replica if running.groups is not None else 0
         return step.jobs(running.device, seed=self.seed, step=self.num_steps, replica=replica, scale=scale)
 
-    def _held(self, running: Running, step: Step, what: str) -> dict[str, object]:
+    def _held(self, step: Step, what: str) -> dict[str, object]:
         """Give what must be the same on all ranks of a pipeline before a batch is exchanged."""
         held: dict[str, object] = {
             CALL: what,
@@ -214,7 +232,7 @@ class Trainer:
         }
         return held
 
-    def _agreed(self, running: Running, make: Callable[[], Step], what: str) -> Step:
+    def _agreed(self, running: Running, make: Callable[[], Step], what: str, **arguments: object) -> Step:
         step: Step | None = None
         error: Exception | None = None
         if self._modes is None:
@@ -227,16 +245,17 @@ class Trainer:
                 step.install(running.stages)
         except Exception as found:  # whatever it is, the other ranks must not wait for this one
             error = found
-        number = (len(step.inputs) if step.counts else 0,) if step else ()  # replicas may infer at their own pace
-        within = self._held(running, step, what) if step is not None else None
+        # Replicas may infer at their own pace: how many microbatches each takes is its own.
+        same = {**({"microbatches": len(step.inputs)} if step and step.counts else {}), **arguments}
+        within = self._held(step, what) if step is not None else None
         trained = self._trained.before_step() if what == "step" else None
         tensors = digest_inputs(step.inputs) if step is not None and self._checks(running) else None
         try:
-            agree(running.groups, error, "the batch", *number, within=within, tensors=tensors, trained=trained)
+            agree(running.groups, error, "the batch", same, within=within, tensors=tensors, trained=trained)
         except ModesChanged:  # of some rank: what was recorded with other flags is not what runs
             self._modes.gather(running.groups)
             self.variants.mode_changed()
-            return self._agreed(running, make, what)
+            return self._agreed(running, make, what, **arguments)
         assert step is not None
         for stage in running.stages:
             if stage.num_programs > MOST_VARIANTS:

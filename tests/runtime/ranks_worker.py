@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import pathlib
@@ -83,7 +84,11 @@ def differing() -> None:
     said(lambda: pipe.eval().step(x, target=x) if RANK else pipe.train().step(x, target=x))
     pipe.train()
     said(lambda: pipe.step(x, target=x))
+    said(lambda: pipe.step(x, target=x, last=not RANK))
+    said(lambda: pipe.infer(x, gather=bool(RANK)))
+    said(lambda: pipe.clip_grad_norm_(1.0 + RANK))
     pipe.close()
+    said(lambda: make().materialize(device="cpu", dtype=torch.float64 if RANK else None))
 
 
 class Broken(Sequence[Any]):
@@ -149,6 +154,39 @@ def leaving() -> None:
         print(f"SystemExit: {error}", flush=True)
     except fxpipe.RankError as error:
         print(f"RankError: {error}".replace("\n  ", " | "), flush=True)
+    said(lambda: pipe.step(x, target=x))
+
+
+def outside() -> None:
+    """A loader that fails on one rank between two calls; then a rank that is killed while a child of its lives on."""
+    x = batch()
+
+    def trains() -> None:
+        with make().materialize(device="cpu") as pipe:
+            pipe.step(x, target=x)
+            if RANK == 1:
+                raise BufferError("the loader is broken")
+            pipe.step(x, target=x)
+
+    said(trains)
+    pipe = make().materialize(device="cpu")
+    pipe.step(x, target=x)
+    if RANK == 1:
+        if os.fork() == 0:
+            time.sleep(60)  # holds the connections open, as the workers of a loader do
+        os.kill(os.getpid(), signal.SIGKILL)
+    said(lambda: pipe.step(x, target=x))
+
+
+def ending() -> None:
+    """A script that an error ends on one rank, as the interpreter does it: this one was forked."""
+    pipe = make().materialize(device="cpu")
+    x = batch()
+    pipe.step(x, target=x)
+    if RANK == 1:
+        sys.last_value = sys.last_exc = BufferError("the loader is broken")
+        atexit._run_exitfuncs()
+        os._exit(1)
     said(lambda: pipe.step(x, target=x))
 
 

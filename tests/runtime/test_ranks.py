@@ -34,7 +34,18 @@ def test_what_differs_between_ranks_is_named_and_the_pipeline_goes_on():
     assert second[5] == "KeyError: 'the loader is broken'"
     assert "differs between ranks" in first[6]
     assert first[7] == second[7] == "nothing raised"
-    assert len(same) == len(first) - 1
+    assert "rank 0 has ({'microbatches': 4, 'last': True, 'scaler': False},), rank 1 has (" in first[8]
+    assert "rank 0 has ({'gather': False},), rank 1 has ({'gather': True},)" in first[9]
+    assert "clip_grad_norm_ differs between ranks: rank 0 has ({'max_norm': 1.0, 'norm_type': 2.0},)" in first[10]
+    assert "dtype differs between ranks: rank 0 has None, rank 1 has torch.float64" in first[11]
+    assert len(same) == len(first) - 1 == 11
+
+
+def test_what_fails_between_two_calls_is_told_to_the_others():
+    (first, killed), (second, _) = run("outside", dies=True)[0], [*run("ending", dies=True)[0], ""]
+    assert first.startswith("RankError: rank 1 failed between two calls: BufferError: the loader is broken | ")
+    assert killed.startswith("RankError: rank 1 ended without a word in step; last actions: ")
+    assert second.startswith("RankError: rank 1 failed between two calls: BufferError: the loader is broken | ")
 
 
 def test_another_seed_on_one_rank_is_refused():
@@ -131,4 +142,4 @@ def test_torchrun_restarts_a_run_that_saves(tmp_path):
     (tmp_path / "undisturbed").mkdir()
     (tmp_path / "undisturbed" / "restarted").touch()
     assert losses == dict(line.split() for line in run("trains", str(tmp_path / "undisturbed"))[0])
-    assert "the power is gone" in done.stderr
+    assert "RankError: rank 1 failed between two calls: RuntimeError: the power is gone" in done.stderr

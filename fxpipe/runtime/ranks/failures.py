@@ -6,7 +6,10 @@ a rank that failed, is told by the state of the connections and by what the rank
 
 from __future__ import annotations
 
+import atexit
+import sys
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -51,6 +54,9 @@ class Failures:
         self._is_inside = False
         self._place: str | None = None  # where this rank's own work failed
         self._let_go: list[LetGo] = []
+        if not _live:
+            atexit.register(_leave)
+        _live.add(self)
 
     def before_closing(self, let_go: LetGo) -> None:
         """Have something called with the error when a rank failed.
@@ -68,6 +74,15 @@ class Failures:
         """
         if self.cause is not None:
             raise RankError(f"the pipeline ended earlier: {self.cause}\n  start the script again")
+
+    def leave(self, error: BaseException | None) -> None:
+        """Tell the others why this rank takes part no more: its script has failed between two calls, or has ended."""
+        if self.cause is not None:
+            return
+        text = f"rank {self._rank} has ended its script"
+        if error is not None:
+            text = f"rank {self._rank} failed between two calls: {type(error).__name__}: {error}"
+        self.watch.leave(Record(self._rank, text, silent=error is None, is_farewell=error is None).to_json())
 
     @contextmanager
     def guard(self, call: str) -> Iterator[None]:
@@ -141,6 +156,17 @@ class Failures:
         if record.rank == self._rank and not record.silent:
             return error
         return RankError(f"{self.cause}\n  {_way_out(record)}")
+
+
+_live: weakref.WeakSet[Failures] = weakref.WeakSet()
+
+
+def _leave() -> None:
+    """At the end of a script: say whether an error ended it, before the connections close."""
+    atexit.unregister(_leave)
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    for failures in list(_live):
+        failures.leave(error)
 
 
 def _layer_of(error: BaseException, stage: nn.Module) -> str:

@@ -107,6 +107,11 @@ class Groups:
         """Guard a call in which ranks meet: what goes wrong on one of them raises on all; see ``Failures.guard``."""
         return self.failures.guard(call) if self.failures is not None else nullcontext()
 
+    def leave(self, error: BaseException) -> None:
+        """Tell the other ranks why this one takes part no more; see ``Failures.leave``."""
+        if self.failures is not None:
+            self.failures.leave(error)
+
     def work(self, stage: int, kind: str, microbatch: int, module: nn.Module) -> AbstractContextManager[None]:
         """Say that a stage's own work is under way; see ``Failures.work``."""
         return self.failures.work(stage, kind, microbatch, module) if self.failures is not None else nullcontext()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -12,7 +13,7 @@ from fxpipe.errors import ScheduleError
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.runtime.ranks.agreement import agree_first
 from fxpipe.runtime.ranks.dimensions import dimensions
-from fxpipe.runtime.ranks.groups import Groups, make_groups, start_process_group
+from fxpipe.runtime.ranks.groups import Groups, make_groups, start_process_group, stop_process_group
 from fxpipe.runtime.ranks.meeting import meeting
 from fxpipe.runtime.ranks.place import is_distributed, versions
 
@@ -52,6 +53,19 @@ def join_ranks(
         planned = {**plan.described, "its fingerprint": plan.fingerprint}
         agree_first(error, planned, {"the versions of libraries": versions(), **same})
         return _groups(mesh, plan, device, timeout), started
+
+
+@contextmanager
+def closed_on_failure(groups: Groups | None, started: bool) -> Iterator[None]:
+    """End the groups where nothing is made that could be closed later: the script may try again."""
+    try:
+        yield
+    except BaseException:
+        if groups is not None:
+            groups.close()
+            if started:
+                stop_process_group()
+        raise
 
 
 def _groups(mesh: DeviceMesh | None, plan: PipelinePlan, device: torch.device, timeout: timedelta) -> Groups:

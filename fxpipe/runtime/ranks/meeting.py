@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fxpipe._torch import default_store
 from fxpipe.errors import FxpipeError, RankError
 from fxpipe.runtime.ranks.awake import Awake
+from fxpipe.runtime.ranks.place import machine, runs
 
 TICK_S = 0.25
 """How often a rank shows that it is there, and looks whether its neighbour is."""
@@ -89,7 +90,8 @@ class Meeting:
         for beat in itertools.count():
             self._awake.tick()
             try:
-                self._store.set(f"{self._key}/{self._rank}", json.dumps({"where": _where(), "beat": beat}))
+                shown = {"where": [machine(), os.getpid()], "beat": beat}
+                self._store.set(f"{self._key}/{self._rank}", json.dumps(shown))
                 found = self._said() or self._look()
                 if found is not None and self._cause is None:
                     self._cause = self._settle(found)
@@ -123,7 +125,7 @@ class Meeting:
         if self._heard is None or self._heard[0] != shown["beat"]:
             self._heard = shown["beat"], time.monotonic()
         here, pid = shown["where"]
-        if here == _where()[0] and not _runs(pid):
+        if here == machine() and not runs(pid):
             return f"rank {other} ended without a word in {self._call}"
         silent_s = self._awake.since(self._heard[1])
         if silent_s > self._timeout_s:
@@ -159,22 +161,3 @@ def meeting(call: str, timeout: timedelta, error: Exception | None = None) -> It
             f"  see their output; {call}(timeout=) is how long they are waited for"
         ) from failed
     met.end()
-
-
-def _where() -> tuple[str, int]:
-    """Give the machine, as far as its processes see each other, and this process."""
-    parts = []
-    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        parts = [file.read().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(parts), os.getpid()
-
-
-def _runs(pid: int) -> bool:
-    """Tell whether a process of this machine runs; where there is nothing to look at, it counts as one that does."""
-    if not os.path.isdir("/proc/self"):
-        return True
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False

@@ -22,6 +22,28 @@ def is_first() -> bool:
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
 
 
+def machine() -> str:
+    """Name this machine, as far as its processes see each other; empty where nothing says so."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def runs(pid: int) -> bool:
+    """Tell whether a process of this machine runs; where there is nothing to look at, it counts as one that does.
+
+    >>> runs(os.getpid())
+    True
+    """
+    if not os.path.isdir("/proc/self"):
+        return True
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
 def versions() -> dict[str, str]:
     """Give the versions of what computes: ranks of other ones may draw, name or order otherwise.
 

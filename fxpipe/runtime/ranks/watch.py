@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from fxpipe._torch import default_store
 from fxpipe.runtime.ranks.awake import Awake
 from fxpipe.runtime.ranks.connections import Connections
+from fxpipe.runtime.ranks.place import machine, runs
 from fxpipe.runtime.ranks.record import Record
 from fxpipe.runtime.ranks.status import Doing, OtherStatus, OwnStatus, Status
 
@@ -62,7 +63,7 @@ class RankWatch:
         self.timeout_s = timeout_s
         self._members, self._own, self._key, self._interrupt = tuple(members), own, key, interrupt
         self._others: dict[int, OtherStatus] = {}
-        self._pids: dict[int, int] = {}
+        self._pids: dict[int, int] = {}  # of ranks on this machine
         self._lost: dict[int, float] = {}
         self._record: Record | None = None
         self._decided_at = 0.0
@@ -80,11 +81,12 @@ class RankWatch:
         Args:
             gather: Gives what each member has, in their order.
         """
-        told = gather((self.status.path, self.status.token, os.getpid()))
-        for rank, (path, token, pid) in zip(self._members, told, strict=True):
+        told = gather((self.status.path, self.status.token, os.getpid(), machine()))
+        for rank, (path, token, pid, where) in zip(self._members, told, strict=True):
             if rank != self._own:
                 self._others[rank] = OtherStatus(path, token)
-                self._pids[rank] = pid
+                if where and where == machine():
+                    self._pids[rank] = pid
         self.connections.identify(self._own, gather, self._members)
         self.status.unlink()  # `identify` has gathered: all have mapped it
         self._thread = threading.Thread(target=self._run, name="fxpipe-watch", daemon=True)
@@ -153,6 +155,8 @@ class RankWatch:
         while not self._stopped.is_set():
             for rank in sorted(self.connections.ended(TICK_S)):
                 self._lost.setdefault(rank, time.monotonic())
+            for rank in [rank for rank, pid in self._pids.items() if rank not in self._lost and not runs(pid)]:
+                self._lost[rank] = time.monotonic()  # a process that it forked may hold its connections open
             self._awake.tick()
             self.status.beat()
             if self._decided.is_set():
@@ -163,7 +167,7 @@ class RankWatch:
             if found is not None:
                 record = self.settle(found)
                 if record.silent:  # no rank raises it as its own, and a launcher may end this one at any moment
-                    logging.getLogger("fxpipe").error("rank %d: %s", self._own, record.text)
+                    logging.getLogger("fxpipe").error("%s", record.text)
 
     def _leave_what_never_ends(self) -> None:
         """End the process where an exchange goes on although every connection it could use has ended.
@@ -244,7 +248,7 @@ class RankWatch:
         return f"it is at {status.action} of {status.call}"
 
     def _is_stopped(self, rank: int) -> bool:
-        if not self._others[rank].is_here:
+        if rank not in self._pids:
             return False
         with suppress(OSError, IndexError), open(f"/proc/{self._pids[rank]}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] in ("T", "t")

@@ -22,6 +22,15 @@ from fxpipe.runtime.run.timeline import SpanRecorder
 _SCOPES = ("blocks", "stage")
 
 
+def spelled(given: object) -> str:
+    """Give what is the same on all ranks of an option: words as they are, else its type.
+
+    >>> spelled("reset"), spelled(len)
+    ("'reset'", 'builtin_function_or_method')
+    """
+    return repr(given) if isinstance(given, str | None) else type(given).__name__
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RunOptions:
     """How the stages of a pipeline are run.
@@ -49,6 +58,19 @@ class RunOptions:
     def patience(self) -> timedelta:
         """How long a rank waits for another one; the usual time where ``check`` will refuse what was given."""
         return patience(self.timeout)
+
+    @property
+    def same(self) -> dict[str, object]:
+        """What all ranks must have alike, by name."""
+        return {
+            "parallelize": spelled(self.parallelize),
+            "compile": spelled(self.compile),
+            "keep_wide": self.keep_wide,
+            "timings": self.timings,
+            "check_batches": self.check_batches,
+            "debug": self.debug,
+            "timeout": self.timeout,
+        }
 
     def check(self, schedule: str) -> None:
         """Refuse what cannot be run.
