@@ -133,8 +133,8 @@ def test_a_run_that_is_started_again_goes_on_with_the_losses_of_an_undisturbed_o
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_saves(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += ["--master-port", "0", "--", str(launch.HERE / "runtime" / "ranks_worker.py"), "trains", str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "--", str(launch.HERE / "runtime" / "ranks_worker.py"), "trains", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": launch.import_path(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -142,4 +142,4 @@ def test_torchrun_restarts_a_run_that_saves(tmp_path):
     (tmp_path / "undisturbed").mkdir()
     (tmp_path / "undisturbed" / "restarted").touch()
     assert losses == dict(line.split() for line in run("trains", str(tmp_path / "undisturbed"))[0])
-    assert "RankError: rank 1 failed between two calls: RuntimeError: the power is gone" in done.stderr
+    assert "the power is gone" in done.stderr

@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from fxpipe.errors import MaterializeError, ScheduleError
 from fxpipe.runtime.ranks.connections import Connections
 from fxpipe.runtime.ranks.failures import Failures
+from fxpipe.runtime.ranks.place import key_of
 from fxpipe.runtime.ranks.watch import RankWatch
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -205,12 +206,13 @@ def _fresh_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
     """Give a store without keys of an earlier process group, this process's rank, and the number of ranks.
 
     A second group on the first one's keys would take its addresses for those of the new one, and wait for ever. The
-    store itself stays: the rank that keeps it could not open its port again at once.
+    store itself stays: the rank that keeps it could not open its port again at once. Under torchrun it outlives the
+    processes, so that those which are started again must not find the keys of the ones before them either.
     """
     if not _meetings:
         _meetings.append(next(rendezvous("env://", timeout=timeout)))
     store, rank, world = _meetings[0]
-    return PrefixStore(f"fxpipe/{next(_starts)}", store), rank, world
+    return PrefixStore(key_of(str(next(_starts))), store), rank, world
 
 
 def stop_process_group() -> None:
@@ -254,7 +256,7 @@ def make_groups(
         )
     members = next((tuple(ranks) for ranks in unions if own in ranks), mine)
     opened: list[dist.ProcessGroup] = []
-    key = f"fxpipe/failure/{next(_pipelines)}"
+    key = key_of(f"failure/{next(_pipelines)}")
     watch = RankWatch(members, own, timeout.total_seconds(), key, lambda: _abort(opened))
     make = _Maker(watch.connections, device)
     sets = sorted({tuple(sorted(set(positions))) for positions in ties if len(set(positions)) > 1})

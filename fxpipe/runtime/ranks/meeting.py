@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fxpipe._torch import default_store
 from fxpipe.errors import FxpipeError, RankError
 from fxpipe.runtime.ranks.awake import Awake
-from fxpipe.runtime.ranks.place import machine, runs
+from fxpipe.runtime.ranks.place import key_of, machine, runs
 
 TICK_S = 0.25
 """How often a rank shows that it is there, and looks whether its neighbour is."""
@@ -42,7 +42,7 @@ class Meeting:
 
     def __init__(self, call: str, timeout: timedelta) -> None:
         self._call, self._timeout_s = call, timeout.total_seconds()
-        self._key = f"fxpipe/meeting/{next(_meetings)}"
+        self._key = key_of(f"meeting/{next(_meetings)}")
         self._cause: str | None = None
         self._decided, self._over = threading.Event(), threading.Event()
         self._awake = Awake(TICK_S)

@@ -22,6 +22,15 @@ def is_first() -> bool:
     return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
 
 
+def key_of(name: str) -> str:
+    """Give a key of the store that ranks share: under torchrun it outlives processes that are started again.
+
+    >>> key_of("failure")
+    'fxpipe/0/failure'
+    """
+    return f"fxpipe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+
+
 def machine() -> str:
     """Name this machine, as far as its processes see each other; empty where nothing says so."""
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
