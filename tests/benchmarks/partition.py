@@ -352,7 +352,7 @@ One microbatch of one sequence (GPT-2 medium 1,024 tokens, Llama-8B 4,096, T5-la
 224 × 224, a U-Net with skips 256 × 256), roofline seconds of an H100, cut at op grain. Numbers are the largest load of
 a stage, transfers included, over the larger of the mean load and the largest layer: 1 cannot be beaten. *One order* is
 an exact dynamic programme over the layers in the order of calling, at the same costs. The others cut between modules by
-their own rules ([how](../fxpipe/planning/peers.py)); – where a rule makes no such cut.""",
+their own rules (`fxpipe.planning.peers` has them); – where a rule makes no such cut.""",
     "several": """## Two stages on each rank
 
 The same models, with one stage per rank, two that visit the ranks in a loop (interleaved), and two that turn back (a

@@ -113,15 +113,20 @@ def writing_conversions(model: nn.Module, entries: Mapping[str, StoredTensor]) -
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     groups: dict[str, _Group] = {}
     sources: list[Conversion] = []
+
+    def final(name: str) -> str:
+        renamed: str = loading.rename_source_key(name, renamings, [])[0]
+        return renamed
+
     for name in sorted(entries, key=loading.dot_natural_key):
-        target, pattern = loading.apply_converters(name, converters)
+        target, pattern = loading.rename_source_key(name, [], converters)
         if pattern is None:
-            sources.append(_direct(name, loading.apply_renamings(name, renamings), entries[name]))
+            sources.append(_direct(name, final(name), entries[name]))
         else:
             groups.setdefault(target, _Group(by_pattern[pattern])).members.append((name, pattern))
 
     def renamed(made: Tensors) -> dict[str, torch.Tensor]:
-        return {loading.apply_renamings(name, renamings): tensor for name, tensor in made.items()}
+        return {final(name): tensor for name, tensor in made.items()}
 
     sources += [_converted(model, target, group, entries, renamed) for target, group in groups.items()]
     return tuple(sources)
@@ -187,7 +192,7 @@ def _loading() -> Any:
         from transformers import core_model_loading
     except ImportError as error:
         raise _too_old() from error
-    if not hasattr(core_model_loading, "apply_converters"):
+    if not hasattr(core_model_loading, "rename_source_key"):
         raise _too_old()
     return core_model_loading
 
