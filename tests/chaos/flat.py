@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import pathlib
+import random
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,20 +61,22 @@ def run(steps: int, lengths: int) -> None:
     )
     pipe.materialize(device="cpu", check_batches=True)
     optimizer = pipe.optimizer(torch.optim.SGD, lr=1e-3)
-    marks = {10, 100, steps // 2, steps}
+    order = random.Random(0)  # lengths in no order: what grows is not the batch
+    steps_lengths = order.sample(range(1, steps + 1), steps)
+    marks = {10, 50, 100, steps // 2, steps}
     for step in range(1, steps + 1):
         pipe.train(step % 7 != 0)
-        x = torch.randn(ROWS, step, WIDTH)
+        x = torch.randn(ROWS, steps_lengths[step - 1], WIDTH)
         pipe.step(x, target=x, scale=1.0 + step / 1e4)
         optimizer.step()
         pipe.zero_grad()
         if step in marks:
             print(json.dumps({"what": "step", "at": step, **now()}), flush=True)
     pipe.eval()
-    for length in range(1, lengths + 1):
+    for number, length in enumerate(order.sample(range(1, lengths + 1), lengths), start=1):
         pipe.infer(torch.zeros(2, length, WIDTH), scale=1.0)
-        if length in (50, lengths):
-            print(json.dumps({"what": "infer", "at": length, **now()}), flush=True)
+        if number in (50, lengths):
+            print(json.dumps({"what": "infer", "at": number, **now()}), flush=True)
     pipe.close()
 
 
@@ -84,14 +87,14 @@ def table(found: list[list[dict[str, object]]]) -> str:
         size = f"{int(line['bytes']) / 2**20:.1f} MiB"  # type: ignore[call-overload]
         rows.append(f"| {line['what']} {line['at']} | {size} | {line['descriptors']} | {line['threads']} |")
     growths = []
-    for what, first in (("step", 100), ("infer", 50)):
+    for what, first in (("step", 50), ("step", 100), ("infer", 50)):
         sizes = [
             [int(line["bytes"]) for line in rank if line["what"] == what and line["at"] >= first] for rank in found
         ]  # type: ignore[call-overload, operator]
         growths.append(f"{what}: {max((size[-1] / size[0] - 1 for size in sizes), default=0.0):+.2%} from {first} on")
     about = (
-        f"{RANKS} ranks; every step another length, another number and, each seventh, another mode; then a forward of "
-        f"every length. Largest growth of any rank's memory: {'; '.join(growths)}."
+        f"{RANKS} ranks; every step another length up to their number, in no order, another number and, each seventh, "
+        f"another mode; then a forward of every length. Largest growth of any rank's memory: {'; '.join(growths)}."
     )
     return "\n".join([about, "", *rows])
 
