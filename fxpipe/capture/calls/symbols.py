@@ -8,6 +8,7 @@ the inputs' sizes, and so is where that holds. Whatever cannot be followed raise
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -359,12 +360,33 @@ class SizeReads(TorchFunctionMode):
 
 def value_of(expression: Expression, values: Mapping[Expression, int]) -> int:
     """Give the value of a size for given values of the symbols."""
-    return expression if isinstance(expression, int) else int(expression.subs(values))
+    return expression if isinstance(expression, int) else int(_computed(expression, values))
 
 
 def holds(guard: Expression, values: Mapping[Expression, int]) -> bool:
     """Tell whether a guard is true for given values of the symbols."""
-    return bool(guard.subs(values))
+    return bool(_computed(guard, values))
+
+
+def _computed(expression: Expression, values: Mapping[Expression, int]) -> Any:
+    """Compute by Python: sympy keeps what it has computed, of up to a thousand sizes."""
+    if expression in values:
+        return values[expression]
+    symbols, function = _compiled(expression)
+    known = [values[symbol] for symbol in symbols if symbol in values]
+    found = function(*known) if function is not None and len(known) == len(symbols) else None
+    return found if isinstance(found, int) else expression.subs(values)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(expression: Expression) -> tuple[tuple[Expression, ...], Callable[..., Any] | None]:
+    """Give the symbols of an expression and a function of their values; None where Python has no exact operators."""
+    symbols = tuple(sorted(getattr(expression, "free_symbols", ()), key=str))
+    text = str(expression)
+    known = {*map(str, symbols), *_OPERATORS}
+    if re.search(r"(?<!/)/(?!/)|[~^]", text) or not {*re.findall(r"[A-Za-z_]\w*", text)} <= known:
+        return symbols, None
+    return symbols, eval(f"lambda {', '.join(map(str, symbols))}: {text}", dict(_OPERATORS))
 
 
 class _Shaped(NamedTuple):
@@ -379,6 +401,8 @@ _OPERATORS = {
     "Max": max,
     "Min": min,
     "Abs": abs,
+    "Eq": operator.eq,
+    "Ne": operator.ne,
 }
 
 
