@@ -96,7 +96,8 @@ class Rank:
         if kind == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "SIGSTOP":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            while True:  # whoever lets it go on
+                os.kill(os.getpid(), signal.SIGSTOP)
         elif kind == "endless loop":
             while True:
                 time.sleep(0.01)

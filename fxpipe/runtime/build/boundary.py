@@ -17,6 +17,8 @@ from fxpipe.program import BoundaryTensor
 
 PACKED_BYTES = 256 * 1024
 """Tensors are packed into one message while they take no more than this together."""
+MOST_LAYOUTS = 256
+"""How many are remembered: a run whose every step has other lengths needs none of them again."""
 
 _ALIGNMENT = 16  # bytes; the widest dtype, complex128, needs as much
 
@@ -44,7 +46,7 @@ class MessageLayout:
         return alone + (self.packed_bytes > 0)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=MOST_LAYOUTS)
 def message_layout(tensors: tuple[BoundaryTensor, ...]) -> MessageLayout:
     """Decide which tensors share a message: the smallest ones, up to ``PACKED_BYTES`` together.
 
@@ -74,7 +76,7 @@ def message_layout(tensors: tuple[BoundaryTensor, ...]) -> MessageLayout:
     return MessageLayout(tensors, tuple(offsets), end)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=MOST_LAYOUTS)
 def gradient_layout(tensors: tuple[BoundaryTensor, ...]) -> MessageLayout:
     """Lay out the gradients that come back: those of the tensors a gradient flows through."""
     return message_layout(tuple(tensor for tensor in tensors if tensor.meta.requires_grad))
