@@ -27,6 +27,9 @@ MOST_TRIES = 400
 WIDTH = 300  # places looked at for each boundary
 FEW, ALL = 12, 800  # units of a graph, and partitions of it, of which all are simulated
 NEAREST = 12  # neighbours of a cut that are simulated
+HALF = 0.5
+"""Share of its transfers that a stage waits for: those into it, while what it sends passes the other way."""
+SHARES = (1.0, HALF)  # what a stage of a shortlisted cut may wait for
 
 
 class Shortlist:
@@ -210,15 +213,23 @@ class _Line:
             return np.zeros_like(self._work[place])
         return np.asarray(self._moved[int(self._far[stage - 1])][place])
 
-    def _through(self, stage: int, low: NDArray[np.int64] | int, high: NDArray[np.int64] | int) -> Floats:
+    def _through(
+        self, stage: int, low: NDArray[np.int64] | int, high: NDArray[np.int64] | int, share: float = HALF
+    ) -> Floats:
         """Give the seconds of a step through a stage between two places.
 
         All microbatches of the stage, what comes before it, and what comes after it and is not hidden behind forwards
         that the stage has in hand by then.
+
+        Args:
+            stage: Which one.
+            low: Places where it begins.
+            high: Places where it ends.
+            share: Of transfers, that which the stage waits for.
         """
         settings, work, forward = self._settings, self._work, self._forward
         count = settings.num_microbatches
-        own = work[high] - work[low] + self._boundary(stage, low) + self._boundary(stage + 1, high)
+        own = work[high] - work[low] + share * (self._boundary(stage, low) + self._boundary(stage + 1, high))
         hidden = min(count, settings.stages - stage) - 1
         behind = np.maximum(work[-1] - work[high] - hidden * (forward[high] - forward[low]), 0.0)
         return np.asarray(count * own + work[low] + behind)
@@ -238,25 +249,25 @@ class _Line:
 
         None with several stages per rank, whose costs add up.
         """
-        if not self.one_stage_per_rank:
-            return
+        if self.one_stage_per_rank:
+            yield from dict.fromkeys(cut for share in SHARES for cut in self._cuts(share))
+
+    def _cuts(self, share: float) -> Iterator[tuple[int, ...]]:
         windows = [np.asarray([entry]) for entry in (0, len(self.places) - 1)]
         windows[1:1] = [self._window(stage) for stage in range(1, self._settings.stages)]
         pairs = []
         for stage, (lows, highs) in enumerate(pairwise(windows)):
             low, high = lows[:, None], highs[None, :]
-            costs = self._through(stage, low, high)
+            costs = self._through(stage, low, high, share)
             pairs.append((np.where(low < high, costs, math.inf), self._boundary(stage, low)))
         found = _path(windows, pairs, math.inf, total=False)
         if found is None:
             return
         least, cut = found
-        known = {cut}
         yield cut
         for slack in SLACKS:
             found = _path(windows, pairs, least * slack * (1 + 1e-12), total=True)
-            if found is not None and found[1] not in known:
-                known.add(found[1])
+            if found is not None:
                 yield found[1]
 
     def _window(self, stage: int) -> NDArray[np.int64]:
