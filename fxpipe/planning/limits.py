@@ -9,7 +9,6 @@ from dataclasses import replace
 from fxpipe.errors import InfeasibleError, PartitionError, ScheduleError
 from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.schedule import SCHEDULES, schedule_named
-from fxpipe.ir.units import size_text
 from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.layout import Layout, make_layout
 from fxpipe.planning.search.partition import partition_nodes
@@ -107,7 +106,7 @@ def explained(error: InfeasibleError, layout: Layout, estimate: Estimate) -> Inf
     """
     settings, least = layout.settings, error.least_memory_limit
     helping = [way for way, other in _ways_out(layout) if _fits(layout, estimate, other)]
-    first = _first_line(error, settings.memory_limit)
+    first = str(error).splitlines()[0]
     raised = f"memory_limit={least}"
     if helping:
         return InfeasibleError(f"{first}\n  what helps: {'; '.join([*helping, raised])}", least)
@@ -116,16 +115,6 @@ def explained(error: InfeasibleError, layout: Layout, estimate: Estimate) -> Inf
     return InfeasibleError(
         f"{first}\n  raise it: {raised}; {others} and another schedule were tried, and none is enough", least
     )
-
-
-def _first_line(error: PartitionError, limit: int | None) -> str:
-    """Give the first line of what a search said, its bytes as a person reads them."""
-    first = str(error).splitlines()[0]
-    if isinstance(error, InfeasibleError) and error.least_memory_limit is not None and limit is not None:
-        least = error.least_memory_limit
-        first = first.replace(f"={limit:g} bytes", f"={size_text(limit)}")
-        first = first.replace(f" is {least}", f" is {size_text(least)}")
-    return first
 
 
 def _ways_out(layout: Layout) -> Iterator[tuple[str, Settings]]:
@@ -193,7 +182,7 @@ def memory_hint(plan: PipelinePlan, fitting: PipelinePlan | PartitionError) -> s
     if schedule_named(plan.schedule).splits_backward:
         return f"no recomputation makes it fit: {plan.schedule} splits the backward, and recomputes nothing"
     if not isinstance(fitting, PipelinePlan):
-        return f"no recomputation makes it fit: {_first_line(fitting, device_limit(plan.hardware))}"
+        return f"no recomputation makes it fit: {str(fitting).splitlines()[0]}"
     more = simulate(fitting).step_s / simulate(plan).step_s - 1
     stages = [stage for stage in fitting.stages if stage.recompute]
     count = sum(len(stage.recompute) for stage in stages)

@@ -12,7 +12,8 @@ class Profiled(NamedTuple):
     """One row of the zero-bubble paper: profiled times in milliseconds, and the bubble of 1F1B that it gives.
 
     Source: Qi, Wan, Huang, Lin 2024, Zero Bubble Pipeline Parallelism, arXiv 2401.10241, the tables of profiled times
-    and of bubble rates; the bubble is 1 - m (F + B + W) over the longest window of a stage.
+    and of bubble rates; the bubble is 1 - m (F + B + W) over the longest window of a stage. All twelve rows are those
+    that the authors' own script of these tables (``iclr_bubble_rates``) has and prints.
     """
 
     model: str

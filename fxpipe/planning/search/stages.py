@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fxpipe.errors import InfeasibleError
+from fxpipe.ir.units import size_text
 from fxpipe.planning.search.bounds import crossing_bound, load_bound
 from fxpipe.planning.search.evaluate import Found, evaluate, has_all_stages, is_partition
 from fxpipe.planning.search.instance import Instance, Ints
@@ -191,9 +192,10 @@ def infeasible(
         nodes = [node for node, merged in enumerate(instance.merged_of) if merged == heaviest]
         what = f"node {problem.name(nodes[0])}" if len(nodes) == 1 else f"the group of node {problem.name(nodes[0])}"
         reason = f"; {what} alone needs that much"
+    limit = size_text(memory_limit or 0)
     return InfeasibleError(
-        f"no partition into {request.stages} stages keeps memory_limit={memory_limit:g} bytes: the least limit that "
-        f"works {'is' if proven or single else 'found is'} {least}{reason}\n"
-        f"  raise the limit to {least}, use more stages, or nodes that need less memory",
+        f"no partition into {request.stages} stages keeps memory_limit={limit}: the least limit that "
+        f"works {'is' if proven or single else 'found is'} {size_text(least)}{reason}\n"
+        f"  raise it to memory_limit={least}, use more stages, or nodes that need less memory",
         least,
     )
