@@ -127,8 +127,8 @@ def plain_step_s(name, times, ranks, count):
 
 
 # What the property tests draw from: all schedules, 1 to 4 ranks of 1 to 3 stages, 1 to 16 microbatches. Seconds of each
-# phase and of each message apart, 0 to 20 and whole, so that sums are exact and links are free, cheap and dearer than work.
-# What is negative or not finite is refused.
+# phase and of each message apart, 0 to 20 and whole, so that sums are exact; links are free, cheap, and dearer than
+# work. What is negative or not finite is refused.
 NUMBERS = st.integers(0, 20).map(float)
 
 
