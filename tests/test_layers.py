@@ -32,12 +32,13 @@ TABLE = {
     "logs": Room(""),
     "_heard": Room("errors", "torch"),  # whether torch still calls what _torch puts in its place
     "_torch": Room("errors _heard", "torch"),
-    "ir": Room("errors", "networkx"),
+    "ir.units": Room(""),  # how numbers are written
+    "ir": Room("errors ir.units", "networkx"),
     "program": Room("errors ir", "torch"),  # graphs and functions, alive: no value of ir
     "batch": Room("errors ir program _torch", "torch numpy"),
     "recipes": Room("errors ir _torch", "torch numpy"),
     "planning.costs": Room("errors ir"),
-    "planning.search": Room("errors", "networkx numpy"),
+    "planning.search": Room("errors ir.units", "networkx numpy"),
     "planning.simulation": Room("errors ir"),
     "planning": Room("errors ir planning.costs planning.search planning.simulation", "numpy"),
     "report": Room("errors ir", "tabulate"),
