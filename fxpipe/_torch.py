@@ -66,9 +66,9 @@ def functorch_is_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def attention_kernels() -> tuple[str, ...]:
-    """Give the names in ``torch.nn.attention.SDPBackend`` of the kernels that attention may take, preferred first."""
-    return tuple(kernel.name for kernel in _cur_sdpa_kernel_backends(with_priority=True))
+def attention_kernels() -> tuple[Any, ...]:
+    """Give the kernels (of ``torch.nn.attention.SDPBackend``) that attention may take, preferred first."""
+    return tuple(_cur_sdpa_kernel_backends(with_priority=True))
 
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default

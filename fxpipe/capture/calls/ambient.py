@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ class Ambient:
     @classmethod
     def now(cls) -> Ambient:
         """Read the current state."""
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast(), attention_kernels())
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast(), _names(attention_kernels()))
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -47,13 +49,24 @@ class Ambient:
         return CallContext(grad, now.inference and not self.inference, changed, attention)
 
 
+@functools.cache
+def _names(kernels: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(kernel.name for kernel in kernels)  # of an enumeration, slowly
+
+
 def _autocast() -> tuple[AutocastState, ...]:
-    states = []
-    for device_type, name in (("cpu", ""), ("cuda", "cuda")):
-        dtype = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
-        enabled = torch.is_autocast_enabled(device_type)
-        states.append(AutocastState(name, enabled, dtype, torch.is_autocast_cache_enabled()))
-    return tuple(states)
+    caches = torch.is_autocast_cache_enabled()
+    return tuple(
+        [
+            _state(name, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type), caches)
+            for device_type, name in (("cpu", ""), ("cuda", "cuda"))
+        ]
+    )
+
+
+@functools.cache
+def _state(name: str, enabled: bool, dtype: torch.dtype, caches: bool) -> AutocastState:
+    return AutocastState(name, enabled, str(dtype).removeprefix("torch."), caches)
 
 
 @contextmanager

@@ -9,12 +9,14 @@ from torch import fx
 from fxpipe.capture.cut.placement import place_layers
 from fxpipe.capture.graph.layers import layer_of
 from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.model.preserve import without_collection
 from fxpipe.capture.record.frames import draw_at, scope_at
 from fxpipe.capture.record.node import CONSTANT, info, reached, sources
 from fxpipe.capture.record.observe import Observation
 from fxpipe.program import BoundaryTensor, LossTerm, Program, RunInfo, StageProgram, run_info, set_run_info
 
 
+@without_collection()
 def make_program(
     observation: Observation,
     structure: Structure,

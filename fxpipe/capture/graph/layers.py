@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.model.preserve import without_collection
 from fxpipe.capture.model.skeleton import Skeleton, named_tensors
 from fxpipe.capture.record.node import info, is_activation, is_own, sources
 from fxpipe.capture.record.recorder import Storage, find_storage
@@ -51,6 +52,7 @@ def find_layers(structure: Structure) -> Layers:
     return Layers(tuple(members), tuple(map(tuple, members.values())), index_of)
 
 
+@without_collection()
 def make_layer_graph(
     skeleton: Skeleton,
     structure: Structure,

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from fxpipe.capture.calls.values import filled, storage_of, without_tensors
+from fxpipe.capture.model.preserve import without_collection
 from fxpipe.capture.model.skeleton import Skeleton, named_tensors
 from fxpipe.capture.record.node import derives, info, is_setting, reached, sources
 from fxpipe.capture.record.observe import Observation
@@ -47,6 +48,7 @@ class Structure:
     given: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
 
+@without_collection()
 def make_structure(
     observation: Observation, *, training: bool, summands: Sequence[fx.Node] = (), whole: Collection[str] = ()
 ) -> Structure:

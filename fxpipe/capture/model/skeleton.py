@@ -16,6 +16,7 @@ from torch import nn
 from fxpipe._torch import FakeTensor, FakeTensorMode, check_version, compiled_in_place, is_compiled, storage_key
 from fxpipe.capture.model.held import held_by
 from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
+from fxpipe.capture.model.preserve import without_collection
 from fxpipe.errors import CaptureError, TieError
 from fxpipe.ir.spec import TensorInfo
 from fxpipe.recipes.deferred import is_recorded, replay
@@ -114,6 +115,7 @@ class Skeleton:
         return copy.deepcopy(source, memo)
 
 
+@without_collection()
 def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleton:
     """Copy a model's structure without its memory.
 

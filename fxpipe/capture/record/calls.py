@@ -23,7 +23,7 @@ from fxpipe.capture.calls.forms import (
 )
 from fxpipe.capture.calls.reads import READS, SHAPED_BY_LENGTHS, SHAPED_BY_SIZES, shape_depends_on_values
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES, RealValues, is_random
-from fxpipe.capture.calls.scalars import bare, only_computes, settled
+from fxpipe.capture.calls.scalars import only_computes, settled
 from fxpipe.capture.calls.values import has_tensor, tensors_in
 from fxpipe.capture.calls.zero_inputs import run_on_zeros
 from fxpipe.capture.record.forward import Forward
@@ -72,7 +72,7 @@ class Calls(TorchFunctionMode):
                 forward.side_channels.made(value)
                 return value
         if forward.counting:
-            args, kwargs = bare(args, kwargs)
+            args, kwargs = forward.bare(args, kwargs)
             return self._real_values.run(func, name, args, kwargs, tensors_in(args, kwargs))
         frame = forward.frames.top
         frame.functions.append(name)
@@ -89,7 +89,7 @@ class Calls(TorchFunctionMode):
     def _run_quietly(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
         """Run a call inside something that is recorded whole."""
         forward = self._forward
-        args, kwargs = bare(args, kwargs)
+        args, kwargs = forward.bare(args, kwargs)
         tensors = forward.reads_quietly(args, kwargs)
         result = self._run(func, name, args, kwargs, tensors, frame)
         forward.side_channels.made(result)
@@ -142,7 +142,7 @@ class Calls(TorchFunctionMode):
     def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame) -> Any:
         forward = self._forward
         written_down = args, kwargs
-        args, kwargs = bare(args, kwargs)
+        args, kwargs = forward.bare(args, kwargs)
         tensors = tensors_in(args, kwargs)
         if name == "__set__" and _property(func) == "data" and self._is_alike(*tensors):
             own = self._record(func.__self__.__get__, "__get__", args[:1], {}, frame)
@@ -277,7 +277,7 @@ def record_whole(
             "call_function", function, args, kwargs, frame,
             layer=frame.name(function.__name__), call=frame.call, written=written,
         )  # fmt: skip
-    finish_call(forward, node, position, real, *bare(args, kwargs), result, tuple(trace))
+    finish_call(forward, node, position, real, *forward.bare(args, kwargs), result, tuple(trace))
     return result
 
 

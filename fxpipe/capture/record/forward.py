@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxpipe.capture.calls.blocked import Blocked, asks_for_accelerator, user_line
 from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.calls.scalars import bare
 from fxpipe.capture.calls.symbols import Symbols
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.calls.watch import Watch
@@ -146,6 +147,10 @@ class Forward:
             self.symbols.follow(func, args, kwargs, result, like)
         finally:
             self.counting = counting
+
+    def bare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give arguments with the numbers themselves in the place of those that are followed."""
+        return bare(args, kwargs) if self.numbers else (args, kwargs)
 
     def sized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give arguments with numbers that know their symbols in the place of symbols."""

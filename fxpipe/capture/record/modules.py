@@ -14,7 +14,7 @@ from fxpipe.capture.calls.alike import Reads, structure_of, watched_reads
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.forms import versions_of
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
-from fxpipe.capture.calls.scalars import bare, settled
+from fxpipe.capture.calls.scalars import settled
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.preserve import python_random_state
@@ -152,12 +152,12 @@ class ModuleCalls:
                 raise
         info(node).frame = frame
         if counts is None:
-            forward.counts.add(node, module, *bare(args, kwargs), tuple(trace), tuple(forward.attention))
+            forward.counts.add(node, module, *forward.bare(args, kwargs), tuple(trace), tuple(forward.attention))
         else:
             info(node).counts = counts
         with without_functions():
             if counts is None:
-                forward.counts.note_buffers(module, *bare(args, kwargs), result)
+                forward.counts.note_buffers(module, *forward.bare(args, kwargs), result)
             forward.recorder.emit(result, node)
             plain = not (written or counts or forward.has_read or forward.has_drawn)
             if plain and reads is not None and not any(forward.attributes.changes(frame.fqn)):
@@ -180,7 +180,7 @@ class ModuleCalls:
         forward.follow(functools.partial(original, frame.module), args, kwargs, result, like=id(repeat))
         node = forward.recorder.call("call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call)
         info(node).frame = frame
-        forward.counts.add(node, frame.module, *bare(args, kwargs), repeat.trace, repeat.attention)
+        forward.counts.add(node, frame.module, *forward.bare(args, kwargs), repeat.trace, repeat.attention)
         forward.recorder.emit(result, node)
         return result
 

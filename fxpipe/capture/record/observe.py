@@ -34,7 +34,7 @@ from fxpipe.capture.calls.real_values import LARGEST
 from fxpipe.capture.calls.scalars import followed_math, settled
 from fxpipe.capture.calls.symbols import SizeReads, Symbols
 from fxpipe.capture.model.blocks import Leaves
-from fxpipe.capture.model.preserve import AttributeChange, Attributes, apply_changes, random_states
+from fxpipe.capture.model.preserve import AttributeChange, Attributes, apply_changes, random_states, without_collection
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.bypass import Bypasses
 from fxpipe.capture.record.calls import Calls
@@ -82,6 +82,7 @@ class Observation:
         return self.results.get(id(tensor)) or self.recorder.node_of(tensor, self.frames.all[0])
 
 
+@without_collection()
 def observe(
     skeleton: Skeleton,
     leaves: Leaves,

@@ -99,5 +99,6 @@ def _copied(result: Any) -> Any:
 
 
 def _alike(tensor: torch.Tensor) -> torch.Tensor:
-    fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return fresh.requires_grad_().clone() if tensor.requires_grad else fresh  # a leaf could not be written into
+    if tensor.requires_grad:  # a leaf could not be written into
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
