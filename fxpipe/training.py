@@ -85,7 +85,7 @@ class Step:
         Raises:
             PlanError: A variant reads something that its stage does not hold.
         """
-        for variant in self.variants:
+        for variant in dict.fromkeys(self.variants):
             for stage in stages:
                 stage.add_program(variant.runs, variant.program)
 
@@ -247,7 +247,7 @@ class Trainer:
             error = found
         # Replicas may infer at their own pace: how many microbatches each takes is its own.
         same = {**({"microbatches": len(step.inputs)} if step and step.counts else {}), **arguments}
-        within = self._held(step, what) if step is not None else None
+        within = self._held(step, what) if step is not None and running.groups is not None else None
         trained = self._trained.before_step() if what == "step" else None
         tensors = digest_inputs(step.inputs) if step is not None and self._checks(running) else None
         try:

@@ -205,7 +205,8 @@ class Variants:
             CaptureError: The model does something else than when it was compiled, so that its plan does not fit.
         """
         around = around or self._around(with_loss)
-        spec, any_number = (inputs.signature, *around), (inputs.open, *around)
+        spec = inputs.signature, *around
+        any_number = (inputs.open, *around) if inputs.numbers else spec
         for each in (spec, any_number) if inputs.numbers else (spec,):
             for variant in self._known.get(each, ()):
                 if variant.fits(inputs):

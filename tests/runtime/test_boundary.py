@@ -127,6 +127,15 @@ def test_tensors_without_a_gradient_stay_as_they_are_beside_joined_ones():
         assert join([weight])[0] is weight
 
 
+def test_a_single_tensor_that_is_neither_view_nor_leaf_stays_as_it_is():
+    leaf = torch.ones(3, requires_grad=True)
+    made, mask = leaf * 2, torch.ones(3)
+    assert all(out is given for out, given in zip(join([mask, made]), [mask, made], strict=True))
+    several = join([made, leaf * 3])
+    assert several[0] is not made
+    assert several[0].grad_fn is several[1].grad_fn
+
+
 def test_writing_into_a_joined_tensor_is_seen_by_what_was_saved_of_it():
     leaf = torch.ones(3, requires_grad=True)
     saved = leaf.exp()  # its backward needs its own output

@@ -23,7 +23,7 @@ step = st.one_of(
 
 
 def run(steps, ends, received, matrices, biases):
-    """A random stage: two received tensors, weights used anywhere and any number of times, two outputs."""
+    """A random stage: two received tensors, weights used anywhere and any number of times, one or two outputs."""
     values = list(join(tuple(received)))
     for kind, first, second, third in steps:
         x = values[first % len(values)]
@@ -41,10 +41,10 @@ def run(steps, ends, received, matrices, biases):
         else:
             y = values[second % len(values)]
             values.append(x + y if kind == "add" else torch.sin(x * y))
-    return join(tuple(values[end % len(values)] * 1 for end in ends))
+    return join(tuple(values[end % len(values)] for end in ends))
 
 
-@given(st.lists(step, max_size=8), st.tuples(st.integers(0, 9), st.integers(0, 9)))
+@given(st.lists(step, max_size=8), st.lists(st.integers(0, 9), min_size=1, max_size=2))
 @settings(max_examples=300, deadline=None)
 def test_halves_give_what_the_whole_gives(steps, ends):
     numbers = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def test_halves_give_what_the_whole_gives(steps, ends):
     for split in (False, True):
         for tensor in (*received, *matrices, *biases):
             tensor.grad = None
-        work = Pass(tuple(received), run(steps, ends, received, matrices, biases), (BOUNDARY, BOUNDARY))
+        work = Pass(tuple(received), run(steps, ends, received, matrices, biases), (BOUNDARY, BOUNDARY[: len(ends)]))
         if split:
             given_back = run_backward_for_inputs(work, [*matrices, *biases], gradients)
             run_backward_for_weights(work)

@@ -165,13 +165,18 @@ def join(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     (False, True)
     """
     places = [index for index, tensor in enumerate(tensors) if tensor.requires_grad]
-    if not places or not torch.is_grad_enabled():
+    if not places or not torch.is_grad_enabled() or (len(places) == 1 and _stands_alone(tensors[places[0]])):
         return tuple(tensors)
     joined = list(tensors)
     through = _Join.apply(*(tensors[index] for index in places))  # type: ignore[no-untyped-call]
     for index, tensor in zip(places, through, strict=True):
         joined[index] = tensor
     return tuple(joined)
+
+
+def _stands_alone(tensor: torch.Tensor) -> bool:
+    """Whether a tensor that takes part in the backward is what ``join`` would make of it alone: no view and no leaf."""
+    return tensor._base is None and not tensor.is_leaf
 
 
 def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -64,8 +66,8 @@ class Pass:
 
     def loss(self) -> torch.Tensor:
         """Give this microbatch's part of the batch's loss, in float64."""
-        zero = self.outputs[-1].new_zeros((), dtype=torch.float64)
-        return sum((term.detach().double() * share for term, share in self.shares), start=zero)
+        parts = [term.detach().double() * share for term, share in self.shares]
+        return functools.reduce(operator.add, parts) if parts else self.outputs[-1].new_zeros((), dtype=torch.float64)
 
 
 def run_forward(stage: StageModule, job: Job, received: Tensors, *, training: bool) -> Pass:
@@ -119,7 +121,8 @@ def run_backward(work: Pass, gradients: Tensors = ()) -> Tensors:
     if roots:
         with outside_autocast():
             torch.autograd.backward(roots, of_roots)
-    return _gradients(work, [leaf.grad for leaf in _leaves(work)])
+    leaves = _leaves(work)
+    return _gradients(work, leaves, [leaf.grad for leaf in leaves])
 
 
 def run_backward_for_inputs(work: Pass, weights: Sequence[torch.Tensor], gradients: Tensors = ()) -> Tensors:
@@ -141,7 +144,7 @@ def run_backward_for_inputs(work: Pass, weights: Sequence[torch.Tensor], gradien
         work.groups = groups or None
         if work.groups:
             work.pending = ([], [])
-    return _gradients(work, found)
+    return _gradients(work, leaves, found)
 
 
 def run_backward_for_weights(work: Pass) -> None:
@@ -219,17 +222,22 @@ def _instead(kept: tuple[torch.Tensor | None, ...], _: object) -> tuple[torch.Te
     return kept
 
 
-@contextmanager
-def outside_autocast() -> Iterator[None]:
+def outside_autocast() -> AbstractContextManager[object]:
     """Leave the user's autocast: it surrounds the step, and a backward belongs outside of it."""
+    kinds = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+    return _without_autocast(kinds) if kinds else _AS_IT_IS
+
+
+@contextmanager
+def _without_autocast(kinds: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
-        for kind in _AUTOCAST:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=False))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=False))
         yield
 
 
 _AUTOCAST = ("cpu", "cuda", "xpu")
+_AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 
 def _roots(work: Pass, gradients: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -256,8 +264,7 @@ def _leaves(work: Pass) -> list[torch.Tensor]:
     return [tensor for tensor in work.received if tensor.requires_grad]
 
 
-def _gradients(work: Pass, found: Sequence[torch.Tensor | None]) -> Tensors:
-    leaves = _leaves(work)
+def _gradients(work: Pass, leaves: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None]) -> Tensors:
     declared = [what for what in work.declared[0] if what.meta.requires_grad]
     given = []
     for leaf, what, gradient in zip(leaves, declared, found, strict=True):
