@@ -153,7 +153,7 @@ def train(args, pipe):
             bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{inputs.numel() / seconds:.0f}")
             record = {"step": step, "loss": float(loss), "tokens": inputs.numel(), "seconds": seconds}
             print(json.dumps(record), file=log, flush=True)
-    loss, text = held_out_loss(pipe, held_out), sample(pipe, "The ", 200, args.seed)
+    loss, text = held_out_loss(pipe, held_out), sample(pipe, "The ", args.sample, args.seed)
     weights = pipe.state_dict(full=True)
     if first:
         print(f"held-out loss {loss:.3f} nats per byte ({loss / math.log(2):.2f} bits)\nsample: {text}")
@@ -172,6 +172,7 @@ def main():
     parser.add_argument("--plan-only", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sample", type=int, default=200, metavar="BYTES", help="of text to write at the end")
     parser.add_argument("--log", metavar="FILE", help="one JSON line per step: step, loss, tokens, seconds")
     parser.add_argument("--save", metavar="FILE", default="gpt.pt")
     args = parser.parse_args()

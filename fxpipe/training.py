@@ -307,5 +307,5 @@ class Trainer:
         inputs = tuple(self.variants.capture.inputs(*part, own) for part in cut(batch, layout, num_microbatches, dims))
         with torch.no_grad():
             found = self.variants.find_all(inputs, with_loss=False)
-        output_dims = self.variants.capture.output_dims(found[0].captured, inputs[0]) if num_microbatches > 1 else None
+        output_dims = self.variants.output_dims(found[0], inputs[0]) if num_microbatches > 1 else None
         return Step(inputs, found, (own.size,) * num_microbatches, output_dims=output_dims)

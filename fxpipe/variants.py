@@ -165,6 +165,7 @@ class Variants:
         ] = {}  # by what numbers are open in: how often they were others, and last
         self._used: dict[str, Any] = {}  # what each variant is for, by its key; the one used last comes last
         self._kinds: dict[Any, _Kind] = {}  # the one used last comes last
+        self._output_dims: dict[Any, Mapping[str, int | None]] = {}
         self._mode = ""
 
     def add(self, captured: Captured, *, with_loss: bool) -> None:
@@ -230,6 +231,16 @@ class Variants:
             if followed is not None:
                 return self._add(followed, followed.inputs, with_loss)
         return self._add(captured, inputs, with_loss)
+
+    def output_dims(self, variant: Variant, inputs: Inputs) -> Mapping[str, int | None]:
+        """Give the outputs' dimensions of samples, by path, as ``Capture.output_dims``: recorded once."""
+        key = variant.key, tuple(inputs.dims.items()), inputs.samples
+        found = self._output_dims.get(key)
+        if found is None:
+            found = self._output_dims[key] = self.capture.output_dims(variant.captured, inputs)
+            if len(self._output_dims) > MOST_VARIANTS:
+                del self._output_dims[next(iter(self._output_dims))]
+        return found
 
     def _times(self, inputs: Inputs, with_loss: bool) -> int:
         """Count the captures with other numbers than the one before, whatever their sizes."""

@@ -31,7 +31,8 @@ def pytest_xdist_auto_num_workers(config):
 LONGEST = (
     *("test_training", "test_exact", "test_random_models", "test_source", "test_replicas", "test_example", "test_docs"),
     *("test_checkpoints", "test_architectures", "test_adapters", "test_constructs", "test_shapes", "test_chaos"),
-    *("test_failures", "test_distributed", "test_costs", "test_cli", "test_finetune_example", "test_examples"),
+    *("test_failures", "test_distributed", "test_costs", "test_stage", "test_cli", "test_finetune_example"),
+    "test_examples",
 )
 
 

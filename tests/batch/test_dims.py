@@ -15,6 +15,7 @@ import fxpipe
 from fxpipe.batch.dims import BatchDims
 from fxpipe.batch.merge import merge_outputs
 from fxpipe.batch.split import check_ready_split, split_batch
+from fxpipe.capture.capture import Capture
 
 leaves = st.tuples(st.integers(0, 2), st.integers(1, 3), st.booleans())
 
@@ -161,3 +162,18 @@ def test_infer_joins_outputs_along_their_samples(number: int) -> None:
 def test_outputs_without_samples_that_differ_are_refused() -> None:
     with pytest.raises(fxpipe.ScheduleError, match=r"output\['norm'\].*differs between the 2 microbatches"):
         merge_outputs([{"norm": torch.ones(3)}, {"norm": torch.zeros(3)}], (3, 3), {"output['norm']": None})
+
+
+def test_the_outputs_dimensions_of_samples_are_found_once_for_each_kind_of_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Linear(3, 2)
+    found: list[int] = []
+    real = Capture.output_dims
+    monkeypatch.setattr(Capture, "output_dims", lambda *given: found.append(1) or real(*given))
+    with fxpipe.compile(model, 1, (torch.zeros(4, 3),), {}, schedule="GPipe") as pipe:
+        pipe.materialize(device="cpu")
+        for rows, number, times in ((4, 2, 1), (4, 2, 1), (8, 4, 1), (8, 2, 2), (4, 2, 2)):
+            x = torch.randn(rows, 3)
+            torch.testing.assert_close(pipe.infer(x, microbatches=number), model(x))
+            assert len(found) == times

@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
     for ranks in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
         files = ("--log", str(folder / "log.jsonl"), "--save", str(folder / "gpt.pt"))
-        printed = ranked(ranks, "in_float64.py", EXAMPLE, "--steps", str(STEPS), *files)
+        printed = ranked(ranks, "in_float64.py", EXAMPLE, "--steps", str(STEPS), "--sample", "20", *files)
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         found[ranks] = records, printed, torch.load(folder / "gpt.pt")
     return found

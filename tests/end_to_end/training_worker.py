@@ -75,21 +75,24 @@ def gradients(parameters: Any) -> dict[str, Any]:
     return {fqn: parameter.grad for fqn, parameter in parameters}
 
 
+@functools.cache
+def dropout_in_one_process(stages: int) -> tuple[list[torch.Tensor], dict[str, Any], torch.Tensor]:
+    """Losses of two steps, the gradients, and the random state afterwards."""
+    batch = float_batch()
+    torch.manual_seed(3)
+    with one_process(), compiled(street(0.1), "GPipe", stages=stages, ranks=stages, seed=5) as pipe:
+        losses = [pipe.step(**batch), pipe.step(**batch)]
+        return losses, gradients(pipe.named_parameters()), torch.get_rng_state()
+
+
 def dropout_draws_the_same(schedule: str) -> None:
     """Stages, schedule and grain leave every draw as it is, and the random state afterwards too."""
-    batch, losses, found = float_batch(), [], []
-    grain = "op" if schedule == "1F1B" else "auto"
-    for stages in (1, 2, 4):
-        torch.manual_seed(3)
-        with one_process(), compiled(street(0.1), "GPipe", stages=stages, ranks=stages, seed=5) as pipe:
-            losses.append([pipe.step(**batch), pipe.step(**batch)])
-            found.append(gradients(pipe.named_parameters()))
-            state = torch.get_rng_state()
+    batch, grain = float_batch(), "op" if schedule == "1F1B" else "auto"
+    losses, (wanted, *_), (*_, state) = zip(*map(dropout_in_one_process, (1, 2, 4)), strict=True)
     torch.manual_seed(3)
     with compiled(street(0.1), schedule, seed=5, grain=grain) as pipe:
         here = [pipe.step(**batch), pipe.step(**batch)]
-        wanted = own(pipe, found[0])
-        judge.assert_close(gradients(pipe.named_parameters()), wanted, "gradients")
+        judge.assert_close(gradients(pipe.named_parameters()), own(pipe, wanted), "gradients")
     assert torch.equal(torch.get_rng_state(), state)
     assert losses[0][0] != losses[0][1]
     for others in (*losses[1:], here):
