@@ -214,10 +214,9 @@ def name_inputs(
     dims = {name: layout.dims[path] for name, path in paths.items() if path in layout.dims}
     said = {name: layout.said[path] for name, path in paths.items() if path in layout.said}
     unclear = frozenset(name for name, path in paths.items() if path in layout.unclear)
-    of_numbers = dict(numbers)
-    any_number = tuple((each[0], each[1][0]) if each[0] in of_numbers else each for each in signature)
-    named = _named_numbers(numbers, tensors)
-    about = layout.size, dims, said, unclear, named, any_number
+    places = {path for path, _ in numbers}
+    any_number = tuple((each[0], each[1][0]) if each[0] in places else each for each in signature)
+    about = layout.size, dims, said, unclear, _named_numbers(numbers, tensors), any_number
     return Inputs(tuple(args), kwargs, target, tensors, tuple(signature), *about)
 
 
