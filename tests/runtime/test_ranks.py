@@ -60,7 +60,7 @@ def test_an_initialiser_that_fails_on_one_rank_is_told_to_the_others():
 
 
 def test_a_rank_that_is_killed_while_groups_are_made_is_named():
-    rank, killed = launch.launch("runtime/ranks_worker.py", 2, "gone", timeout_s=60)
+    rank, killed = launch.launch("runtime/ranks_worker.py", 2, "gone", timeout_s=300)
     assert killed.returncode == -9
     cause = "rank 1 ended without a word in materialize"
     assert f"fxpipe: rank 0 ends: {cause}" in rank.stderr or rank.stdout.startswith(f"RankError: {cause}")
