@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from fxpipe.batch.dims import BatchDims
-from fxpipe.batch.example import Example, as_loss_fn, example_batch, split_example
+from fxpipe.batch.example import Example, as_loss_fn, example_batch, split_example, takes_target
 from fxpipe.batch.weights import check_loss_weight
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture, Captured
@@ -28,7 +28,7 @@ from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import default_ranks, least_microbatches, placement, schedule_named
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.logs import log
-from fxpipe.materialize import Origin
+from fxpipe.materialize import Origin, layers_by_name
 from fxpipe.pipeline import Pipeline
 from fxpipe.planning.costs.estimate import Estimate, estimate_costs
 from fxpipe.planning.layout import make_layout
@@ -180,7 +180,8 @@ def compile(
     lost = capture.skeleton.lost_compilations(capture.closed_modules(made.opened))
     made = replace(made, notes=(*said, *lost, *made.notes))
     stage_of_layer = {name: stage.index for stage in made.stages for name in stage.layers}
-    variants = Variants(capture, stage_of_layer, made.num_stages, made.opened)
+    holders = _holders(capture, graph, made)
+    variants = Variants(capture, stage_of_layer, made.num_stages, made.opened, holders)
     if captured is not None:
         variants.add(captured, with_loss=captured.structure.is_loss)
     dims = example.dims if example is not None else dims
@@ -188,7 +189,8 @@ def compile(
         "planned %s: %d stages, %s, %d microbatches, the slowest %.3g s a microbatch",
         made.model, made.num_stages, made.schedule, made.num_microbatches, made.bottleneck,
     )  # fmt: skip
-    source = Origin(capture, dims, needs_target, loss_weight, mesh, compiler.baselines, compiler.profile)
+    own_target = not needs_target and takes_target(module, example_kwargs)
+    source = Origin(capture, dims, needs_target, own_target, loss_weight, mesh, compiler.baselines, compiler.profile)
     return Pipeline(graph, made, source, variants)
 
 
@@ -316,6 +318,17 @@ class _Compiler:
         if self.profiler is not None:
             cost = self.profile = self.profiler.measure(captured, graph)
         return estimate_costs(graph, cost, self.settings.hardware, self.settings.training)
+
+
+def _holders(capture: Capture, graph: LayerGraph, plan: PipelinePlan) -> dict[str, tuple[int, ...]]:
+    """Give the stages that hold each tensor of the model, by every name it has."""
+    layers, aliases = layers_by_name(graph), capture.skeleton.aliases
+    found: dict[str, dict[int, None]] = {}
+    for stage in plan.stages:
+        for spec in (spec for name in (*stage.layers, *stage.duplicated) for spec in layers.get(name, ())):
+            for tensor in (*spec.parameters, *spec.buffers):
+                found.setdefault(aliases.get(tensor.fqn, tensor.fqn), {})[stage.index] = None
+    return {name: tuple(found[first]) for name, first in aliases.items() if first in found}
 
 
 def _replicas(mesh: DeviceMesh | None) -> int:

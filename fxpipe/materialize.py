@@ -54,7 +54,7 @@ class Origin:
     Attributes:
         capture: The user's model.
         dims: Where samples lie in a batch.
-        needs_target: Whether the loss function compares with a target.
+        needs_target, own_target: Whether the loss function compares with a target; whether the model takes one itself.
         loss_weight: What the user says of the microbatches' weights.
         mesh: The user's mesh; None: all ranks are one pipeline.
         baselines: Cuts the same model as others would.
@@ -64,6 +64,7 @@ class Origin:
     capture: Capture
     dims: BatchDims = field(default_factory=BatchDims)
     needs_target: bool = False
+    own_target: bool = False
     loss_weight: LossWeight = None
     mesh: DeviceMesh | None = None
     baselines: Callable[[], Sequence[Baseline]] = tuple
@@ -241,7 +242,7 @@ def materialize(
         ScheduleError: There are more or fewer processes than ranks.
     """
     capture = source.capture
-    layers = _layers_by_name(graph)
+    layers = layers_by_name(graph)
     where, error = _where(source, plan, device, options)
     same = {"the seed": seed, "the kind of device": where.type, "dtype": dtype, "init": spelled(init), **options.same}
     groups, started = join_ranks(source.mesh, plan, where, options.patience, same, error)
@@ -338,7 +339,7 @@ def weight_sources(
         All parameters and buffers of the model, in its order.
     """
     skeleton = source.capture.skeleton
-    layers = _layers_by_name(graph)
+    layers = layers_by_name(graph)
     stages: dict[str, dict[int, None]] = {}
     for stage in plan.stages:
         for fqn in _wanted(skeleton.aliases, [_parts(source.capture, plan, layers, stage)]):
@@ -380,7 +381,7 @@ def tied_names(capture: Capture) -> dict[str, str]:
     return {key: names[id(module)] for key, module in model.tied_modules.items()}
 
 
-def _layers_by_name(graph: LayerGraph) -> dict[str, list[LayerSpec]]:
+def layers_by_name(graph: LayerGraph) -> dict[str, list[LayerSpec]]:
     """Give the layers that a plan means by each name: one, or those of a block that lies whole in a stage."""
     blocks = graph.blocks or ("",) * len(graph.specs)
     found: dict[str, list[LayerSpec]] = {}

@@ -235,7 +235,8 @@ class Pipeline:
 
         Args:
             *args: Positional arguments of the model: the whole batch.
-            target: What ``loss_fn`` compares the output with.
+            target: What ``loss_fn`` compares the output with; the model's own argument of that name where no
+                ``loss_fn`` takes one.
             last: Whether the optimiser comes next; False while more batches follow.
             microbatches: Instead of a batch, ready-split ones: dictionaries of keyword arguments, tuples of positional
                 ones, or ``(args, kwargs)`` pairs. They may differ in shape.
@@ -252,7 +253,9 @@ class Pipeline:
         """
         running = self._materialized()
         with running.guard("step"):
-            return self._trainer.step(running, (args, kwargs, target), microbatches, last=last, scaler=scaler)
+            return self._trainer.step(
+                running, self._trainer.batch(args, kwargs, target), microbatches, last=last, scaler=scaler
+            )
 
     def evaluate(
         self, *args: Any, target: Any = None, microbatches: Sequence[Any] | None = None, **kwargs: Any
@@ -274,7 +277,7 @@ class Pipeline:
         """
         running = self._materialized()
         with running.guard("evaluate"):
-            return self._trainer.evaluate(running, (args, kwargs, target), microbatches)
+            return self._trainer.evaluate(running, self._trainer.batch(args, kwargs, target), microbatches)
 
     def infer(self, *args: Any, gather: bool = True, microbatches: int = 1, **kwargs: Any) -> Any:
         """Run the model forward, without gradients.
@@ -549,7 +552,7 @@ class Pipeline:
             MismatchError: Names the worst tensor, its stage and its error. Every rank raises it.
         """
         running = self._materialized()
-        batch = (args, kwargs, target)
+        batch = self._trainer.batch(args, kwargs, target)
         with running.guard("verify"):
             step = self._trainer.prepare(running, batch, None, "verify")
             verifier = Verifier(running, self._trainer.variants)

@@ -15,6 +15,7 @@ import torch
 
 from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
 from fxpipe.batch.dims import Microbatch
+from fxpipe.batch.example import with_own_target
 from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.merge import merge_outputs
 from fxpipe.batch.moving import OnDevice
@@ -188,6 +189,11 @@ class Trainer:
         outputs = [job.program.rebuild(tensors) for job, tensors in zip(jobs, flat, strict=True)]
         return merge_outputs(outputs, step.sizes, step.output_dims)
 
+    def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Microbatch:
+        """Put together what a call was given; ``target`` is the model's own where no loss function takes one."""
+        batch = (args, kwargs, target)
+        return with_own_target(batch) if self._source.own_target else batch
+
     def prepare(
         self,
         running: Running,
@@ -272,7 +278,8 @@ class Trainer:
         """
         running.check_ready()
         check_call(batch, ready, needs_target=self._source.needs_target)
-        parts, layouts = Order.of(running.plan, self._source.dims).split(batch, ready)
+        order = Order.of(running.plan, self._source.dims, own_target=self._source.own_target)
+        parts, layouts = order.split(batch, ready)
         sizes = tuple(layout.size for layout in layouts)
         inputs = tuple(self.variants.capture.inputs(*each, layout) for each, layout in zip(parts, layouts, strict=True))
         found = self.variants.find_all(inputs, with_loss=True)

@@ -16,6 +16,7 @@ from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
+from fxpipe.capture.cut.placement import Holders
 from fxpipe.capture.graph.reading import Read, read_again
 from fxpipe.capture.graph.symbolic import reads_alike
 from fxpipe.capture.numbers import with_numbers
@@ -146,19 +147,26 @@ class Variants:
         stage_of_layer: The plan's stage of each layer, by name.
         num_stages: Number of stages.
         opened: Blocks that a cut crosses.
+        holders: Stages that hold each tensor of the model, by any of its names.
 
     Attributes:
         num_captures: Forwards that were recorded for batches.
     """
 
     def __init__(
-        self, capture: Capture, stage_of_layer: Mapping[str, int], num_stages: int, opened: Sequence[str]
+        self,
+        capture: Capture,
+        stage_of_layer: Mapping[str, int],
+        num_stages: int,
+        opened: Sequence[str],
+        holders: Holders | None = None,
     ) -> None:
         self.capture = capture
         self.num_captures = 0
         self._stage_of_layer = dict(stage_of_layer)
         self._num_stages = num_stages
         self._opened = tuple(opened)
+        self._holders = holders
         self._known: dict[Any, list[Variant]] = {}
         self._numbers: dict[
             Any, tuple[int, Any]
@@ -328,7 +336,7 @@ class Variants:
         return with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
 
     def _program(self, captured: Captured) -> Program:
-        return captured.program(self._stage_of_layer, self._num_stages)
+        return captured.program(self._stage_of_layer, self._num_stages, self._holders)
 
 
 def _answers(read: Read | None, inputs: Inputs, answers: tuple[Any, ...]) -> bool:

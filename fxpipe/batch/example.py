@@ -112,6 +112,21 @@ def as_loss_fn(loss_fn: Callable[..., Any] | None) -> tuple[Callable[..., Any] |
     return of_output, False
 
 
+def with_own_target(batch: Microbatch) -> Microbatch:
+    """Give a model what it calls ``target`` itself, where no loss function takes one.
+
+    >>> with_own_target(((), {"ids": 1}, 2))
+    ((), {'ids': 1, 'target': 2}, None)
+    """
+    args, kwargs, target = batch
+    return (args, kwargs, None) if target is None else (args, {**kwargs, "target": target}, None)
+
+
+def takes_target(model: nn.Module, kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether a model's forward has an argument called ``target``, or is given one in an example."""
+    return "target" in (kwargs or {}) or "target" in inspect.signature(model.forward).parameters
+
+
 def as_microbatch(given: Any) -> Microbatch:
     """Turn one entry of ``step(microbatches=[...])`` into arguments, keyword arguments and target.
 

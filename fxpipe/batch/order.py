@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
-from fxpipe.batch.example import as_microbatch
+from fxpipe.batch.example import as_microbatch, with_own_target
 from fxpipe.batch.microbatches import fit_microbatches
 from fxpipe.batch.split import check_ready_split, cut
 from fxpipe.errors import ScheduleError
@@ -26,6 +26,7 @@ class Order:
         microbatches: The plan's number of microbatches.
         microbatch_size: Samples of each in the plan; None without an example.
         dims: Where samples lie in a batch.
+        own_target: Whether the model, and no loss function, takes what is called ``target``.
     """
 
     schedule: str
@@ -34,12 +35,13 @@ class Order:
     microbatches: int
     microbatch_size: int | None
     dims: BatchDims = field(default_factory=BatchDims)
+    own_target: bool = False
 
     @classmethod
-    def of(cls, plan: PipelinePlan, dims: BatchDims) -> Order:
+    def of(cls, plan: PipelinePlan, dims: BatchDims, *, own_target: bool = False) -> Order:
         """Give what the steps of a plan must suit."""
         numbers = plan.num_stages, plan.num_ranks, plan.num_microbatches, plan.microbatch_size
-        return cls(plan.schedule, *numbers, dims)
+        return cls(plan.schedule, *numbers, dims, own_target)
 
     def split(
         self, batch: Microbatch | None, ready: Sequence[Any] | None
@@ -62,6 +64,7 @@ class Order:
                     f"microbatches is a {type(ready).__name__}\n  pass a list of ready-split ones: microbatches=[...]"
                 )
             parts = [as_microbatch(part) for part in ready]
+            parts = [with_own_target(part) for part in parts] if self.own_target else parts
             check_ready_split(parts, self.dims)
             check_microbatches(self.schedule, self.stages, self.ranks, len(parts))
             return parts, [self.dims.layout(part, split=False) for part in parts]

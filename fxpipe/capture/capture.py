@@ -15,7 +15,7 @@ from fxpipe.batch.inputs import Inputs, name_inputs, parameter_names
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.values import tensors_in
-from fxpipe.capture.cut.stage_graphs import make_program
+from fxpipe.capture.cut.stage_graphs import Holders, make_program
 from fxpipe.capture.graph.growth import output_dims
 from fxpipe.capture.graph.layers import make_layer_graph
 from fxpipe.capture.graph.loss import WAY_OUT, Loss, Term, describe_terms, find_loss_terms, given_terms, loss_terms
@@ -88,9 +88,9 @@ class Captured:
         if self.coupling:
             raise CaptureError(f"{self.coupling}\n  {WAY_OUT}")
 
-    def program(self, stage_of_layer: Mapping[str, int], num_stages: int) -> Program:
+    def program(self, stage_of_layer: Mapping[str, int], num_stages: int, held: Holders | None = None) -> Program:
         """Cut the graph into stages; see ``make_program``."""
-        return make_program(self.observation, self.structure, stage_of_layer, num_stages, loss_terms(self.terms))
+        return make_program(self.observation, self.structure, stage_of_layer, num_stages, loss_terms(self.terms), held)
 
 
 class _Root(nn.Module):

@@ -240,8 +240,20 @@ def test_a_model_may_have_an_argument_called_target():
     torch.manual_seed(0)
     model = ReadsTarget()
     x, target = torch.randn(2, 8, 4, dtype=torch.float64)
-    pipe = fxpipe.compile(model, 2, (x, target), microbatches=4).materialize(device="cpu")
-    torch.testing.assert_close(float(pipe.step(x, target)), float(model(x, target)), rtol=1e-12, atol=0)
+    parts = [{"x": x[rows], "target": target[rows]} for rows in (slice(0, 4), slice(4, 8))]
+    for example in (((x, target), {}), ((x,), {"target": target})):
+        pipe = fxpipe.compile(model, 2, *example, microbatches=4, schedule="GPipe").materialize(device="cpu")
+        with pipe:
+            named = {"target": target}
+            losses = (
+                pipe.step(x, target),
+                pipe.step(x, **named),
+                pipe.evaluate(x, **named),
+                pipe.step(microbatches=parts),
+            )
+            for loss in (*losses, pipe.infer(x, **named)):
+                torch.testing.assert_close(float(loss), float(model(x, target)), rtol=1e-12, atol=0)
+            pipe.verify(x, **named)
 
 
 def test_the_targets_of_the_model_and_of_the_loss_are_split_each_along_its_own_dimension():

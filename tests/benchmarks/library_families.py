@@ -31,11 +31,13 @@ from judge import distances, largest
 from sections import write_section
 from small_models import Case, Unsuitable, hugging_face_cases, vision_cases
 from tabulate import tabulate
+from torch import nn
 
 import fxpipe
 from fxpipe.errors import FxpipeError
 
 SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
+FINDING_S = 60  # after that no other size of a model is looked at
 MEMORY_BYTES = 5 * 2**30
 CLOSE = 1e-5  # of a tensor's largest element: many a model casts to float32 inside, whatever its weights are
 NOTHING = 1e-7  # of the largest of all tensors: such a one is zero but for rounding
@@ -67,30 +69,49 @@ def loss_in(output: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) and found.requires_grad else None
 
 
+def suitable(case: Case) -> tuple[Callable[[], nn.Module], nn.Module, dict[str, torch.Tensor], torch.Tensor, bool]:
+    """Find a small model and a batch that it can be trained with; gives its loss too, and whether that is its own."""
+    why = Unsuitable("no small model was found")
+    end = time.monotonic() + FINDING_S
+    try:
+        for build in case.find():
+            for wide in (True, False):  # some kernels know no float64
+                torch.manual_seed(0)
+                real = build().eval()
+                try:
+                    for batch, output in case.batch_for(real.double() if wide else real, SAMPLES):
+                        try:
+                            own = loss_in(output)
+                            loss = own if own is not None else squares(output)
+                            loss.backward()
+                        except Exception as error:
+                            why = Unsuitable(f"no loss was found: {first_line(error)}")
+                            real.zero_grad()
+                            continue
+                        gradients = [p.grad for p in real.parameters() if p.grad is not None]
+                        if gradients and all(bool(number.isfinite().all()) for number in (loss, *gradients)):
+                            return build, real, batch, loss.detach(), own is not None
+                        why = Unsuitable("its own loss or gradients are not finite")
+                        real.zero_grad()
+                except Unsuitable as error:
+                    why = error
+            if time.monotonic() > end:
+                break
+    except Unsuitable as error:
+        why = error
+    raise why
+
+
 def attempt(case: Case) -> dict[str, Any]:
     """Build, compile, run one step, and compare; gives the row."""
-    build = case.find()
-    torch.manual_seed(0)
-    real = build().eval()
+    build, real, batch, loss, own = suitable(case)
     size = sum(parameter.numel() for parameter in real.parameters())
-    try:
-        batch, output = case.batch_for(real.double(), SAMPLES)
-    except Unsuitable:  # some kernels know no float64
-        torch.manual_seed(0)
-        real = build().eval()
-        batch, output = case.batch_for(real, SAMPLES)
     dtype = next(parameter.dtype for parameter in real.parameters() if parameter.is_floating_point())
-    own = loss_in(output)
-    loss_fn = None if own is not None else squares
-    loss = own if own is not None else squares(output)
-    loss.backward()
-    del output
+    loss_fn = None if own else squares
     wanted = {fqn: p.grad for fqn, p in real.named_parameters() if p.grad is not None}
-    if not all(bool(number.isfinite().all()) for number in (loss, *wanted.values())):
-        raise Unsuitable("its own loss or gradients are not finite")
     with fxpipe.deferred_init(seed=0):
         model = build().eval().to(dtype)
-    row: dict[str, Any] = {"parameters": size, "loss": "its own" if own is not None else "squares", "dtype": str(dtype)}
+    row: dict[str, Any] = {"parameters": size, "loss": "its own" if own else "squares", "dtype": str(dtype)}
     for microbatches in (MICROBATCHES, 1):
         try:
             options = {"microbatches": microbatches, "schedule": "GPipe"}

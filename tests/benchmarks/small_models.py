@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from small_inputs import Batch, Inputs
 from torch import nn
 
-PARAMETERS = 30_000_000  # a model that is larger is made narrower, or left out
-VOCABULARY, LENGTH = 128, 12
-Batch = dict[str, torch.Tensor]
+PARAMETERS = 40_000_000  # a model that is larger is made narrower, or left out
 
 
 class Unsuitable(Exception):
@@ -26,29 +27,38 @@ class Case:
     """One model.
 
     Attributes:
-        find: Finds how small it has to be; gives what makes it on the default device.
+        find: Gives what makes it on the default device, small in one way after the other.
         batches: Gives batches that a model of the kind may take, by the model and the number of samples.
     """
 
-    find: Callable[[], Callable[[], nn.Module]]
+    find: Callable[[], Iterator[Callable[[], nn.Module]]]
     batches: Callable[[nn.Module, int], Iterator[Batch]]
 
-    def batch_for(self, model: nn.Module, samples: int) -> tuple[Batch, Any]:
-        """Find a batch that the model takes; gives it, and what the model returns."""
-        why: Exception = Unsuitable("it has no input of a kind that is known here")
+    def batch_for(self, model: nn.Module, samples: int, seconds: float = 20) -> Iterator[tuple[Batch, Any]]:
+        """Give the batches that the model takes, each with what the model returns; raise why if there is none."""
+        why: Exception | None = None
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        end, taken = time.monotonic() + seconds, False
         for batch in self.batches(model, samples):
             batch = {name: part.to(dtype) if part.is_floating_point() else part for name, part in batch.items()}
             try:
-                return batch, model(**copy.deepcopy(batch))
+                output = model(**copy.deepcopy(batch))
             except Exception as error:
-                why = error
-        raise Unsuitable(f"no input was found: {type(why).__name__}: {str(why).strip().splitlines()[:1]}")
+                why = why or error
+            else:
+                taken = True
+                yield batch, output
+            if time.monotonic() > end:
+                break
+        if why is None:
+            raise Unsuitable("it has no input of a kind that is known here")
+        if not taken:
+            raise Unsuitable(f"no input was found: {type(why).__name__}: {str(why).strip().splitlines()[:1]}")
 
 
 # --- transformers ---
 
-LAYERS = ("layers", "n_layer", "num_blocks", "depth", "num_layer", "layer_num")
+LAYERS = ("layers", "n_layer", "num_blocks", "depth", "num_layer", "layer_num", "num_hidden_groups")
 WIDE = {  # what a name contains, and what it is at most
     "head_dim": 16,
     "intermediate": 64,
@@ -61,29 +71,65 @@ WIDE = {  # what a name contains, and what it is at most
     "projection_dim": 32,
     "d_ff": 64,
     "d_kv": 16,
-    "experts": 4,
+    "experts": 8,
     "lora_rank": 16,
 }
 HEADS = ("attention_heads", "num_heads", "n_head", "key_value_heads")
+WORDS = ("vocab_size", "num_buckets", "max_position", "n_positions", "image_size", "num_labels", "_token", "_id")
+KEPT = re.compile(r"patch|kernel|stride|sampling_rate|hop|pool|scale|factor|group|ratio|length|head|frames|channels$")
+SERIES = ("informer", "autoformer", "time_series_transformer")
+NEEDED = {  # what a configuration's defaults leave to the user
+    "xmod": {"default_language": "en_XX"},
+    **{name: {"prediction_length": 4, "context_length": 12} for name in SERIES},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+}
+HOW = (  # ways to make a configuration small, and how many parameters are small; a number divides its widths
+    *(("few layers", 10_000_000), ("narrow", PARAMETERS), ("4", PARAMETERS), ("8", PARAMETERS), ("2", PARAMETERS)),
+    *(("16", PARAMETERS), ("few layers", PARAMETERS)),
+)
 
 
-def shrunk(config: Any, narrow: bool) -> Any:
-    """Make a configuration, and those inside it, small: few layers and words; where asked, narrow too."""
+def shrunk(config: Any, how: str) -> Any:
+    """Make a configuration, and those inside it, small: few layers and words; as ``how`` says, narrow too."""
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            shrunk(value, narrow)
+            shrunk(value, how)
+        elif name in ("depths", "num_layers", "layers") and isinstance(value, list | tuple):
+            _set(config, name, type(value)(min(v, 2) if isinstance(v, int) else v for v in value))
+        elif isinstance(value, dict) and how.isdigit() and name.startswith("rope"):
+            _set(config, name, {key: _sections(part, int(how)) for key, part in value.items()})
+        elif isinstance(value, list | tuple) and how.isdigit() and not KEPT.search(name):
+            if value and all(isinstance(v, int) and v % int(how) == 0 and v >= 4 * int(how) for v in value):
+                _set(config, name, type(value)(v // int(how) for v in value))
+        elif isinstance(value, float) and name.endswith("_coefficient") and value > 1 and how != "few layers":
+            _set(config, name, 1.0)
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
         elif name.endswith(LAYERS) and value > 2 and "mtp" not in name:
             _set(config, name, 2)
         elif "vocab_size" in name and value > 2048:
             _set(config, name, 2048)
-        elif narrow and any(name.endswith(part) for part in HEADS) and value > 4:
+        elif name == "max_length" and value > 256 and how != "few layers":
+            _set(config, name, 128)
+        elif name == "image_size" and value > 256 and how != "few layers":
+            patch = getattr(config, "patch_size", None)
+            _set(config, name, 8 * patch if isinstance(patch, int) else 256)
+        elif how == "narrow" and any(name.endswith(part) for part in HEADS) and value > 4:
             _set(config, name, 4)
-        elif narrow:
+        elif how == "narrow":
             least = next((most for part, most in WIDE.items() if part in name and value > most), None)
             if least is not None:
                 _set(config, name, least)
+        elif how.isdigit() and "experts" in name and "tok" not in name and value > 8:
+            _set(config, name, 8)
+        elif how.isdigit() and _divided(name, value, int(how)):
+            _set(config, name, value // int(how))
+    words = getattr(config, "vocab_size", None)
+    for name, value in list(vars(config).items()):
+        if name.endswith("token_id") and isinstance(value, int) and isinstance(words, int) and value >= words:
+            _set(config, name, 1)
+    if getattr(config, "num_key_value_heads", 1) is None:
+        _set(config, "num_key_value_heads", getattr(config, "num_attention_heads", None))
     kinds = getattr(config, "layer_types", None)
     number = getattr(config, "num_hidden_layers", None)
     if isinstance(kinds, list) and isinstance(number, int) and len(kinds) > number:
@@ -91,6 +137,20 @@ def shrunk(config: Any, narrow: bool) -> Any:
     if getattr(config, "use_cache", None):
         _set(config, "use_cache", False)
     return config
+
+
+def _sections(part: Any, by: int) -> Any:
+    """Divide the parts of a head that turn with time, height and width, where all of them divide."""
+    if isinstance(part, list) and part and all(isinstance(v, int) and v % by == 0 for v in part):
+        return [v // by for v in part]
+    return part
+
+
+def _divided(name: str, value: int, by: int) -> bool:
+    """Whether a number is a width: everything large that divides, but for what counts words, pixels and moments."""
+    if name == "head_dim" or name.endswith("head_dim"):
+        return value % by == 0 and value // by >= 4
+    return value % by == 0 and value >= 16 * by and not any(w in name for w in WORDS) and not KEPT.search(name)
 
 
 def _set(config: Any, name: str, value: Any) -> None:
@@ -117,61 +177,35 @@ def class_of_each_type() -> dict[str, str]:
     return found
 
 
-def find_hugging_face(model_type: str, name: str) -> Callable[[], nn.Module]:
+def find_hugging_face(model_type: str, name: str) -> Iterator[Callable[[], nn.Module]]:
     import transformers
     from transformers import CONFIG_MAPPING
 
-    kind, why = getattr(transformers, name), Unsuitable("too large")
-    for narrow in (False, True):
-        config = shrunk(CONFIG_MAPPING[model_type](), narrow)
+    kind, why, found = getattr(transformers, name), Unsuitable("too large"), False
+    for how, most in HOW:
         try:
+            config = shrunk(CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {})), how)
+            if not hasattr(config, "vocab_size") and name.endswith("ForCausalLM"):  # a part of a larger one's
+                config = config.get_text_config()
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in kind(copy.deepcopy(config)).parameters())
         except Exception as error:
             why = Unsuitable(f"no small configuration: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
             continue
-        if size <= PARAMETERS:
-            return lambda: kind(copy.deepcopy(config))
+        if size <= most:
+            found = True
+            yield functools.partial(made, kind, config)
         why = Unsuitable(f"{size / 1e6:.0f} M parameters with few layers")
-    raise why
+    if not found:
+        raise why
+
+
+def made(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    return kind(copy.deepcopy(config))
 
 
 def hugging_face_batches(model: nn.Module, samples: int) -> Iterator[Batch]:
-    config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    numbers = torch.Generator().manual_seed(1)
-    taken = inspect.signature(model.forward).parameters
-    vocabulary = min(getattr(text, "vocab_size", None) or VOCABULARY, VOCABULARY)
-    ids = torch.randint(3, vocabulary, (samples, LENGTH), generator=numbers)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=numbers, dtype=torch.float64)
-
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None) or 64
-    high, wide = size if isinstance(size, list | tuple) else (size, size)
-    channels = getattr(vision, "num_channels", None) or 3
-    mel = getattr(config, "num_mel_bins", None) or 80
-    labels = getattr(config, "num_labels", 2)
-    main = {
-        "input_ids": ids,
-        "pixel_values": random(samples, channels, int(high), int(wide)),
-        "input_values": random(samples, 4000),
-        "input_features": random(samples, mel, 2 * (getattr(config, "max_source_positions", None) or 100)),
-        "inputs_embeds": random(samples, LENGTH, getattr(text, "hidden_size", None) or 64),
-    }
-    asked = getattr(model, "main_input_name", "input_ids")
-    also = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
-    pixels = {"pixel_values": main["pixel_values"]} if "pixel_values" in taken else {}
-    for given in dict.fromkeys((asked, *main)):
-        if given not in taken or given not in main:
-            continue
-        inputs = {given: main[given]}
-        for more in ({}, also, pixels):
-            if "labels" in taken:
-                yield {**inputs, **more, "labels": torch.where(ids % 5 == 0, -100, ids)}
-                yield {**inputs, **more, "labels": torch.arange(samples) % max(labels, 1)}
-            yield {**inputs, **more}
+    return Inputs(model, samples).batches()
 
 
 def hugging_face_cases() -> dict[str, Case]:
@@ -212,7 +246,7 @@ def smallest(names: list[str]) -> str:
     return min(names, key=rank)
 
 
-def find_vision(library: str, name: str) -> Callable[[], nn.Module]:
+def find_vision(library: str, name: str) -> Iterator[Callable[[], nn.Module]]:
     import timm
     import torchvision
 
@@ -227,7 +261,7 @@ def find_vision(library: str, name: str) -> Callable[[], nn.Module]:
         size = sum(parameter.numel() for parameter in make().parameters())
     if size > 2 * PARAMETERS:
         raise Unsuitable(f"{size / 1e6:.0f} M parameters")
-    return make
+    yield make
 
 
 def vision_batches(model: nn.Module, samples: int) -> Iterator[Batch]:

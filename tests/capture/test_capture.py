@@ -169,7 +169,7 @@ def test_a_batch_that_does_not_follow_the_plan_says_what_changed():
     pipe.step(**inputs)
     other = inputs | {"backwards": torch.ones(4, dtype=torch.bool)}
     message = (
-        r"no longer follows its plan: blocks\.\d of stage 0 reads what blocks\.\d of stage 1 makes\n  compile again"
+        r"no longer follows its plan: blocks\.\d of stage 0 reads what blocks\.\d of stage 1 makes\n  compile with"
     )
     with pytest.raises(CaptureError, match=message):
         pipe.step(**other)

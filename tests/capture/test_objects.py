@@ -143,7 +143,19 @@ class Apart(nn.Module):
         return self.two(torch.tanh(self.one(x)))
 
 
+@torch.compile(backend="eager")
+def activation(x):
+    return torch.tanh(x)
+
+
+class Calling(Apart):
+    def forward(self, x):
+        return self.two(activation(self.one(x)))
+
+
 def compiled(kind):
+    if kind == "function":
+        return nn.Sequential(*(Calling() for _ in range(3))).double()
     model = nn.Sequential(*(Apart() for _ in range(3))).double()
     if kind == "in place":
         for block in model:
@@ -158,7 +170,10 @@ def compiled(kind):
 @pytest.mark.filterwarnings("ignore")  # of torch._dynamo, about itself
 @pytest.mark.parametrize(
     ("kind", "stages", "lost"),
-    [("in place", 6, True), ("in place", 3, True), ("wrapped", 6, True), ("wrapped", 3, False), ("whole", 3, True)],
+    [
+        *(("in place", 6, True), ("in place", 3, True), ("wrapped", 6, True), ("wrapped", 3, False)),
+        *(("whole", 3, True), ("function", 6, True), ("function", 3, False)),
+    ],
 )
 def test_what_was_compiled_stays_so_or_the_report_says_not(kind, stages, lost):
     model = compiled(kind)

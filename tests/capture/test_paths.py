@@ -383,3 +383,69 @@ def test_a_block_is_given_what_it_does_not_use(kind, uses, grain):
     torch.testing.assert_close(pipe.step(x, target=target), error(model(x), target).detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(pipe.infer(x), model(x).detach(), rtol=1e-12, atol=1e-14)
     pipe.close()
+
+
+class Read(nn.Module):
+    """A table, a weight of a block, and a module are read at other places in one mode than in the other."""
+
+    def __init__(self, early, late):
+        super().__init__()
+        self.early, self.late = early, late  # what training and evaluation read before and behind the blocks
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.table = nn.Parameter(torch.randn(6))
+
+    def read(self, x, what):
+        if what == "table":
+            return x * self.table
+        if what == "first":
+            return x @ self.blocks[0].weight
+        return self.blocks[0](x) if what == "call" else x
+
+    def forward(self, x):
+        x = self.read(x, self.early[self.training])
+        for block in self.blocks:
+            x = block(x).tanh()
+        return self.read(x, self.late[self.training])
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        (("", "table"), ("table", "")),
+        (("", ""), ("table", "")),
+        (("", ""), ("first", "")),
+        (("", "table"), ("call", "")),
+    ],
+)
+def test_a_tensor_that_a_later_stage_reads_in_another_mode_is_sent_along(early, late, stages):
+    torch.manual_seed(0)
+    model, x = Read(early, late).double(), torch.randn(4, 6, dtype=torch.float64)
+    options = {"loss_fn": error, "microbatches": 2, "schedule": "GPipe"}
+    model.train("call" not in late)  # a module is called where the plan has it: that plan serves both modes
+    with fxpipe.compile(model, stages, (x,), {"target": x}, **options).materialize(device="cpu") as pipe:
+        for training in (True, False, True):
+            model.train(training), pipe.train(training), model.zero_grad(), pipe.zero_grad()
+            loss = error(model(x), x)
+            loss.backward()
+            torch.testing.assert_close(pipe.step(x, target=x), loss.detach(), rtol=1e-12, atol=0)
+            for fqn, parameter in pipe.named_parameters():
+                expected = model.get_parameter(fqn).grad
+                assert (parameter.grad is None) == (expected is None), fqn
+                if expected is not None:
+                    torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_a_later_stage_holds_is_refused_with_a_way_out_that_works():
+    model, x = Read(("table", ""), ("", "table")).double(), torch.randn(4, 6, dtype=torch.float64)
+    options = {"loss_fn": error, "microbatches": 2, "schedule": "GPipe"}
+    with fxpipe.compile(model, 2, (x,), {"target": x}, **options).materialize(device="cpu") as pipe:
+        pipe.step(x, target=x)
+        with pytest.raises(
+            fxpipe.CaptureError, match=r"of stage 1 makes\n  compile with an example \(or in the mode\)"
+        ):
+            pipe.eval().step(x, target=x)
+    with fxpipe.compile(model.eval(), 2, (x,), {"target": x}, **options).materialize(device="cpu") as pipe:
+        for training in (False, True):
+            pipe.train(training), model.train(training)
+            torch.testing.assert_close(pipe.step(x, target=x), error(model(x), x).detach(), rtol=1e-12, atol=0)

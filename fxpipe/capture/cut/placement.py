@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from networkx.utils import UnionFind
 from torch import fx
@@ -13,29 +13,49 @@ from fxpipe.capture.record.node import info, is_own, sources
 from fxpipe.errors import CaptureError
 from fxpipe.ir.spec import layer_name
 
+Holders = Mapping[str, Collection[int]]
+"""The stages that hold each tensor of the model, by any of its names."""
 
-def place_layers(structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int) -> dict[Key, int]:
+
+def place_layers(
+    structure: Structure,
+    stage_of_layer: Mapping[str, int],
+    num_stages: int,
+    holders: Holders,
+) -> dict[Key, int]:
     """Give the stage of every layer that is not derived.
 
-    A layer with tensors of the model runs where the plan has them. Any other one follows the plan where it can, but
-    another mask or another mode may make other calls than the plan knows, or the same under other names: it runs
-    between the stages that make what it reads and those that read what it makes.
+    A module with tensors of the model runs where the plan has them, and so does an operation that writes to one; one
+    that reads a tensor runs there or later, for the tensor can be sent along. Any other one follows the plan where it
+    can, but another mask or another mode may make other calls than the plan knows, or the same under other names: it
+    runs between the stages that make what it reads and those that read what it makes.
 
     Args:
         structure: The recorded graph.
         stage_of_layer: Stage of each layer of the plan, by name.
         num_stages: Number of stages.
+        holders: Stages that hold each tensor of the model, by any of its names; without an entry it is where the layer
+            is that reads it.
 
     Raises:
         CaptureError: A layer with tensors reads what a later stage makes.
     """
-    return _Placement(structure, stage_of_layer, num_stages).place()
+    return _Placement(structure, stage_of_layer, num_stages, holders).place()
 
 
 class _Placement:
-    def __init__(self, structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int) -> None:
+    def __init__(
+        self,
+        structure: Structure,
+        stage_of_layer: Mapping[str, int],
+        num_stages: int,
+        holders: Holders,
+    ) -> None:
+        self.holders = holders
         self.layers: Layers = find_layers(structure)
         self.structure = structure
+        several = (name for name, stages in holders.items() if len(stages) > 1)
+        self.shared = {name[:place] for name in several for place, letter in enumerate(name) if letter == "."}
         self.planned = [
             self._planned(layer_name(*key), nodes, stage_of_layer)
             for key, nodes in zip(self.layers.keys, self.layers.nodes, strict=True)
@@ -74,6 +94,7 @@ class _Placement:
     def place(self) -> dict[Key, int]:
         """Give the stages."""
         low, high = self._bounds()
+        allowed = {self.unit[index]: stages for index, stages in self._choices().items()}
         wanted = dict(low)
         for unit, stage in zip(reversed(self.unit), reversed(self.planned), strict=True):
             wanted[unit] = wanted[unit] if stage is None else stage
@@ -81,6 +102,9 @@ class _Placement:
         changed = True
         while changed:  # nothing runs before what it reads; never above ``high``, which grows along edges
             changed = False
+            for unit, choice in allowed.items():
+                stage = next((stage for stage in choice if stage >= stages[unit]), stages[unit])
+                changed, stages[unit] = changed or stage != stages[unit], stage
             for source, reader in self.edges:
                 if stages[self.unit[reader]] < stages[self.unit[source]]:
                     stages[self.unit[reader]] = stages[self.unit[source]]
@@ -96,9 +120,16 @@ class _Placement:
         low = dict.fromkeys(self.unit, 0)
         high = dict.fromkeys(self.unit, self.last)
         cause: dict[int, int] = {}  # by unit: the layer whose stage is its lowest
+        choices = self._choices()
         for index, stage in enumerate(self.planned):
-            if stage is not None and any(map(_holds_tensors, self.layers.nodes[index])):
-                unit = self.unit[index]
+            unit, first = self.unit[index], self._first_holder(self.layers.nodes[index])
+            if first is not None:
+                if first > low[unit]:
+                    low[unit], cause[unit] = first, index
+            elif index in choices:
+                low[unit], high[unit] = max(low[unit], choices[index][0]), min(high[unit], choices[index][-1])
+                cause.setdefault(unit, index)
+            elif stage is not None and any(map(_holds_tensors, self.layers.nodes[index])):
                 if stage > low[unit]:
                     low[unit], cause[unit] = stage, index
                 high[unit] = min(high[unit], stage)
@@ -122,12 +153,41 @@ class _Placement:
                 self._refuse(unit, high[unit], cause[unit], stage)
         return low, high
 
+    def _choices(self) -> dict[int, tuple[int, ...]]:
+        """Give the stages of calls of modules that several stages hold, each whole."""
+        found = {}
+        for index, nodes in enumerate(self.layers.nodes):
+            fqns = {str(node.target) for node in nodes if node.op == "call_module"}
+            if len(fqns) == 1 and not fqns.isdisjoint(self.shared):
+                start = f"{fqns.pop()}."
+                held = [set(stages) for name, stages in self.holders.items() if name.startswith(start)]
+                stages = tuple(sorted(set.intersection(*held)))
+                if len(stages) > 1:
+                    found[index] = stages
+        return found
+
+    def _first_holder(self, nodes: Sequence[fx.Node]) -> int | None:
+        """Give the first stage that operations may run on which read tensors of the model; None for anything else."""
+        own = list(dict.fromkeys(read for node in nodes for read in node.all_input_nodes if is_own(read)))
+        stages = [self.holders.get(str(read.target), ()) for read in own]
+        if not own or not all(stages) or any(node.op == "call_module" or info(node).shared_object for node in nodes):
+            return None
+        if any(info(read).shared_object for read in own) or _written(nodes, own):
+            return None
+        return max(min(each) for each in stages)
+
     def _refuse(self, index: int, stage: int, cause: int, late: int) -> None:
         name, other = (layer_name(*self.layers.keys[i]) for i in (index, cause))
         raise CaptureError(
             f"the model no longer follows its plan: {name} of stage {stage} reads what {other} of stage {late} makes\n"
-            "  compile again with an example input that takes this path"
+            "  compile with an example (or in the mode) that takes this path: that plan serves the other one too"
         )
+
+
+def _written(nodes: Sequence[fx.Node], own: Sequence[fx.Node]) -> bool:
+    """Whether calls write to what some attributes read."""
+    written = {storage for node in nodes for storage in info(node).writes}
+    return any(info(read).storage in written for read in own)
 
 
 def _holds_tensors(node: fx.Node) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import fx
 
+from fxpipe.capture.cut.placement import Holders as Holders
 from fxpipe.capture.cut.placement import place_layers
 from fxpipe.capture.graph.layers import layer_of
 from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.model.preserve import without_collection
 from fxpipe.capture.record.frames import draw_at, scope_at
-from fxpipe.capture.record.node import CONSTANT, info, reached, sources
+from fxpipe.capture.record.node import CONSTANT, info, is_own, reached, sources
 from fxpipe.capture.record.observe import Observation
 from fxpipe.program import BoundaryTensor, LossTerm, Program, RunInfo, StageProgram, run_info, set_run_info
 
@@ -23,6 +25,7 @@ def make_program(
     stage_of_layer: Mapping[str, int],
     num_stages: int,
     loss_terms: Sequence[LossTerm] = (),
+    holders: Holders | None = None,
 ) -> Program:
     """Cut a structure into stages.
 
@@ -33,6 +36,8 @@ def make_program(
             another mode) goes to the first stage that has what it reads.
         num_stages: Number of stages.
         loss_terms: For a loss: its summands, nodes of the structure.
+        holders: Stages that hold each tensor of the model, by any of its names. One that is read on a later stage is
+            sent along as activations are; without an entry it is taken to be where it is read.
 
     Returns:
         One graph per stage.
@@ -40,7 +45,7 @@ def make_program(
     Raises:
         CaptureError: The graph does not follow the plan: a layer reads what a later stage makes.
     """
-    cutter = _Cutter(observation, structure, stage_of_layer, num_stages)
+    cutter = _Cutter(observation, structure, stage_of_layer, num_stages, holders or {})
     terms = tuple(loss_terms)
     by_name = {node.name: node for node in structure.nodes}
     results = [by_name[term.name] for term in terms] if terms else list(structure.results)
@@ -60,12 +65,17 @@ def make_program(
 
 class _Cutter:
     def __init__(
-        self, observation: Observation, structure: Structure, stage_of_layer: Mapping[str, int], num_stages: int
+        self,
+        observation: Observation,
+        structure: Structure,
+        stage_of_layer: Mapping[str, int],
+        num_stages: int,
+        holders: Holders,
     ) -> None:
         self.observation = observation
         self.structure = structure
         self.num_stages = num_stages
-        placed = place_layers(structure, stage_of_layer, num_stages)
+        placed = place_layers(structure, stage_of_layer, num_stages, holders)
         self.order = {node: place for place, node in enumerate(structure.nodes)}
         self.stage_of = {
             node: placed[key]
@@ -74,6 +84,20 @@ class _Cutter:
         }
         self.draw_names = observation.frames.draw_names()
         self.last_reader = self._last_readers()
+        self.along: dict[fx.Node, list[tuple[int, int]]] = {}
+        if holders:
+            self._send_along(holders)
+
+    def _send_along(self, holders: Holders) -> None:
+        """Find the tensors of the model that a stage reads and only earlier ones hold: ``along``, from and to."""
+        for index in range(self.num_stages):
+            own = [node for node, stage in self.stage_of.items() if stage == index]
+            results = self.structure.results if index == self.num_stages - 1 else ()
+            for node in self._needed(own, results, self.crossing(index - 1) if index else ()):
+                stages = holders.get(str(node.target), ()) if is_own(node) else ()
+                earlier = [stage for stage in stages if stage < index]
+                if earlier and index not in stages:
+                    self.along.setdefault(node, []).append((max(earlier), index))
 
     def _last_readers(self) -> dict[fx.Node, int]:
         """Give the last stage that reads each tensor."""
@@ -87,7 +111,9 @@ class _Cutter:
 
     def crossing(self, boundary: int) -> list[fx.Node]:
         """Give the tensors that cross from stage ``boundary`` to the next, in order."""
-        return [node for node, stage in self.stage_of.items() if stage <= boundary < self.last_reader.get(node, -1)]
+        made = [node for node, stage in self.stage_of.items() if stage <= boundary < self.last_reader.get(node, -1)]
+        along = (node for node, ways in self.along.items() if any(start <= boundary < end for start, end in ways))
+        return [*made, *along]
 
     def stage(self, index: int, results: Sequence[fx.Node]) -> StageProgram:
         """Build the graph of one stage."""
@@ -105,7 +131,10 @@ class _Cutter:
         for node in needed:
             if node not in copies:
                 copies[node] = self._copied(graph, node, copies)
-        graph.output(tuple(copies[node] for node in sent))
+        given = [copies[node] for node in sent]
+        if index < self.num_stages - 1:  # one of the stage's own is sent as it is now, and as a value of its own
+            given = [each if each.op != "get_attr" else _cloned(graph, each) for each in given]
+        graph.output(tuple(given))
         attributes = [str(node.target) for node in needed if node.op == "get_attr"]
         return StageProgram(
             stage_index=index,
@@ -140,6 +169,12 @@ class _Cutter:
             scope = scope_at(known.frame)
         set_run_info(copy, RunInfo(known.layer, known.context, draw, scope, known.region))
         return copy
+
+
+def _cloned(graph: fx.Graph, tensor: fx.Node) -> fx.Node:
+    copy = graph.call_function(torch.clone, (tensor,))
+    set_run_info(copy, run_info(tensor))
+    return copy
 
 
 def _boundary(node: fx.Node) -> BoundaryTensor:

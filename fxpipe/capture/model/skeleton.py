@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor, FakeTensorMode, check_version, compiled_in_place, is_compiled, storage_key
+from fxpipe.capture.model.compiled import compiled_functions, opened_modules
 from fxpipe.capture.model.held import held_by
 from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
 from fxpipe.capture.model.preserve import without_collection
@@ -62,7 +63,7 @@ class Skeleton:
     compiled: Mapping[str, bool] = field(default_factory=dict)
 
     def lost_compilations(self, closed: Collection[str]) -> tuple[str, ...]:
-        """Say which modules that the user compiled run uncompiled: opened ones, and those compiled in place.
+        """Say what the user compiled that runs uncompiled: what is opened, and modules compiled in place.
 
         What was compiled in place belongs to the user's own module, and not to its copies in the stages.
 
@@ -74,6 +75,8 @@ class Skeleton:
             fqn for fqn, in_place in self.compiled.items() if not in_place and (fqn in closed or fqn.startswith(whole))
         }
         lost = [fqn or "the model" for fqn in self.compiled if fqn not in kept]
+        for fqn, part in opened_modules(self.module, closed):
+            lost += [f"{name} of {fqn or 'the model'}" for name in compiled_functions(part)]
         if not lost:
             return ()
         named = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")

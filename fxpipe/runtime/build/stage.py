@@ -88,7 +88,7 @@ class StageModule(nn.Module):
         if missing:
             raise PlanError(
                 f"stage {self._stage_index} does not hold {', '.join(missing)}, which this variant of the model reads\n"
-                "  compile with an example that takes the same path, or compile once per mode of the model"
+                "  compile with an example (or in the mode) that takes this path: that plan serves the other one too"
             )
         constants = {name: self._on_device(program.constants[name]) for name in own.constants}
         is_last = self._stage_index == len(program.stages) - 1
