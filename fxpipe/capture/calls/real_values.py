@@ -89,7 +89,8 @@ class RealValues:
             if stand_in is not None:
                 args, tensors = (stand_in, *args[1:]), [stand_in, *tensors[1:]]
         if not self._all_real(name, args, kwargs, tensors):
-            return func(*_without_masks(name, args), **kwargs)
+            selected = _selected(name, args, kwargs)
+            return func(*_without_masks(name, args), **kwargs) if selected is None else selected
         with without_modes():
             if any(tensor.is_floating_point() for tensor in tensors):  # only those are dropped out
                 with self._watch:
@@ -176,6 +177,18 @@ def _without_masks(name: str, args: Sequence[Any]) -> Sequence[Any]:
         for part in index:
             plain.extend(part.nonzero(as_tuple=True) if _is_real_mask(part) else (part,))
     return (args[0], tuple(plain), *args[2:])
+
+
+def _selected(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Give what ``masked_select`` takes from a fake tensor by a real mask, whose shape is known."""
+    given = dict(zip(("input", "mask"), args, strict=False)) | dict(kwargs)
+    if name != "masked_select" or not _is_real_mask(given.get("mask")) or "out" in given:
+        return None
+    values, mask = given["input"], given["mask"]
+    with without_modes():
+        places = mask.expand(torch.broadcast_shapes(values.shape, mask.shape)).nonzero(as_tuple=True)
+    chosen: torch.Tensor = values.expand(torch.broadcast_shapes(values.shape, mask.shape))[places]
+    return chosen
 
 
 def _is_real_mask(value: Any) -> bool:

@@ -338,7 +338,8 @@ class TailProgram:
                 shapes = twins.growing(node)
                 if shapes is not None and not moved and tuple(env[node].shape) != self.sizes.shape(*shapes, samples):
                     stands = fill(node.args, lambda leaf: env.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf)
-                    if not shape_depends_on_values(f"__{spoken(node)}__", tuple(stands), None):
+                    names = (spoken(node), f"__{spoken(node)}__")
+                    if not any(shape_depends_on_values(name, tuple(stands), None) for name in names):
                         raise Unsuited(f"{spoken(node)} cannot be run on fewer samples or classes")
                     moved = {node}
                 if moved and env[node].dim():

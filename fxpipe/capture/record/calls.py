@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from fxpipe._torch import FakeTensor, functorch_is_active, without_functions
+from fxpipe._torch import FakeTensor, functorch_is_active, without_functions, without_modes
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.forms import (
     CPU,
@@ -25,7 +25,7 @@ from fxpipe.capture.calls.reads import READS, SHAPED_BY_LENGTHS, SHAPED_BY_SIZES
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES, RealValues, is_random
 from fxpipe.capture.calls.scalars import only_computes, settled
 from fxpipe.capture.calls.values import has_tensor, tensors_in
-from fxpipe.capture.calls.zero_inputs import run_on_zeros
+from fxpipe.capture.calls.zero_inputs import on_zeros, run_on_zeros
 from fxpipe.capture.record.forward import Forward
 from fxpipe.capture.record.frames import Frame
 from fxpipe.capture.record.guards import guard_integers, guard_read, guard_shape
@@ -213,7 +213,7 @@ class Calls(TorchFunctionMode):
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame, error: Exception
     ) -> Any:
         forward = self._forward
-        if name in SHAPED_BY_SIZES:
+        if name in SHAPED_BY_SIZES or _only_checks(func, args, kwargs):
             return run_on_zeros(forward.skeleton.mode, func, args, kwargs)
         if name in SHAPED_BY_LENGTHS and guard_integers(forward, args, frame):
             return run_on_zeros(forward.skeleton.mode, func, args, kwargs, exact=True)
@@ -311,6 +311,25 @@ def finish_call(
     with without_functions():
         forward.counts.note_buffers(func, args, kwargs, result)
         forward.recorder.emit(result, node)
+
+
+def _only_checks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function of torch's own looks at values to refuse some, and what it returns has the same form for all.
+
+    ``F.gaussian_nll_loss`` asks whether a variance is below zero; the stage that runs it does so again.
+    """
+    if getattr(func, "__module__", "") != "torch.nn.functional":
+        return False
+    shapes = []
+    for other in (False, True):
+        with without_functions(), without_modes():
+            call, real_args, real_kwargs = on_zeros(func, args, kwargs, other=other)
+            try:
+                result = call(*real_args, **real_kwargs)
+            except ValueError:  # the values that it refuses
+                continue
+            shapes.append(result.shape if isinstance(result, torch.Tensor) else None)
+    return bool(shapes) and None not in shapes and len(set(shapes)) == 1
 
 
 _KEPT = frozenset({"register_hook", "requires_grad_", "__set__"})
