@@ -447,5 +447,4 @@ def _build(
         dtype=capture.dtype,
         constructed=sequence.recorded(seed) if sequence is not None else None,
     )
-    stages = build_stages(skeleton.module, parts, values.tensors, skeleton.aliases, device)
-    return stages, set(values.unfilled)
+    return build_stages(skeleton.module, parts, values.tensors, skeleton.aliases, device), set(values.unfilled)

@@ -186,8 +186,9 @@ def _selected(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torc
         return None
     values, mask = given["input"], given["mask"]
     with without_modes():
-        places = mask.expand(torch.broadcast_shapes(values.shape, mask.shape)).nonzero(as_tuple=True)
-    chosen: torch.Tensor = values.expand(torch.broadcast_shapes(values.shape, mask.shape))[places]
+        shape = torch.broadcast_shapes(values.shape, mask.shape)  # type: ignore[no-untyped-call]
+        places = mask.expand(shape).nonzero(as_tuple=True)
+    chosen: torch.Tensor = values.expand(shape)[places]
     return chosen
 
 
