@@ -32,6 +32,7 @@ from fxpipe.runtime.run.optimizer import make_optimizer, make_scaler
 from fxpipe.runtime.run.prepare import RunOptions
 from fxpipe.runtime.run.timeline import StepTiming, write_trace
 from fxpipe.runtime.weights.disk.directory import weights_path
+from fxpipe.runtime.weights.matching import Wanted
 from fxpipe.training import Trainer
 from fxpipe.variants import Variants
 from fxpipe.verification import Verifier
@@ -455,15 +456,7 @@ class Pipeline:
         running = self._materialized()
         given = {"optimizer": optimizer is not None, "scheduler": scheduler is not None}
         with running.together("load", dtype=dtype, strict=strict, prefix=prefix, **given):
-            loaded = running.checkpoints.load(
-                path,
-                rename=rename,
-                dtype=dtype,
-                strict=strict,
-                prefix=prefix,
-                optimizer=optimizer,
-                scheduler=scheduler,
-            )
+            loaded = running.checkpoints.load(path, Wanted(rename, dtype, strict, prefix), optimizer, scheduler)
         self._trainer.resume(loaded.step, loaded.seed)
         log.info("loaded %d tensors from %s", len(loaded.filled), path)
         self._loaded.update(dict.fromkeys(loaded.filled, f"file {loaded.name}"))
@@ -487,7 +480,7 @@ class Pipeline:
             path: A directory that does not exist.
             optimizer: Whose state is saved, by FQN.
             scheduler: Whose state is saved.
-            extra: The user's own values: numbers, strings, lists, dictionaries; the first rank's are kept.
+            extra: The user's own values: numbers, strings, lists, dictionaries; the same on every rank, None on any.
             only: ``"trainable"``: only trainable tensors, in peft's form for a model that peft wrapped.
             async_: Whether to return once the tensors are copied, and write in the background.
 

@@ -197,24 +197,15 @@ def read_quarter(name: str, folder: str) -> dict[str, float]:
     from safetensors import safe_open
 
     import fxpipe
-    import fxpipe.runtime.weights.reading as reading
+    from tests.weights.reads import counted_reads
 
     torch.distributed.init_process_group("gloo")
     ids = torch.zeros(QUARTERS, 64, dtype=torch.long)
     with torch.device("meta"):
         model = MODELS[name]()
     pipe = fxpipe.compile(model, QUARTERS, example_kwargs={"input_ids": ids, "labels": ids}, schedule="GPipe")
-    asked = []
-    real = reading.read_box
-
-    def counted(*arguments: Any) -> torch.Tensor:
-        box = real(*arguments)
-        asked.append(box.numel() * box.element_size())
-        return box
-
-    reading.read_box = counted
     torch.distributed.barrier()
-    with measured() as found:
+    with counted_reads() as asked, measured() as found:
         pipe.materialize(init=folder)
     parameters = dict(pipe.named_parameters())
     for path in pathlib.Path(folder).glob("*.safetensors"):

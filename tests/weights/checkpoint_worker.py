@@ -366,7 +366,12 @@ def bad_input() -> None:
             pipe.save(FOLDER / "street")
         with pytest.raises(fxpipe.WeightsError, match=r"extra\['model'\] is a .*Linear, which JSON cannot hold"):
             pipe.save(FOLDER / "no", extra={"model": torch.nn.Linear(1, 1)})
+        noted = {"epoch": 2, "seen": [1, 5 if dist.get_rank() == 2 else 4]}
+        with pytest.raises(fxpipe.WeightsError, match=r"extra\['seen'\]\[1\] .*: rank 0 has 4, rank 2 has 5"):
+            pipe.save(FOLDER / "no", extra=noted)
         assert not (FOLDER / "no").exists()
+        pipe.save(FOLDER / "noted", extra=noted if dist.get_rank() == 2 else None)
+        assert pipe.load(FOLDER / "noted") == {"epoch": 2, "seen": [1, 5]}
         torch.testing.assert_close(pipe.state_dict(), before, rtol=0, atol=0)
         error = pytest.raises(KeyError if first() else fxpipe.RankError, match=r"rank 0 failed.*KeyError|^'")
         with error:

@@ -6,14 +6,13 @@ import json
 import pathlib
 import re
 import sys
-from typing import Any
 
+import reads
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 import fxpipe
-import fxpipe.runtime.weights.reading as reading
 
 OPTIONS = {
     "vocab_size": 1000,
@@ -44,19 +43,11 @@ def main(folder: pathlib.Path) -> None:
     dist.init_process_group("gloo")
     tokens = torch.zeros(4, 8, dtype=torch.long)
     pipe = fxpipe.compile(build(), 4, (), {"input_ids": tokens, "labels": tokens}, microbatches=4)
-    asked = []
-    real = reading.read_box
-
-    def counted(*arguments: Any) -> torch.Tensor:
-        box = real(*arguments)
-        asked.append(box.numel() * box.element_size())
-        return box
-
-    reading.read_box = counted
     dist.barrier()
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     base = most_resident()
-    pipe.materialize(init=folder)
+    with reads.counted_reads() as asked:
+        pipe.materialize(init=folder)
     peak = most_resident() - base
     own = sum(tensor.numel() * tensor.element_size() for tensor in pipe.state_dict().values())
     print(json.dumps({"own": own, "peak": peak, "asked": sum(asked)}), flush=True)

@@ -17,7 +17,7 @@ from fxpipe.runtime.build.wrappers import is_peft, started_around
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.weights.loading import Loaded, load
-from fxpipe.runtime.weights.matching import Rename, shown
+from fxpipe.runtime.weights.matching import Wanted, shown
 from fxpipe.runtime.weights.model import Model
 from fxpipe.runtime.weights.pretrained import save_pretrained
 from fxpipe.runtime.weights.saving import Saver, Snapshot, take_snapshot
@@ -57,28 +57,13 @@ class Checkpoints:
     def load(
         self,
         path: str | os.PathLike[str],
-        *,
-        rename: Rename = None,
-        dtype: str = "model",
-        strict: bool = True,
-        prefix: str | None = None,
+        wanted: Wanted,
         optimizer: Optimizer | None = None,
         scheduler: Any = None,
     ) -> Loaded:
         """Fill this rank's tensors; as ``fxpipe.runtime.weights.loading.load``."""
         self._saver.wait()
-        loaded = load(
-            path,
-            self._model,
-            self._stages,
-            self._groups,
-            rename=rename,
-            dtype=dtype,
-            strict=strict,
-            prefix=prefix,
-            optimizer=optimizer,
-            scheduler=scheduler,
-        )
+        loaded = load(path, self._model, self._stages, self._groups, wanted, optimizer, scheduler)
         self._unfilled.difference_update(loaded.filled)
         self._made.difference_update(loaded.filled)
         self.start_adapters()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fxpipe.runtime.weights.disk.directory import Listing, list_path
 from fxpipe.runtime.weights.disk.files import StoredTensor, stored
 from fxpipe.runtime.weights.disk.manifest import MODULE
 from fxpipe.runtime.weights.disk.plain import decode
-from fxpipe.runtime.weights.matching import Match, Rename, Wanted, match, shown
+from fxpipe.runtime.weights.matching import Match, Wanted, match, shown
 from fxpipe.runtime.weights.model import Model
 from fxpipe.runtime.weights.optimizer_state import Restored, prepare_restore
 from fxpipe.runtime.weights.reading import byte_progress, read_into, read_tensors
@@ -51,11 +51,7 @@ def load(
     model: Model,
     stages: Sequence[StageModule],
     groups: Groups | None,
-    *,
-    rename: Rename = None,
-    dtype: str = "model",
-    strict: bool = True,
-    prefix: str | None = None,
+    wanted: Wanted,
     optimizer: Optimizer | None = None,
     scheduler: Any = None,
 ) -> Loaded:
@@ -66,10 +62,7 @@ def load(
         model: The whole model's names.
         stages: This rank's stages.
         groups: The pipeline's groups; None where one process holds it all.
-        rename: How the files name tensors, as a mapping or function of their names, or ``"huggingface"``.
-        dtype: ``"model"``: a tensor of another dtype is an error; ``"cast"``: it is cast.
-        strict: Whether unexpected and missing names are errors.
-        prefix: Put before the files' names.
+        wanted: How the files are to be matched, as the user says it.
         optimizer: Over this rank's parameters; gets the saved state.
         scheduler: Of that optimiser; likewise.
 
@@ -83,11 +76,11 @@ def load(
     try:
         listing = list_path(path)
         own = {first: stored(first, tensor) for first, tensor in held.items() if first in model.names.tensors}
-        found = match(listing, model, Wanted(rename, dtype, strict, prefix, added, own))
+        found = match(listing, model, replace(wanted, also=added, held=own))
         prepared = _Prepared(listing, found, held)
         with busy(groups, "reading"):
             prepared.compare_twins()
-        prepared.check_modules(model, stages, strict)
+        prepared.check_modules(model, stages, wanted.strict)
         named = {fqn: tensor for fqn, tensor in held.items() if isinstance(tensor, torch.nn.Parameter)}
         prepared.check_optimizer(optimizer, scheduler, named)
     except Exception as raised:  # whatever it is, rename= being the user's own: no rank may wait for this one

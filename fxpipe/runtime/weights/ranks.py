@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch.distributed as dist
 
+from fxpipe.errors import WeightsError
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
 
@@ -27,6 +30,11 @@ class Everyone:
         """Which of them this process is."""
         return self._groups.members.index(dist.get_rank()) if self._groups is not None else 0
 
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The rank of each."""
+        return self._groups.members if self._groups is not None else (0,)
+
     def gather(self, value: Any) -> list[Any]:
         """Give every rank what each of them has."""
         return [value] if self._groups is None else self._groups.gather(value)
@@ -40,3 +48,52 @@ class Everyone:
         if self._owned is not None:
             self._owned.close()
         self._owned = self._groups = None
+
+
+def one_of_all(name: str, values: Sequence[Any], ranks: Sequence[int]) -> Any:
+    """Give what all ranks have; None where there is nothing.
+
+    Args:
+        name: The argument that they gave it by.
+        values: What each has, encoded.
+        ranks: Their ranks.
+
+    Raises:
+        WeightsError: They differ; names two ranks and what differs first.
+
+    >>> one_of_all("extra", [{"epoch": 1}, {"epoch": 1}], [0, 1])
+    {'epoch': 1}
+    >>> one_of_all("extra", [{"seen": [1, 2]}, {"seen": [1, 3]}], [0, 1])
+    Traceback (most recent call last):
+    fxpipe.errors.WeightsError: extra['seen'][1] differs between ranks: rank 0 has 2, rank 1 has 3
+      a checkpoint keeps one for all: give the same on every rank, or gather what each has into one value
+    """
+    for rank, value in zip(ranks[1:], values[1:], strict=True):
+        if found := _difference(values[0], value, name):
+            place, one, other = found
+            raise WeightsError(
+                f"{place} differs between ranks: rank {ranks[0]} has {one}, rank {rank} has {other}\n"
+                "  a checkpoint keeps one for all: give the same on every rank, or gather what each has into one value"
+            )
+    return values[0] if values else None
+
+
+_ABSENT = object()
+
+
+def _difference(one: Any, other: Any, place: str) -> tuple[str, str, str] | None:
+    """Find the first place at which two encoded values differ, and what is there."""
+    inside: list[tuple[str, Any, Any]] = []
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        inside = [(f"[{key!r}]", one.get(key, _ABSENT), other.get(key, _ABSENT)) for key in {**one, **other}]
+    elif isinstance(one, list) and isinstance(other, list):
+        pairs = zip_longest(one, other, fillvalue=_ABSENT)
+        inside = [(f"[{index}]", mine, theirs) for index, (mine, theirs) in enumerate(pairs)]
+    elif repr(one) != repr(other):  # not a number is like itself, 1 not like 1.0
+        return place, _short(one), _short(other)
+    return next((found for key, mine, theirs in inside if (found := _difference(mine, theirs, place + key))), None)
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is _ABSENT else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

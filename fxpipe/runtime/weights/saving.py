@@ -27,7 +27,7 @@ from fxpipe.runtime.weights.optimizer_state import (
     own_optimizer_state,
     own_scheduler_state,
 )
-from fxpipe.runtime.weights.ranks import Everyone
+from fxpipe.runtime.weights.ranks import Everyone, one_of_all
 from fxpipe.runtime.weights.target import Target
 from fxpipe.runtime.weights.writing import WritePlan, plan_writing
 
@@ -215,9 +215,14 @@ class Saver:
         self, snapshot: Snapshot, everyone: Everyone
     ) -> tuple[WritePlan | None, Manifest | None, Exception | None]:
         own = snapshot.optimizer
-        parts = everyone.gather((None if own is None else (own.kind, own.scalars, own.groups), snapshot.modules))
+        state = None if own is None else (own.kind, own.scalars, own.groups)
+        parts = everyone.gather((state, snapshot.modules, snapshot.scheduler, snapshot.extra))
         try:
-            record = join_states([state for state, _ in parts])
+            record = join_states([part[0] for part in parts])
+            scheduler = one_of_all("scheduler", [part[2] for part in parts], everyone.ranks)
+            # Often only the first rank has something to note.
+            noted = {rank: part[3] for rank, part in zip(everyone.ranks, parts, strict=True) if part[3] is not None}
+            extra = one_of_all("extra", list(noted.values()), list(noted))
             plan = plan_writing(snapshot.tensors, everyone)
         except Exception as error:
             return None, None, error
@@ -229,9 +234,9 @@ class Saver:
             tensors={name: entry for name, entry in plan.entries.items() if not name.startswith(_APART)},
             state={name: entry for name, entry in plan.entries.items() if name.startswith(_APART)},
             optimizer=record,
-            scheduler=snapshot.scheduler,
-            extra=snapshot.extra,
-            modules={key: value for _, modules in parts for key, value in modules.items()},
+            scheduler=scheduler,
+            extra=extra,
+            modules={key: value for part in parts for key, value in part[1].items()},
         )
         return plan, manifest, None
 
