@@ -29,6 +29,7 @@ from fxpipe.ir.units import folded
 from fxpipe.runtime.build.stage import StageModule, StageParts, build_stages
 from fxpipe.runtime.build.state import StateNames, state_names
 from fxpipe.runtime.build.values import initial_values
+from fxpipe.runtime.build.wrappers import added_by_peft
 from fxpipe.runtime.ranks.agreement import CALL, agree
 from fxpipe.runtime.ranks.dimensions import check_mesh
 from fxpipe.runtime.ranks.groups import Groups, busy, stop_process_group
@@ -253,7 +254,9 @@ def materialize(
         gradients = Gradients(stages, plan.ties, [s.rank for s in plan.stages], groups, keep_wide=options.keep_wide)
         engine = _engine(plan, stages, groups, where, gradients)
         model = Model(capture.skeleton.module, state_names(capture.skeleton.module, capture.skeleton.aliases))
-        checkpoints = Checkpoints(model, stages, groups, unfilled, capture.skeleton.caching, seed)
+        checkpoints = Checkpoints(
+            model, stages, groups, unfilled, capture.skeleton.caching, seed, capture.skeleton.origins
+        )
         checkpoints.start_adapters(has_all=init != "empty")
         recorder = options.recorder(engine, where)
     return Running(
@@ -344,19 +347,16 @@ def weight_sources(
     for stage in plan.stages:
         for fqn in _wanted(skeleton.aliases, [_parts(source.capture, plan, layers, stage)]):
             stages.setdefault(fqn, {})[stage.index] = None
-    found = []
+    found, is_added = [], added_by_peft(skeleton.module)
+    sequence = skeleton.module if isinstance(skeleton.module, SpecSequential) else None
     for fqn, info in skeleton.infos.items():
         origin = skeleton.origins[fqn]
-        if origin == "none" and _is_built(skeleton.module, fqn):
+        if origin == "none" and sequence and isinstance(sequence.specs[int(fqn.partition(".")[0])], LayerSpec):
             origin = "built"
-        words = loaded.get(fqn) or _words(origin, info.persistent, seed, init)
+        is_by_peft = origin == "none" and init is not None and is_added(fqn)
+        words = loaded.get(fqn) or (f"peft, seed {seed}" if is_by_peft else _words(origin, info.persistent, seed, init))
         found.append(WeightSource(fqn, info.nbytes, words, tuple(sorted(stages.get(fqn, ())))))
     return found
-
-
-def _is_built(model: nn.Module, fqn: str) -> bool:
-    """Tell whether a tensor belongs to a layer that a hand-written sequence builds."""
-    return isinstance(model, SpecSequential) and isinstance(model.specs[int(fqn.partition(".")[0])], LayerSpec)
 
 
 def _words(origin: str, persistent: bool, seed: int, init: Init) -> str:

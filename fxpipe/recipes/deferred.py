@@ -6,6 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from fxpipe.recipes.lazy import recorded_lazily
 from fxpipe.recipes.operations import is_there
 from fxpipe.recipes.recorder import InitRecorder, RecordingMode
 from fxpipe.recipes.replay import BLANK, OTHER_BLANK, Replay, holds_blanks, replaying, view_of
-from fxpipe.recipes.tape import Region
+from fxpipe.recipes.tape import Entry, Operation, Region
 
 _active: list[RecordingMode] = []
 _FARTHEST = 9.0
@@ -76,6 +77,74 @@ def deferred_init(seed: int | None = 0) -> Iterator[None]:
         _active.append(mode)
         stack.callback(_active.pop)
         yield
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Given:
+    """What stands in a recording for values that are asked for later."""
+
+    name: str
+    dtype: torch.dtype
+    value: Callable[[str], torch.Tensor]
+
+    def __call__(self) -> torch.Tensor:
+        return self.value(self.name).to(self.dtype)
+
+
+def given(name: str, like: torch.Tensor, value: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Make, inside of ``deferred_init``, a tensor whose values are asked for whenever they are needed.
+
+    Args:
+        name: What it is.
+        like: A tensor of its shape, strides and dtype.
+        value: Gives, by the name, its values on the CPU, in memory of their own; they are cast to its dtype.
+
+    >>> with deferred_init():
+    ...     weight = given("weight", torch.empty(2), lambda name: torch.ones(2))
+    ...     doubled = weight * 2
+    >>> given_names(doubled), dict(replay({"doubled": doubled}))
+    (('weight',), {'doubled': tensor([2., 2.])})
+    """
+    recorder = _active[-1].recorder
+    strides = torch.empty_like(like, device="meta").stride() if like.numel() else like.stride()
+    twin = torch.empty_strided(like.shape, strides, dtype=like.dtype, device="cpu")
+    region = recorder.region(twin)
+    storages = frozenset((region.storage,))
+    recorder.tape.append(
+        Operation(
+            _Given(name, like.dtype, value),
+            (),
+            {},
+            ((0, region),),
+            frozenset(),
+            storages,
+            storages,
+            None,
+            twin.device,
+            torch.get_default_dtype(),
+        )
+    )
+    return twin
+
+
+def given_names(tensor: torch.Tensor) -> tuple[str, ...]:
+    """Give the names of the given tensors that a recorded one is made of."""
+    recorder: Recorder = tensor.fake_mode.recorder  # type: ignore[attr-defined]
+    functions = (getattr(entry, "function", None) for entry in _needed(recorder, tensor))
+    return tuple(dict.fromkeys(each.name for each in functions if isinstance(each, _Given)))
+
+
+def is_as_given(tensor: torch.Tensor) -> bool:
+    """Tell whether a recorded tensor is a given one, whole, to which nothing was done."""
+    recorder: Recorder = tensor.fake_mode.recorder  # type: ignore[attr-defined]
+    entries = _needed(recorder, tensor)
+    if len(entries) != 1 or not isinstance(entries[0], Operation) or not isinstance(entries[0].function, _Given):
+        return False
+    return entries[0].outputs[0][1] == recorder.region(tensor)
+
+
+def _needed(recorder: Recorder, tensor: torch.Tensor) -> list[Entry]:
+    return [recorder.tape.entries[place] for place in recorder.tape.needed(recorder.number(tensor))[0]]
 
 
 def is_recording() -> bool:

@@ -135,11 +135,37 @@ def _power(exponent: int) -> int:
 
 
 def _remainder(polynomial: int) -> int:
-    """Reduce modulo the characteristic polynomial, whose second term is 623 below its first, 623 digits at a time."""
-    while (above := polynomial.bit_length() - 1 - _DEGREE) >= 0:
-        shift = max(0, above + 1 - (SIZE - 1))
-        polynomial ^= _multiple(polynomial >> (_DEGREE + shift)) << shift
-    return polynomial
+    """Reduce modulo the characteristic polynomial."""
+    return polynomial ^ _multiple(_quotient(polynomial >> _DEGREE))
+
+
+def _quotient(factor: int) -> int:
+    """Divide ``factor * t^19937`` by the characteristic polynomial ``t^19937 (1 + w)``; gives the whole part.
+
+    ``w`` has no term above ``t^-623``. Over GF(2), ``1 / (1 + w)`` is the product of all ``1 + w^(2^k)``, and each of
+    these is ``1 + w`` in ``t^(2^k)``. What a product leaves below one takes no part in the whole part of the next.
+    """
+    digits, scale = factor.bit_length(), 1
+    while (SIZE - 1) * scale < digits:
+        factor, scale = _scaled(factor, scale, digits), 2 * scale
+    return factor
+
+
+def _scaled(factor: int, scale: int, digits: int) -> int:
+    """Multiply by ``1 + w`` in ``t^scale``, the characteristic polynomial (``_multiple``) over its first term."""
+    total, step = factor, (SIZE - _MIDDLE) * scale  # u and v over their first terms are 1 + t^-227
+    left = 32
+    for index in range(31):
+        shift = (SIZE - 1) * (index + 1) * scale
+        if shift >= digits:
+            break
+        total, left = total ^ (total >> step), left - 1
+        if _TWIST >> index & 1:
+            total ^= factor >> shift
+    for power in (1, 2, 4, 8, 16, 32):  # (1 + x)^(2^k) is 1 + x^(2^k)
+        if left & power:
+            total ^= total >> (step * power)
+    return total ^ (factor >> (_DEGREE * scale)) if _TWIST >> 31 & 1 else total
 
 
 def _multiple(factor: int) -> int:

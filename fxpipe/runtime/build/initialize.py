@@ -24,7 +24,7 @@ from fxpipe.recipes.tape import leaves
 from fxpipe.runtime.build.generators import seed_generators
 from fxpipe.runtime.build.poison import OTHER_POISON, POISON, looks_untouched, poisoned, same_bytes
 from fxpipe.runtime.build.standin import StandIn, tensor_names
-from fxpipe.runtime.build.wrappers import is_tuner, plain_name, starts, starts_as_built
+from fxpipe.runtime.build.wrappers import plain_name
 
 InitFunction = Callable[[nn.Module], Any]
 Phase = Literal["reset", "init"]
@@ -96,7 +96,7 @@ class Initializer:
             start: Tensors that have a value before, on any device; only read.
 
         Returns:
-            All tensors of the unit on the CPU, and the names of those that are not filled.
+            All tensors of the unit on the CPU, and the names of those that are not filled; none that peft added.
 
         Raises:
             MaterializeError: A function fails, or changes what the model is made of.
@@ -105,13 +105,16 @@ class Initializer:
             if not phases and len(start) == len(unit.tensors):
                 return dict(start), ()
             values = self._run(unit, phases, start, POISON)
-            suspects = [fqn for fqn in unit.tensors if looks_untouched(values[fqn])]
+            suspects = [fqn for fqn in unit.tensors if looks_untouched(values[fqn]) and not self._is_added(fqn)]
             if not suspects:
                 break
         if suspects:
             again = self._run(unit, phases, start, OTHER_POISON)
             suspects = [fqn for fqn in suspects if not same_bytes(values[fqn], again[fqn])]
         return values, tuple(suspects)
+
+    def _is_added(self, fqn: str) -> bool:
+        return bool(self.moved) and plain_name(fqn, self.moved) is None
 
     def _attempts(self, is_complete: bool) -> list[tuple[Phase, ...]]:
         """Give the functions to run, in order; another attempt where the one before leaves something unfilled.
@@ -236,11 +239,8 @@ class Initializer:
         yield fqn, module
 
     def _function(self, phase: Phase, fqn: str, module: nn.Module) -> Callable[[], Any] | None:
-        if is_tuner(module):  # whatever init is: an adapter starts as peft starts it
-            calls = starts(module, getattr(self.stand_in.module, "peft_config", {}))
-            return (lambda: [call() for call in calls]) if calls else None
-        if plain_name(f"{fqn}.", self.moved) is None:
-            return _reset_function(module) if starts_as_built(self.stand_in.module, fqn) else None
+        if self._is_added(f"{fqn}."):
+            return None  # whatever init is: an adapter starts as peft starts it
         if phase == "reset":
             reset = _reset_function(module)
             if reset is None or not parametrize.is_parametrized(module):

@@ -128,7 +128,7 @@ def make_stand_in(skeleton: nn.Module, originals: Mapping[str, torch.Tensor], al
                     metas[first] = _meta(tensor, originals.get(first))
                 memo.setdefault(id(tensor), metas[first])
     for part in skeleton.modules():
-        for plain in _plain_fakes(part):
+        for plain in plain_fakes(part):
             memo.setdefault(id(plain), torch.empty(plain.shape, dtype=plain.dtype, device="meta"))
     module = copy.deepcopy(skeleton, memo)
     first_of = {id(meta): fqn for fqn, meta in metas.items()}
@@ -174,7 +174,7 @@ def _meta(tensor: torch.Tensor, original: torch.Tensor | None) -> torch.Tensor:
     return meta
 
 
-def _plain_fakes(module: nn.Module) -> Iterator[FakeTensor]:
+def plain_fakes(module: nn.Module) -> Iterator[FakeTensor]:
     """Find fake tensors that are plain attributes: they have no memory that could be copied."""
     for value in vars(module).values():
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)

@@ -17,7 +17,7 @@ from fxpipe.recipes.deferred import is_recorded, replay
 from fxpipe.runtime.build.generators import kept_generators
 from fxpipe.runtime.build.initialize import InitFunction, Initializer, Unit, has_reset, is_huggingface
 from fxpipe.runtime.build.standin import make_stand_in
-from fxpipe.runtime.build.wrappers import added_by_tuners, inner_modules
+from fxpipe.runtime.build.wrappers import added_by_peft, inner_modules
 
 INIT_WORDS = ("reset", "huggingface", "empty")
 """What ``init`` may be by name."""
@@ -73,7 +73,7 @@ def initial_values(
         constructed: Recorded tensors of a hand-written sequence, by first FQN: what ``init`` functions start from.
 
     Returns:
-        The tensors, and the names of those that have no value yet: with ``"empty"``, or made by peft of others.
+        The tensors, and the names of those that have no value yet: with ``"empty"``, or added by peft.
 
     Raises:
         MaterializeError: Tensors have no value, ``init`` is unknown, or a function of a module fails.
@@ -92,8 +92,10 @@ def initial_values(
     constructed = constructed or {}
     recipes = {fqn: constructed.get(fqn, originals[fqn]) for fqn in missing}
     recipes = {fqn: tensor for fqn, tensor in recipes.items() if is_recorded(tensor)}
+    is_added = added_by_peft(skeleton)
     if init == "empty":
         unfiled = {fqn for unit in _unfiled_units(skeleton, missing) for fqn in unit.tensors}
+        unfiled.update(fqn for fqn in missing if is_added(fqn))
         recipes = {fqn: tensor for fqn, tensor in recipes.items() if fqn in unfiled}
     elif init is not None:
         recipes = {}
@@ -113,17 +115,16 @@ def initial_values(
         if missing:
             stand_in = make_stand_in(skeleton, originals, aliases)
             initializer = Initializer(skeleton, stand_in, frozenset(blocks), init, seed, dict(inner_modules(skeleton)))
-            units = _unfiled_units(skeleton, missing) if init == "empty" else initializer.units(missing)
-            wanted = set(missing)
+            wanted = dict.fromkeys(fqn for fqn in missing if not is_added(fqn))  # peft's own start comes later
+            units = _unfiled_units(skeleton, list(wanted)) if init == "empty" else initializer.units(list(wanted))
             for unit in units:
                 start = _start(unit.tensors, originals, constructed if init != "empty" else {})
                 filled, left = initializer.fill(unit, start)
                 unfilled += [fqn for fqn in left if fqn in wanted]
                 tensors.update((fqn, _owned(filled[fqn], device, dtype)) for fqn in filled if fqn in wanted)
                 del filled, start  # the next unit's memory comes after this one's is free
-        if init != "empty":  # adapters that peft makes of other weights come later
-            is_added = added_by_tuners(skeleton)
-            _refuse(skeleton, [fqn for fqn in unfilled if not is_added(fqn)], init)
+        if init != "empty":
+            _refuse(skeleton, unfilled, init)
         for fqn in fqns:
             if fqn in tensors:
                 continue
@@ -161,15 +162,14 @@ def _check_alike(fqn: str, value: torch.Tensor, expected: torch.Tensor) -> None:
 def _unfiled_units(skeleton: nn.Module, fqns: Sequence[str]) -> list[Unit]:
     """Give the owners of the tensors among these that files lack.
 
-    Non-persistent buffers, adapters of peft, and what models of transformers compute anew (Marian's positions).
+    Non-persistent buffers, and what models of transformers compute anew (Marian's positions).
     """
-    is_added = added_by_tuners(skeleton)
     computed = {fqn for fqn in fqns if _may_be_missing(skeleton, fqn)}
     persistent = skeleton.state_dict(keep_vars=True)
     buffers = {fqn for fqn, _ in skeleton.named_buffers()} - set(persistent)
     owners: dict[str, list[str]] = {}
     for fqn in fqns:
-        if fqn in buffers or fqn in computed or is_added(fqn):
+        if fqn in buffers or fqn in computed:
             owners.setdefault(fqn.rpartition(".")[0], []).append(fqn)
     return [Unit(owner, tuple(sorted(names))) for owner, names in owners.items()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,7 +13,7 @@ from fxpipe.errors import MaterializeError, WeightsError
 from fxpipe.runtime.build.extra_state import held_extra_states
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.build.state import held_tensors, write_state
-from fxpipe.runtime.build.wrappers import is_peft, started_around
+from fxpipe.runtime.build.wrappers import Adapters
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.weights.loading import Loaded, load
@@ -34,6 +34,7 @@ class Checkpoints:
         unfilled: First FQNs of tensors without a value; those that are loaded are taken out.
         caching: Configurations whose ``use_cache`` was switched off for capture.
         seed: Of initialisation.
+        origins: Where values come from, by first FQN: ``"real"`` where the user gave them.
     """
 
     def __init__(
@@ -44,14 +45,16 @@ class Checkpoints:
         unfilled: set[str],
         caching: Sequence[Any] = (),
         seed: int = 0,
+        origins: Mapping[str, str] | None = None,
     ) -> None:
         self._model = model
         self._stages = stages
         self._groups = groups
         self._unfilled = unfilled
         self._caching = caching
-        self._seed = seed
-        self._made: set[str] = set()
+        # What peft made: none that the user gave values to.
+        self._made = {fqn for fqn in model.added() if (origins or {}).get(fqn) != "real"}
+        self._adapters = Adapters(model.module, model.names.first, seed)
         self._saver = Saver(model, groups)
 
     def load(
@@ -66,28 +69,33 @@ class Checkpoints:
         loaded = load(path, self._model, self._stages, self._groups, wanted, optimizer, scheduler)
         self._unfilled.difference_update(loaded.filled)
         self._made.difference_update(loaded.filled)
-        self.start_adapters()
+        self.start_adapters(loaded.filled)
         return loaded
 
-    def start_adapters(self, has_all: bool = False) -> None:
-        """Start what peft makes of the weights of the layers that it wraps; every rank calls it, with new weights.
+    def start_adapters(self, loaded: Collection[str] = (), has_all: bool = False) -> None:
+        """Start what peft adds to the model, of the weights that are there; every rank calls it, with new weights.
 
         Args:
-            has_all: Whether all of these have their values.
+            loaded: First FQNs of this rank's tensors that have just got other values.
+            has_all: Whether all of the model's own have their values.
 
         Raises:
             MaterializeError: On every rank: peft fails, or leaves something that no other weights come for.
         """
-        if not is_peft(self._model.module):
+        if not self._model.added():
             return
         error: Exception | None = None
         try:
             held = held_tensors(self._model.names, self._stages)
             known = {name: tensor for name, tensor in held.items() if name not in self._unfilled}
-            wanted = (self._unfilled | self._made) & held.keys() & self._model.added()
-            values = started_around(self._model.module, known, self._model.names.first, wanted, self._seed)
+            fresh = self._made & self._unfilled & held.keys()
+            wanted = fresh | {
+                name for name in self._made & held.keys() - fresh if loaded and self._adapters.follows(name)
+            }
+            if wanted:  # some kinds take what they add out of the weights around it
+                wanted |= {name for name in loaded if name in known and self._adapters.follows(name)}
+            values = self._adapters.started([name for name in held if name in wanted], known)
             write_state([(held[name], value) for name, value in values.items()])
-            self._made.update(values)
             self._unfilled.difference_update(values)
             if has_all and self._unfilled:
                 raise MaterializeError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxpipe.errors import WeightsError
 from fxpipe.ir.units import folded
-from fxpipe.runtime.build.wrappers import is_peft
+from fxpipe.runtime.weights.adapters import AdapterFiles, adapter_files
 from fxpipe.runtime.weights.conversions import Conversion, ignored_names, is_transformers, reading_conversions
 from fxpipe.runtime.weights.disk.directory import Listing
 from fxpipe.runtime.weights.disk.files import StoredTensor
@@ -103,7 +103,7 @@ class _Resolver:
         self._model = model
         self._wanted = wanted
         self._plain = {} if listing.kind == "checkpoint" else model.plain_names()
-        self._adapter = _adapter_names(model) if listing.kind == "adapter" else {}
+        self._adapters = adapter_files(listing, model) if listing.kind == "adapter" else AdapterFiles()
         root = self._huggingface_root()
         self._huggingface = root
         self._ignored: tuple[Any, Any] = (None, None)
@@ -139,10 +139,10 @@ class _Resolver:
             return [_prefixed(source, start + inner) for source in found]
         renamed = []
         for name, entry in entries.items():
-            target = _renamed(name, wanted.rename)
+            target = None if name in self._adapters.others else _renamed(name, wanted.rename)
             if target is not None:
                 renamed.append(Conversion((name,), (StoredTensor(start + target, entry.dtype, entry.shape),)))
-        return renamed
+        return [*renamed, *self._adapters.made]
 
     def _plain_state(self, inner: str) -> dict[str, torch.Tensor]:
         """Give the state dictionary that the model of transformers would have without the wrapper around it."""
@@ -157,8 +157,8 @@ class _Resolver:
 
     def firsts(self, name: str) -> tuple[str, ...]:
         """Give the first FQNs of the tensors that a name means."""
-        if name in self._adapter:
-            return (self._adapter[name],)
+        if name in self._adapters.first:
+            return (self._adapters.first[name],)
         if name in self._plain:
             return self._plain[name]
         names = self._model.names
@@ -185,7 +185,7 @@ class _Resolver:
         """Give the tensors that must be in the file."""
         names = self._model.names.tensors
         if self._listing.kind == "adapter":
-            return list(dict.fromkeys(self._adapter.values()))
+            return list(self._adapters.required)
         if self._listing.kind == "trainable":
             trainable = dict(self._model.module.named_parameters())
             return [fqn for fqn in names if fqn in trainable and trainable[fqn].requires_grad]
@@ -314,31 +314,3 @@ def _twins(first: str, one: Conversion, other: Conversion, faults: _Faults) -> I
         return [(first, one.reads[0], other.reads[0])]
     faults.others.append(f"{first} comes from {one.reads[0]} and from {other.reads[0]}")
     return []
-
-
-def _adapter_names(model: Model) -> dict[str, str]:
-    """Give the FQN of each name that peft's own files have, by peft's own function on the model without memory."""
-    if not is_peft(model.module):
-        raise WeightsError(
-            f"this is an adapter of peft, and {model.name} has none\n"
-            "  wrap the model by peft.get_peft_model before compile"
-        )
-    return adapter_names(model.module, dict(model.module.state_dict(keep_vars=True)))
-
-
-def adapter_names(module: Any, state: Mapping[str, torch.Tensor], adapter: str | None = None) -> dict[str, str]:
-    """Give the FQN of each name in ``adapter_model.safetensors``.
-
-    Args:
-        module: A model that peft wrapped, with fake tensors.
-        state: Its state dictionary.
-        adapter: Which adapter; None: the active one.
-    """
-    from peft import get_peft_model_state_dict
-
-    fqns = {id(tensor): fqn for fqn, tensor in reversed(list(state.items()))}
-    if adapter is None:
-        active = module.active_adapter
-        adapter = active if isinstance(active, str) else active[0]
-    found = get_peft_model_state_dict(module, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False)
-    return {name: fqns[id(tensor)] for name, tensor in found.items() if id(tensor) in fqns}

@@ -53,7 +53,7 @@ class Model:
 
     def added(self) -> frozenset[str]:
         """Give the first FQNs of the tensors that a wrapper added: no file of the plain model has them."""
-        if not is_peft(self.module):
+        if not any(inner_modules(self.module)):
             return frozenset()
         plain = {first for firsts in self.plain_names().values() for first in firsts}
         return frozenset(first for first in self.names.tensors if first not in plain)

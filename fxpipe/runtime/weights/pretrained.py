@@ -19,9 +19,8 @@ from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.weights.conversions import Conversion, is_transformers, writing_conversions
 from fxpipe.runtime.weights.disk.directory import INDEX, WHOLE
 from fxpipe.runtime.weights.disk.files import StoredTensor, cannot_write, write_file, write_json
-from fxpipe.runtime.weights.gathering import brought, holders, whole
 from fxpipe.runtime.weights.model import Model
-from fxpipe.runtime.weights.ranks import Everyone
+from fxpipe.runtime.weights.ranks import Everyone, brought, holders, whole
 from fxpipe.runtime.weights.target import Target
 from fxpipe.runtime.weights.trainable import save_trainable
 

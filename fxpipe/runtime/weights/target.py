@@ -24,7 +24,7 @@ class Target:
     """
 
     def __init__(self, path: str | os.PathLike[str], everyone: Everyone) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a save in the background outlives a change of directory
         self.everyone = everyone
 
     @property

@@ -27,7 +27,7 @@ class Listing:
     Attributes:
         path: The directory or file.
         kind: A checkpoint of ``pipe.save``; weights of another origin; an adapter of peft; trainable tensors alone.
-        entries: Weights by the name they have there.
+        entries: Weights by the name they have there; those of a further adapter after ``"its name/"``.
         manifest: Of a checkpoint.
     """
 
@@ -77,10 +77,12 @@ def list_path(path: str | os.PathLike[str]) -> Listing:
         return Listing(place, "safetensors", _single(place))
     if (place / NAME).exists():
         return _checkpoint(place)
-    known: tuple[tuple[str, Kind], ...] = ((WHOLE, "safetensors"), (ADAPTER, "adapter"), (TRAINABLE, "trainable"))
-    for name, kind in known:
-        if (place / name).exists():
-            return Listing(place, kind, _single(place / name))
+    if (place / WHOLE).exists():
+        return Listing(place, "safetensors", _single(place / WHOLE))
+    if adapters := _adapters(place):
+        return Listing(place, "adapter", adapters)
+    if (place / TRAINABLE).exists():
+        return Listing(place, "trainable", _single(place / TRAINABLE))
     if (place / INDEX).exists():
         return Listing(place, "safetensors", _sharded(place / INDEX))
     single = sorted(place.glob("*.safetensors"))
@@ -120,6 +122,15 @@ def _single(path: Path) -> dict[str, Entry]:
         part.name: Entry(part.dtype, part.shape, (Chunk(path, part.name, (0,) * len(part.shape), part.shape),))
         for part in read_header(path)
     }
+
+
+def _adapters(place: Path) -> dict[str, Entry]:
+    """Give the tensors of an adapter, and of others in folders of their names: these stand before the tensors'."""
+    found = _single(place / ADAPTER) if (place / ADAPTER).exists() else {}
+    for folder in sorted(place.iterdir()):
+        if (folder / ADAPTER).is_file():
+            found.update((f"{folder.name}/{name}", entry) for name, entry in _single(folder / ADAPTER).items())
+    return found
 
 
 def _sharded(index: Path) -> dict[str, Entry]:
