@@ -129,21 +129,21 @@ def given(name: str, like: torch.Tensor, value: Callable[[str], torch.Tensor]) -
 
 def given_names(tensor: torch.Tensor) -> tuple[str, ...]:
     """Give the names of the given tensors that a recorded one is made of."""
-    recorder: Recorder = tensor.fake_mode.recorder  # type: ignore[attr-defined]
+    recorder: InitRecorder = tensor.fake_mode.recorder  # type: ignore[attr-defined]
     functions = (getattr(entry, "function", None) for entry in _needed(recorder, tensor))
     return tuple(dict.fromkeys(each.name for each in functions if isinstance(each, _Given)))
 
 
 def is_as_given(tensor: torch.Tensor) -> bool:
     """Tell whether a recorded tensor is a given one, whole, to which nothing was done."""
-    recorder: Recorder = tensor.fake_mode.recorder  # type: ignore[attr-defined]
+    recorder: InitRecorder = tensor.fake_mode.recorder  # type: ignore[attr-defined]
     entries = _needed(recorder, tensor)
     if len(entries) != 1 or not isinstance(entries[0], Operation) or not isinstance(entries[0].function, _Given):
         return False
     return entries[0].outputs[0][1] == recorder.region(tensor)
 
 
-def _needed(recorder: Recorder, tensor: torch.Tensor) -> list[Entry]:
+def _needed(recorder: InitRecorder, tensor: torch.Tensor) -> list[Entry]:
     return [recorder.tape.entries[place] for place in recorder.tape.needed(recorder.number(tensor))[0]]
 
 

@@ -423,3 +423,54 @@ def test_close_raises_what_nobody_asked_for(asks, tmp_path, monkeypatch):
     else:
         with pytest.raises(OSError, match="the disk is gone"):
             pipe.close()
+
+
+@pytest.mark.parametrize("path", ["", "/", "zero\0", 5, None, "n" * 300])
+def test_a_path_that_cannot_be_made_is_refused(path, tmp_path):
+    if isinstance(path, str) and len(path) == 300:
+        path = tmp_path / path
+    with street().materialize() as pipe:
+        with pytest.raises(WeightsError, match=r"no path of something new|cannot write|exists"):
+            pipe.save(path)
+        with pytest.raises(WeightsError, match=r"no path|there is no|holds no weights|cannot be read"):
+            pipe.load("/dev/null" if path == "/" else path)
+
+
+def test_a_name_that_the_format_keeps_for_itself_is_refused(tmp_path):
+    with street().materialize() as pipe:
+        pipe.stage_modules[0].register_parameter("__metadata__", torch.nn.Parameter(torch.ones(2)))
+        with pytest.raises(WeightsError, match="is named __metadata__"):
+            pipe.save(tmp_path / "no")
+    assert not list(tmp_path.iterdir())
+
+
+NAMED = "embed.weight"
+SPOILED = {
+    "no parts": (lambda data: data["tensors"][NAMED].update(chunks=[]), r"has parts of 0 of its \d+ elements"),
+    "another": (lambda data: part_of(data).update(name="blocks.0.first.bias"), r"is not in .* as fxpipe\.json has it"),
+    "unknown": (lambda data: part_of(data).update(name="nothing"), r"is not in .* as fxpipe\.json has it"),
+    "outside": (lambda data: part_of(data).update(offsets=[-1, 0]), "has a part outside of its shape"),
+    "twice": (lambda data: data["tensors"][NAMED]["chunks"].append(part_of(data)), r"has parts of \d+ of its \d+"),
+    "step": (lambda data: data.update(step="five"), "step and seed are"),
+    "seed": (lambda data: data.update(seed=None), "step and seed are"),
+    "modules": (lambda data: data.update(modules=None), "modules is no object"),
+}
+
+
+def part_of(data):
+    return data["tensors"][NAMED]["chunks"][0]
+
+
+def test_a_manifest_that_does_not_say_what_files_hold_is_refused_before_anything_is_changed(checkpoint, tmp_path):
+    data = json.loads((checkpoint / "fxpipe.json").read_text())
+    with street().materialize() as pipe:
+        before = {fqn: tensor.clone() for fqn, tensor in pipe.state_dict().items()}
+        for name, (spoil, match) in SPOILED.items():
+            broken = tmp_path / name
+            shutil.copytree(checkpoint, broken)
+            changed = json.loads(json.dumps(data))
+            spoil(changed)
+            (broken / "fxpipe.json").write_text(json.dumps(changed))
+            with pytest.raises(WeightsError, match=match):
+                pipe.load(broken)
+        torch.testing.assert_close(pipe.state_dict(), before, rtol=0, atol=0)

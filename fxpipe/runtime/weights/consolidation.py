@@ -15,6 +15,7 @@ from fxpipe.runtime.weights.disk.directory import INDEX, WHOLE, Listing, list_pa
 from fxpipe.runtime.weights.disk.files import StoredTensor, cannot_write, write_file, write_json
 from fxpipe.runtime.weights.disk.manifest import Chunk, Entry, Manifest, write_manifest
 from fxpipe.runtime.weights.reading import Progress, byte_progress, read_tensors
+from fxpipe.runtime.weights.target import new_path
 
 SHARD_BYTES = 5 * 10**9
 """Largest file, unless one tensor is larger."""
@@ -39,13 +40,13 @@ def convert(
         WeightsError: The source is not whole, the target exists, or there is no room; nothing is left then.
     """
     listing = list_path(source)
-    place = Path(target)
-    if place.exists() or place.is_symlink():
-        raise WeightsError(f"{place} exists\n  give a new name, or remove it first")
+    place = new_path(target)
     entries = {name: StoredTensor(name, entry.dtype, entry.shape) for name, entry in listing.entries.items()}
     total = sum(entry.nbytes for entry in entries.values())
     part = place.with_name(f".{place.name}.part")
     try:
+        if place.exists() or place.is_symlink():
+            raise WeightsError(f"{place} exists\n  give a new name, or remove it first")
         place.parent.mkdir(parents=True, exist_ok=True)
         if part.exists():
             shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -65,9 +66,9 @@ def convert(
     except OSError as error:
         raise cannot_write(place, error) from error
     finally:
-        if part.is_dir():
+        if os.path.isdir(part):
             shutil.rmtree(part, ignore_errors=True)
-        elif part.exists():
+        elif os.path.exists(part):
             part.unlink()
     return place, f"{what}: {len(entries)} tensors, {total:,} bytes"
 

@@ -24,8 +24,14 @@ class Target:
     """
 
     def __init__(self, path: str | os.PathLike[str], everyone: Everyone) -> None:
-        self.path = Path(path).absolute()  # a save in the background outlives a change of directory
         self.everyone = everyone
+        self.path = Path()
+        self._is_made = False
+        self._error: Exception | None = None
+        try:
+            self.path = new_path(path)
+        except WeightsError as error:  # raised where the ranks agree: on another the path may be right
+            self._error = error
 
     @property
     def part(self) -> Path:
@@ -42,6 +48,7 @@ class Target:
         Raises:
             WeightsError: On every rank: the target exists, cannot be made, or has too little room; or ``error``.
         """
+        error = error or self._error
         if error is None and self.everyone.position == 0:
             try:
                 self._make(nbytes)
@@ -50,11 +57,11 @@ class Target:
         self.agree(error, "where to save", str(self.path))
 
     def _make(self, nbytes: int) -> None:
-        if self.path.exists() or self.path.is_symlink():
-            raise WeightsError(
-                f"{self.path} exists\n  save makes a new directory: give another name, or remove it first"
-            )
         try:
+            if self.path.exists() or self.path.is_symlink():
+                raise WeightsError(
+                    f"{self.path} exists\n  save makes a new directory: give another name, or remove it first"
+                )
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.part.exists():
                 shutil.rmtree(self.part)
@@ -65,6 +72,7 @@ class Target:
                     "  make room, or give a directory on another disk; nothing was written"
                 )
             self.part.mkdir()
+            self._is_made = True
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -73,7 +81,7 @@ class Target:
         try:
             self.everyone.agree(error, subject, *parts)
         except Exception:
-            if self.everyone.position == 0:
+            if self._is_made:
                 shutil.rmtree(self.part, ignore_errors=True)
             self.everyone.gather(None)  # no rank goes on while something is left
             raise
@@ -103,3 +111,23 @@ class Target:
             sync_directory(self.path.parent)
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+
+def new_path(path: str | os.PathLike[str]) -> Path:
+    """Give the path of something that is to be written, whole: a save in the background outlives a change of directory.
+
+    Raises:
+        WeightsError: It is no path, or names nothing that could be made.
+
+    >>> new_path("/runs/first")
+    PosixPath('/runs/first')
+    >>> new_path("")
+    Traceback (most recent call last):
+    fxpipe.errors.WeightsError: '' is no path of something new
+      give the name of a directory that does not exist
+    """
+    if isinstance(path, str | os.PathLike) and "\0" not in os.fspath(path) and os.fspath(path):
+        place = Path(os.path.abspath(path))
+        if place.name:
+            return place
+    raise WeightsError(f"{path!r} is no path of something new\n  give the name of a directory that does not exist")

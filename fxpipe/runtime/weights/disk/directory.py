@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from fxpipe.errors import WeightsError
 from fxpipe.runtime.build.values import INIT_WORDS
-from fxpipe.runtime.weights.disk.files import PICKLES, read_header
+from fxpipe.runtime.weights.disk.files import PICKLES, StoredTensor, read_header
 from fxpipe.runtime.weights.disk.manifest import NAME, Chunk, Entry, Manifest, read_manifest
 
 Kind = Literal["checkpoint", "safetensors", "adapter", "trainable"]
@@ -68,7 +69,16 @@ def list_path(path: str | os.PathLike[str]) -> Listing:
     """
     if not isinstance(path, str | os.PathLike):
         raise WeightsError(f"{path!r} is no path\n  give a directory of weights, a .safetensors file or a checkpoint")
-    place = Path(path)
+    try:
+        return _list(Path(path))
+    except OSError as error:
+        raise WeightsError(
+            f"{path} cannot be read: {error.strerror or error}\n"
+            "  give a directory of weights, a .safetensors file or a checkpoint that this process may read"
+        ) from error
+
+
+def _list(place: Path) -> Listing:
     if not place.exists():
         raise WeightsError(f"there is no {place}\n  give a directory of weights, a .safetensors file or a checkpoint")
     if place.is_file():
@@ -85,7 +95,7 @@ def list_path(path: str | os.PathLike[str]) -> Listing:
         return Listing(place, "trainable", _single(place / TRAINABLE))
     if (place / INDEX).exists():
         return Listing(place, "safetensors", _sharded(place / INDEX))
-    single = sorted(place.glob("*.safetensors"))
+    single = sorted(file for file in place.glob("*.safetensors") if file.is_file())
     if len(single) == 1 and not _is_unfinished(place):
         return Listing(place, "safetensors", _single(single[0]))
     found = newest(place)
@@ -97,7 +107,28 @@ def list_path(path: str | os.PathLike[str]) -> Listing:
 def _checkpoint(place: Path) -> Listing:
     """A checkpoint that ``fxpipe convert`` made of files has their names, not the model's."""
     manifest = read_manifest(place)
+    headers = {name: {part.name: part for part in read_header(place / name)} for name in manifest.files}
+    for name, entry in (*manifest.tensors.items(), *manifest.state.items()):
+        if fault := _fault(entry, headers):
+            raise WeightsError(
+                f"{place} is no whole checkpoint: {name} {fault}\n  copy it again, or give an earlier checkpoint"
+            )
     return Listing(place, "safetensors" if manifest.step is None else "checkpoint", manifest.tensors, manifest)
+
+
+def _fault(entry: Entry, headers: Mapping[str, Mapping[str, StoredTensor]]) -> str | None:
+    """Say in what way files do not hold a tensor as the manifest has it."""
+    for chunk in entry.chunks:
+        held = headers[chunk.file.name].get(chunk.name)
+        if held is None or (held.dtype, held.shape) != (entry.dtype, chunk.shape):
+            return f"is not in {chunk.file.name} as {NAME} has it"
+        box = zip(chunk.offsets, chunk.shape, entry.shape, strict=False)
+        if len(chunk.offsets) != len(entry.shape) or any(not 0 <= at <= at + size <= of for at, size, of in box):
+            return f"has a part outside of its shape {list(entry.shape)}"
+    elements = sum(math.prod(chunk.shape) for chunk in entry.chunks)
+    if elements != math.prod(entry.shape) or len({chunk.offsets for chunk in entry.chunks}) != len(entry.chunks):
+        return f"has parts of {elements} of its {math.prod(entry.shape)} elements"
+    return None
 
 
 def newest(parent: Path) -> Path | None:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from fxpipe.errors import WeightsError
 from fxpipe.ir.tensor import dtype_bytes
 
+_ABOUT = "__metadata__"
+"""What the format keeps beside tensors, among their names."""
 _FORMAT_NAMES = {
     "bool": "BOOL",
     "uint8": "U8",
@@ -70,9 +72,11 @@ def stored(name: str, tensor: torch.Tensor) -> StoredTensor:
     """Describe a tensor as a file would hold it.
 
     Raises:
-        WeightsError: The format has no such dtype.
+        WeightsError: The format has no such dtype, or keeps the name for itself.
     """
     dtype = str(tensor.dtype).removeprefix("torch.")
+    if name == _ABOUT:
+        raise WeightsError(f"a tensor is named {name}, which is no name for one in safetensors\n  give it another name")
     if dtype not in _FORMAT_NAMES:
         raise WeightsError(
             f"{name} is of dtype {dtype}, which safetensors cannot hold\n  it holds {', '.join(_FORMAT_NAMES)}"
@@ -130,7 +134,7 @@ def write_file(path: Path, entries: Sequence[StoredTensor], tensors: Iterable[to
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    text = json.dumps({_ABOUT: {"format": "pt"}, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begins at a multiple of eight
     failed: OSError | None = None
     with path.open("xb", buffering=0) as file:  # a buffer would fail once more when the file is closed

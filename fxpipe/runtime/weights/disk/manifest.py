@@ -188,6 +188,11 @@ def read_manifest(directory: Path) -> Manifest:
 def _manifest(directory: Path, data: Mapping[str, Any]) -> Manifest:
     files = {str(name): int(size) for name, size in data["files"].items()}
     optimizer = data["optimizer"]
+    counts = data["step"], data["seed"]
+    if counts != (None, None) and not all(type(count) is int for count in counts):
+        raise TypeError(f"step and seed are {counts}")
+    if not isinstance(data["modules"], dict):
+        raise TypeError("modules is no object")
     return Manifest(
         model=data["model"],
         step=data["step"],
