@@ -253,10 +253,9 @@ def materialize(
         stages, unfilled = _build_own(capture, plan, layers, groups, where, seed, init, options)
         gradients = Gradients(stages, plan.ties, [s.rank for s in plan.stages], groups, keep_wide=options.keep_wide)
         engine = _engine(plan, stages, groups, where, gradients)
-        model = Model(capture.skeleton.module, state_names(capture.skeleton.module, capture.skeleton.aliases))
-        checkpoints = Checkpoints(
-            model, stages, groups, unfilled, capture.skeleton.caching, seed, capture.skeleton.origins
-        )
+        kept = capture.skeleton
+        model = Model(kept.module, state_names(kept.module, kept.aliases))
+        checkpoints = Checkpoints(model, stages, groups, unfilled, kept.caching, seed, kept.origins)
         checkpoints.start_adapters(has_all=init != "empty")
         recorder = options.recorder(engine, where)
     return Running(
