@@ -32,6 +32,7 @@ class LayerCounts:
             by flat position; the stage counts each such tensor once.
         uncounted: Names of operations without a FLOP formula, which count by their bytes.
         attention: Form of each attention call inside: ``"causal"``, ``"mask"``, ``"full"``.
+        gradient_bytes: Bytes of the largest tensor that its backward makes on the way to the gradients of its inputs.
     """
 
     ops: tuple[OpCount, ...] = ()
@@ -39,6 +40,7 @@ class LayerCounts:
     saved_values: tuple[tuple[str, int], ...] = ()
     uncounted: tuple[str, ...] = ()
     attention: tuple[str, ...] = ()
+    gradient_bytes: int = 0
 
     def flops(self, phase: Phase | None = None) -> int:
         """Sum the FLOPs of one phase, or of all.

@@ -35,6 +35,7 @@ class Builder:
         ops=1,
         saves=(),
         saved_bytes=0,
+        gradient_bytes=0,
         block="",
         free=False,
         grad=True,
@@ -72,7 +73,9 @@ class Builder:
         moved = meta.nbytes + sum(self.made[read][1].nbytes for read in reads)
         held = sum(info.nbytes for info in infos)
         self.counts.append(
-            counts(self.dtype, flops, moved, held, ops, saved_bytes, bool(infos), grad, tuple(uncounted))
+            counts(
+                self.dtype, flops, moved, held, ops, saved_bytes, gradient_bytes, bool(infos), grad, tuple(uncounted)
+            )
         )
         return label
 
@@ -112,7 +115,7 @@ class Builder:
 
 
 @cache
-def counts(dtype, flops, moved, held, ops, saved_bytes, has_weights, grad, uncounted):
+def counts(dtype, flops, moved, held, ops, saved_bytes, gradient_bytes, has_weights, grad, uncounted):
     """Count a layer as ``ops`` operations forward, as many for its input, and as many for its weights if it has any."""
     phases = ["forward"] + ["input_grad"] * grad + ["weight_grad"] * (grad and has_weights)
     return LayerCounts(
@@ -123,6 +126,7 @@ def counts(dtype, flops, moved, held, ops, saved_bytes, has_weights, grad, uncou
         ),
         saved_bytes,
         uncounted=uncounted,
+        gradient_bytes=gradient_bytes,
     )
 
 

@@ -105,7 +105,8 @@ def rank_memory(graph, stage_of, made_for):
                 alive[stage].pop(value.name, None)
     for layer, block in block_of.items():
         rank = made_for.rank_of_stage[stage_of[layer]]
-        working[rank][block] = sum(inside[block].values())
+        gradients = [graph.counts[other].gradient_bytes * scale for other, own in block_of.items() if own == block]
+        working[rank][block] = sum(inside[block].values()) + max(gradients)
     totals = []
     sets = live_sets(made_for.schedule, made_for.stages, made_for.ranks, made_for.num_microbatches)
     for rank in range(made_for.ranks):
@@ -138,6 +139,7 @@ def graphs(draw, most_layers=6):
             flops=draw(st.integers(0, 9)) * 10**9,
             saves=saves,
             saved_bytes=4 * draw(st.integers(0, 5)),
+            gradient_bytes=4 * draw(st.integers(0, 5)),
             block=block,
             grad=draw(st.booleans()),
         )

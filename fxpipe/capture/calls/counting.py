@@ -124,32 +124,34 @@ class LayerCounter:
             result = function(*args, **kwargs)
         outputs = tensors_in(result)
         forward = self.mode.take()
-        input_grad, weight_grad = self._backward(inputs, own, outputs)
+        input_grad, weight_grad, largest = self._backward(inputs, own, outputs)
         saved_bytes, saved_values = _sort_saved(saved, inputs, own, outputs)
         self.mode.kept.clear()
         ops = (*forward, *input_grad, *weight_grad)
-        return LayerCounts(ops, saved_bytes, saved_values, tuple(sorted({op.name for op in ops if not is_counted(op)})))
+        uncounted = tuple(sorted({op.name for op in ops if not is_counted(op)}))
+        return LayerCounts(ops, saved_bytes, saved_values, uncounted, gradient_bytes=largest)
 
     def _backward(
         self, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
-    ) -> tuple[list[OpCount], list[OpCount]]:
-        """Count the gradients of the inputs alone, and what those of the weights add."""
+    ) -> tuple[list[OpCount], list[OpCount], int]:
+        """Count the gradients of the inputs alone, what those of the weights add, and the largest on the way."""
         roots = [tensor for tensor in outputs if tensor.requires_grad and tensor.grad_fn is not None]
         if not roots:
-            return [], []
+            return [], [], 0
         grads = [torch.ones_like(tensor) for tensor in roots]
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         unique = list({id(tensor): tensor for tensor in weights if tensor.requires_grad}.values())
         for_inputs: list[OpCount] = []
+        largest = 0
         if wanted:
             with self.mode.phase("input_grad"):
                 torch.autograd.grad(roots, wanted, grads, retain_graph=True, allow_unused=True)
-            for_inputs = self.mode.take()
+            for_inputs, largest = self.mode.take(), self.mode.largest
         if not unique:
-            return for_inputs, []
+            return for_inputs, [], largest
         with self.mode.phase("weight_grad"):
             torch.autograd.grad(roots, [*wanted, *unique], grads, allow_unused=True)
-        return for_inputs, _added(self.mode.take(), for_inputs)
+        return for_inputs, _added(self.mode.take(), for_inputs), largest
 
 
 def _added(both: Sequence[OpCount], for_inputs: Sequence[OpCount]) -> list[OpCount]:
@@ -207,6 +209,7 @@ class FusedAttention(torch.autograd.Function):
         """Make empty gradients and count the kernel."""
         query, key, value, *_ = kept = ctx.saved_tensors
         made = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        ctx.mode.largest = max([ctx.mode.largest, *map(size_of, made)])
         flops = attention_backward_flops(ctx.shapes[0][:-1] + ctx.shapes[2][-1:], *ctx.shapes)
         size = sum(map(size_of, (*kept, *made, *grads)))
         ctx.mode.add("scaled_dot_product_attention_backward", flops, size, query.dtype)

@@ -20,21 +20,28 @@ from fxpipe.ir.cost import OpCount, Phase
 
 
 class CountMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts aten operations while a phase is on."""
+    """Counts aten operations while a phase is on.
+
+    Attributes:
+        kept: Tensors whose storages are told apart by identity.
+        largest: Bytes of the largest tensor that was made in the phase.
+    """
 
     supports_higher_order_operators = True
     kept: list[torch.Tensor]
+    largest: int
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept = []  # tensors whose storages are told apart by identity
+        self.kept = []
+        self.largest = 0
         self._ops: list[OpCount] = []
         self._phase: Phase = "forward"
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """Count what runs inside."""
-        self._phase = phase
+        self._phase, self.largest = phase, 0
         with self:
             yield
 
@@ -80,6 +87,7 @@ class CountMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         read = tensors_in(args, kwargs)
         made = tensors_in(result)
+        self.largest = max([self.largest, *map(size_of, made)])
         dtype = next((t.dtype for t in (*read, *made) if t.is_floating_point() or t.is_complex()), torch.float32)
         self.add(name, _flops(func, name, args, kwargs, result), _bytes(name, read, made), dtype)
         return result

@@ -10,7 +10,8 @@ What a stage holds, on the runtime of ``torch.distributed.pipelining``:
 - besides: one buffer for what is received next, one gradient that comes back for each value sent, one that goes back
   for each value received.
 
-A recomputed module keeps what enters it, and one of them at a time has its activations.
+A recomputed module keeps what enters it, and one of them at a time has its activations and, in its backward, the
+largest gradient on the way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fxpipe.ir.graph import LayerGraph, Value
 from fxpipe.ir.hardware import OPTIMIZER_STATES, Training
@@ -135,10 +137,12 @@ def layer_memory(graph: LayerGraph, training: Training, precision: Precision) ->
             shared.append(tensor)
     savers = _savers(graph)
     block_of = checkpoints(graph, recomputed_modules(graph, training.recompute))
-    activation = [_saved_bytes(graph, layer, precision) for layer in range(len(graph.specs))]
+    activation = [_as_run(graph, layer, "saved_bytes", precision) for layer in range(len(graph.specs))]
     inside: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for layer, name in block_of.items():
         inside[name] = inside.get(name, 0) + activation[layer]
+        largest[name] = max(largest.get(name, 0), _as_run(graph, layer, "gradient_bytes", precision))
         activation[layer] = 0
     values = []
     for value in graph.values:
@@ -161,7 +165,7 @@ def layer_memory(graph: LayerGraph, training: Training, precision: Precision) ->
         layers = _spread(saved.layers, readers)
         if saved.name not in known and layers:
             shared.append(Shared(saved.name, layers, live_bytes=precision.meta(saved.meta).nbytes))
-    shared += _working_blocks(block_of, inside)
+    shared += _working_blocks(block_of, {name: nbytes + largest[name] for name, nbytes in inside.items()})
     for layer, needers in readers.items():
         if activation[layer] and needers:
             shared.append(Shared(graph.specs[layer].layer_name, needers, live_bytes=activation[layer]))
@@ -218,12 +222,14 @@ def _tensors(
     ]
 
 
-def _saved_bytes(graph: LayerGraph, layer: int, precision: Precision) -> int:
+def _as_run(graph: LayerGraph, layer: int, what: Literal["saved_bytes", "gradient_bytes"], precision: Precision) -> int:
+    """Give a layer's bytes in the dtype that it runs in."""
     if not graph.counts:
         return 0
     counts = graph.counts[layer]
+    nbytes: int = getattr(counts, what)
     computes = any(op.dtype == precision.captured for op in counts.ops)
-    return precision.nbytes(counts.saved_bytes, precision.captured) if computes else counts.saved_bytes
+    return precision.nbytes(nbytes, precision.captured) if computes else nbytes
 
 
 def _savers(graph: LayerGraph) -> dict[str, tuple[int, ...]]:
