@@ -91,12 +91,14 @@ def by_hand(model: nn.Sequential, schedule: str, cuts: list[int], num_microbatch
     return step
 
 
-def seconds(step: Callable[[Any, Any], float], batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+def seconds(step: Callable[[Any, Any], float], batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
+    """Give the seconds that a step takes, and those of this rank's processor."""
     dist.barrier()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     step(*batch)
+    used = time.process_time() - used
     dist.barrier()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, used
 
 
 def work(options: argparse.Namespace) -> None:
@@ -135,22 +137,29 @@ def work(options: argparse.Namespace) -> None:
         assert abs(ours(*batch) - hand(*batch)) < 1e-4
     for step in (ours, hand, alone) * 2:
         seconds(step, batch)
-    ratios, itself, times = [], [], []
+    ratios, itself, times, used = [], [], [], []
     for pair in range(options.pairs):
         order = ("ours", "hand", "again") if pair % 2 else ("again", "hand", "ours")
         took = {name: seconds(ours if name == "ours" else hand, batch) for name in order}
-        ratios.append(took["ours"] / took["hand"])
-        itself.append(took["again"] / took["hand"])
-        times.append(took["ours"])
-    single = [seconds(alone, batch) for _ in range(max(options.pairs // 5, 3))]
+        ratios.append(took["ours"][0] / took["hand"][0])
+        itself.append(took["again"][0] / took["hand"][0])
+        times.append(took["ours"][0])
+        used.append([took[name][1] for name in ("ours", "hand", "again")])
+    single = [seconds(alone, batch)[0] for _ in range(max(options.pairs // 5, 3))]
+    of_ranks = torch.tensor(used)
+    dist.all_reduce(of_ranks)
+    ours_used, hand_used, again_used = of_ranks.unbind(1)
+    processor, own = (each / hand_used for each in (ours_used, again_used))
     if dist.get_rank() == 0:
         step_s = statistics.median(times)
         if options.json:
-            print(json.dumps([1e3 * step_s, *spread(ratios), *spread(itself)]))
+            print(json.dumps([1e3 * step_s, *map(spread, (ratios, itself, processor.tolist(), own.tolist()))]))
             return
         rows = [
             ["fxpipe / by hand", *spread(ratios)],
             ["by hand / by hand", *spread(itself)],
+            ["fxpipe / by hand, processor time of both ranks", *spread(processor.tolist())],
+            ["by hand / by hand, processor time of both ranks", *spread(own.tolist())],
             ["one process on one core / fxpipe on two ranks", statistics.median(single) / step_s, "", ""],
         ]
         print(f"{options.schedule}, cut before layers {cuts}, {1e3 * step_s:.0f} ms a step, {len(times)} pairs")
@@ -172,10 +181,10 @@ TEXT = """\
 ## Steps beside the same cut by hand
 
 Two ranks of one core each, gloo. The cut is the plan's own, written by hand on `torch.distributed.pipelining` as its
-tutorial does; both run in turns, {pairs} pairs, first one and then the other. *Spread* is the distance of the quartiles
-of the hand-written cut against itself, which is what the machine alone makes of 1; *half* is half of it. Near-zero
-compute is a width of 16, 8 blocks, 32 microbatches of 8 tokens; real compute a width of 256, 6 blocks, 8 microbatches
-of 256 tokens.
+tutorial does; both run in turns, {pairs} pairs. Ratios are fxpipe over the cut by hand, as medians with their quartiles:
+of times, and of the processor time of both ranks, which other work on the machine changes less. *Half* is half the
+distance of the quartiles of the cut by hand against itself. Near-zero compute is a width of 16, 8 blocks, 32
+microbatches of 8 tokens; real compute a width of 256, 6 blocks, 8 microbatches of 256 tokens.
 
 Written by `python -m tests.benchmarks running page` with torch {torch}.
 
@@ -189,11 +198,11 @@ def page(pairs: int) -> str:
         given = [*arguments.split(), "--pairs", str(pairs), "--json"]
         results = launch.launch("benchmarks/running.py", RANKS, "--worker", *given, timeout_s=3600)
         launch.check(results)
-        step_ms, middle, first, third, own, low, high = json.loads(results[0].stdout.splitlines()[-1])
-        ratio = f"{middle:.3f} ({first:.3f} to {third:.3f})"
-        rows.append([name, f"{step_ms:.1f}", ratio, most, f"{own:.3f}", f"{high - low:.3f}"])
+        step_ms, *found = json.loads(results[0].stdout.splitlines()[-1])
+        ratios = [f"{middle:.3f} ({first:.3f} to {third:.3f})" for middle, first, third in found]
+        rows.append([name, f"{step_ms:.1f}", most, *ratios])
         print(*rows[-1], sep="  ", flush=True)
-    heads = ["", "step ms", "fxpipe / by hand (quartiles)", "at most", "by hand / itself", "spread"]
+    heads = ["", "step ms", "at most", "time", "by hand against itself", "processor time", "by hand against itself"]
     return TEXT.format(pairs=pairs, torch=torch.__version__.partition("+")[0]) + tabulate(
         rows, heads, tablefmt="github", disable_numparse=True
     )
