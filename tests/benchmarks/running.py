@@ -181,8 +181,8 @@ TEXT = """\
 ## Steps beside the same cut by hand
 
 Two ranks of one core each, gloo. The cut is the plan's own, written by hand on `torch.distributed.pipelining` as its
-tutorial does; both run in turns, {pairs} pairs. Ratios are fxpipe over the cut by hand, as medians with their quartiles:
-of times, and of the processor time of both ranks, which other work on the machine changes less. *Half* is half the
+tutorial does; both run in turns, {pairs} pairs. Ratios are fxpipe over the cut by hand, as medians with quartiles: of
+times, and of the processor time of both ranks, which other work on the machine changes less. *Half* is half the
 distance of the quartiles of the cut by hand against itself. Near-zero compute is a width of 16, 8 blocks, 32
 microbatches of 8 tokens; real compute a width of 256, 6 blocks, 8 microbatches of 256 tokens.
 
