@@ -38,10 +38,10 @@ def compiled_functions(module: nn.Module) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _named_by(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Name those that the methods of a class and of its bases, torch's aside, name outside of themselves."""
+    """Name those that the methods of a class and of its bases name outside of themselves."""
     found: dict[str, None] = {}
     for base in kind.__mro__:
-        if issubclass(base, nn.Module) and not base.__module__.startswith("torch."):
+        if issubclass(base, nn.Module):
             for name, method in vars(base).items():
                 if _is_compiled(method):
                     found[name] = None

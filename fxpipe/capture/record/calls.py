@@ -9,7 +9,13 @@ import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
-from fxpipe._torch import FakeTensor, functorch_is_active, without_functions, without_modes
+from fxpipe._torch import (
+    DataDependentOutputException,
+    FakeTensor,
+    functorch_is_active,
+    without_functions,
+    without_modes,
+)
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.forms import (
     CPU,
@@ -213,7 +219,8 @@ class Calls(TorchFunctionMode):
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], frame: Frame, error: Exception
     ) -> Any:
         forward = self._forward
-        if name in SHAPED_BY_SIZES or _only_checks(func, args, kwargs):
+        reads = isinstance(error, DataDependentOutputException) and name not in READS
+        if name in SHAPED_BY_SIZES or (reads and _only_checks(func, args, kwargs)):
             return run_on_zeros(forward.skeleton.mode, func, args, kwargs)
         if name in SHAPED_BY_LENGTHS and guard_integers(forward, args, frame):
             return run_on_zeros(forward.skeleton.mode, func, args, kwargs, exact=True)
@@ -314,12 +321,10 @@ def finish_call(
 
 
 def _only_checks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function of torch's own looks at values to refuse some, and what it returns has the same form for all.
+    """Whether a function looks at values to refuse some, and what it returns has the same form for all others.
 
     ``F.gaussian_nll_loss`` asks whether a variance is below zero; the stage that runs it does so again.
     """
-    if getattr(func, "__module__", "") != "torch.nn.functional":
-        return False
     shapes = []
     for other in (False, True):
         with without_functions(), without_modes():
