@@ -79,3 +79,5 @@ def test_a_time_out_that_is_none_is_refused(timeout):
     pipe = fxpipe.compile(Chain(None), 2, (torch.randn(8, 4),))
     with pytest.raises(fxpipe.MaterializeError, match="positive number of seconds"):
         pipe.materialize(device="cpu", timeout=timeout)
+    with pytest.raises(fxpipe.ScheduleError, match=r"timeout is .*\n  pass a positive number of seconds"):
+        fxpipe.compile(Chain(None), 2, (torch.randn(8, 4),), timeout=timeout)
