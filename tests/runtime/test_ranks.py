@@ -11,7 +11,7 @@ import pytest
 
 
 def run(way: str, *arguments: str, dies: bool = False) -> list[list[str]]:
-    results = launch.launch("runtime/ranks_worker.py", 2, way, *arguments, timeout_s=100)
+    results = launch.launch("runtime/ranks_worker.py", 2, way, *arguments, timeout_s=300)
     assert dies or [result.returncode for result in results] == [0, 0], [result.stderr[-2000:] for result in results]
     return [result.stdout.splitlines() for result in results]
 
