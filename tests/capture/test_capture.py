@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import random
 import re
@@ -86,6 +87,7 @@ def global_state():
         "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
         "functions": (nn.Module.__call__, nn.Module._apply, torch.from_numpy, torch.vmap),
         "distributions": torch.distributions.Distribution._validate_args,
+        "garbage": gc.isenabled(),
     }
 
 
@@ -107,6 +109,16 @@ def test_model_and_process_are_as_before_whether_it_succeeds_or_fails(grain, fai
     assert (state_of(model), global_state()) == before
     assert all(torch.equal(inputs[name], value) for name, value in values.items())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_who_looks_for_no_garbage_still_does_not_afterwards():
+    gc.disable()
+    try:
+        capture = Capture(Model())
+        capture.capture(capture.inputs((torch.randn(3, 4), torch.randn(3, 4)), {}))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_default_device_of_the_user_s_stays_and_is_not_captured():
