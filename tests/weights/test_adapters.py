@@ -17,6 +17,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # OFT's own
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension:UserWarning"),  # BOFT's own
+    pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
@@ -32,8 +36,8 @@ KINDS = {
     "random": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False),
     "bias": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, bias="all", task_type="CAUSAL_LM"),
     "embedding": lambda: peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], use_dora=True),
-    "tokens": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, trainable_token_indices={"embed_tokens": [1, 2]}),
-    "only-tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]),
+    "tokens": lambda: peft.LoraConfig(r=2, target_modules=TARGETS, trainable_token_indices={"embed_tokens": [4, 5]}),
+    "only-tokens": lambda: peft.TrainableTokensConfig(token_indices=[4, 5], target_modules=["embed_tokens"]),
     "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj"]),
     "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),
     "adalora": lambda: peft.AdaLoraConfig(target_r=2, init_r=3, total_step=10, target_modules=TARGETS),
@@ -103,7 +107,8 @@ def test_a_wrapped_model_starts_is_saved_and_read_as_by_peft(kind, tmp_path):
         pipe.materialize(init=tmp_path / "base", seed=5)
         assert differing(pipe.state_dict(full=True), theirs.state_dict()) == set()
         pipe.step(**FAMILY.batch())
-        trained = [parameter for parameter in pipe.parameters() if parameter.requires_grad]
+        # AdaLoRA's ranks are numbers that peft keeps frozen, but for those that it moves to meta.
+        trained = [p for fqn, p in pipe.named_parameters() if p.requires_grad and "ranknum" not in fqn]
         assert any(parameter.grad.any() for parameter in trained)
         torch.optim.SGD(trained, lr=0.5).step()
         pipe.save(tmp_path / "ours", only="trainable")

@@ -95,20 +95,25 @@ def _made(
         name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
         for name, entry in entries.items()
     }
+    read: dict[str, Derived] = {}
+    failed: Exception | None = None
     try:
         read = read_by_peft(model.module, model.names.first, adapter, files)
     except Exception as error:  # whatever peft raises
-        raise WeightsError(
-            f"peft cannot read {', '.join(computed)} into the adapter {adapter}: {type(error).__name__}: {error}\n"
-            "  give the adapter of this model, of the same configuration"
-        ) from error
+        failed = error
     for name in computed:
-        lacking = [fqn for fqn in written[name].reads if fqn not in read]
-        if lacking:
+        reads = written[name].reads
+        lacking = [fqn for fqn in reads if fqn not in read]
+        if lacking and (failed is None or len(reads) > 1):
             raise WeightsError(
                 f"{name} is what an encoder makes of {lacking[0]}, which is not in the file\n"
                 "  go on training from a checkpoint of pipe.save; what is only run is wrapped with inference_mode=True"
             )
+    if failed is not None:
+        raise WeightsError(
+            f"peft cannot read {', '.join(computed)} into the adapter {adapter}: {type(failed).__name__}: {failed}\n"
+            "  give the adapter of this model, of the same configuration"
+        ) from failed
 
     def source(fqn: str, derived: Derived) -> Conversion:
         def convert(tensors: Tensors) -> dict[str, torch.Tensor]:
