@@ -168,6 +168,8 @@ def child(case: Case, path: str) -> None:
         row = {"result": "not built", "why": f"needs more than {MEMORY_BYTES >> 30} GiB"}
     except Exception as error:
         row = {"result": "fails", "why": first_line(error)}
+        if "can't allocate memory" in str(error):
+            row = {"result": "not finished", "why": f"needs more than {MEMORY_BYTES >> 30} GiB"}
     Path(path).write_text(json.dumps(row), encoding="utf-8")
 
 
