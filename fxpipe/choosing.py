@@ -29,6 +29,7 @@ from fxpipe.planning.configurations import (
     ordered,
     outcome,
     shapes,
+    sharpened,
 )
 from fxpipe.planning.costs.estimate import Estimate, estimate_costs
 from fxpipe.planning.settings import device_limit
@@ -156,7 +157,7 @@ class Chooser:
         if asked.stages is None and asked.ranks is None:
             found = fewest_stages(min(MOST_STAGES, len(self.offer(1)[0].specs)), self._on_ranks(asked, limit))
         else:
-            found = ordered(self._tried(asked, limit))
+            found = sharpened(self._tried(asked, limit), self.offer)
         best = next((each for each in found if each.fits), None)
         if best is None and asked.limit is None and found and found[0].plan is not None:
             best = found[0]  # no limit was given: the report warns
@@ -169,7 +170,11 @@ class Chooser:
         return chosen, lambda plan: explain_choice(best, found, asked.open, plan)
 
     def _on_ranks(self, asked: Asked, limit: int | None) -> Callable[[int], Outcome | None]:
-        return lambda ranks: next(iter(ordered(self._tried(replace(asked, ranks=ranks), limit))), None)
+        def best(ranks: int) -> Outcome | None:
+            found = ordered(self._tried(replace(asked, ranks=ranks), limit))
+            return next(iter(sharpened(found, self.offer) if found and found[0].fits else found), None)
+
+        return best
 
     def _tried(self, asked: Asked, limit: int | None) -> list[Outcome]:
         wanted = []

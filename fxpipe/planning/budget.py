@@ -18,7 +18,7 @@ from fxpipe.ir.plan import PipelinePlan
 from fxpipe.ir.schedule import fits_microbatches, schedule_named
 from fxpipe.ir.tensor import dtype_bytes
 from fxpipe.ir.units import size_text
-from fxpipe.planning.configurations import Configuration, Cuts, Offer, Outcome, outcome, shapes
+from fxpipe.planning.configurations import SHARPENED, Configuration, Cuts, Offer, Outcome, cut_again, outcome, shapes
 from fxpipe.planning.simulation.simulate import simulate
 
 KEPT = 12  # configurations of which the slowest must be within reach of one that is tried
@@ -139,7 +139,18 @@ def spend(
             plan = replace(done.plan, hardware=device)
             moved = replace(done, plan=plan, step_s=simulate(plan).step_s)
             found.append(_spent(budget, moved, size, nodes, hardware, graph))
-    return sorted(found, key=lambda each: (not each.outcome.fits, each.step_s, each.outcome.peak_bytes))
+    found.sort(key=_place)
+    for index, each in enumerate(found[:SHARPENED]):
+        offer = offers[each.size]
+        done = cut_again(each.outcome, offer)
+        if done is not each.outcome:
+            graph = offer(done.configuration.num_microbatches)[0]
+            found[index] = _spent(budget, done, each.size, each.nodes, hardware, graph)
+    return sorted(found, key=_place)
+
+
+def _place(each: Spent) -> tuple[bool, float, int]:
+    return not each.outcome.fits, each.step_s, each.outcome.peak_bytes
 
 
 def _least_s(configuration: Configuration, size: int, offers: dict[int, Offer]) -> float:

@@ -14,6 +14,7 @@ from fxpipe.ir.schedule import SCHEDULES, fits_microbatches, placement, schedule
 from fxpipe.ir.units import seconds_text, size_text
 from fxpipe.planning.costs.estimate import Estimate
 from fxpipe.planning.costs.recompute import recomputed_modules
+from fxpipe.planning.fastest import Shortlist
 from fxpipe.planning.fit import choices_of, lay_out
 from fxpipe.planning.plan import make_plan
 from fxpipe.planning.recut import recut
@@ -22,6 +23,7 @@ from fxpipe.planning.simulation.simulate import simulate
 from fxpipe.planning.solve import solve
 
 SHOWN = 4  # runners-up in one line
+SHARPENED = 6  # configurations that are cut again, as many as a budget shows
 MOST_COUNTS = 6  # numbers of microbatches that are tried
 
 Offer = Callable[[int], tuple[LayerGraph, Estimate]]
@@ -62,6 +64,7 @@ class Outcome:
         peak_bytes: Most memory of a rank.
         limit: Bytes of a rank that it had to keep; None for no limit.
         problem: Why there is no plan.
+        stage_of: Stage of each node of its layout, where no recomputation was chosen.
     """
 
     configuration: Configuration
@@ -71,6 +74,7 @@ class Outcome:
     peak_bytes: int = 0
     limit: int | None = None
     problem: str = ""
+    stage_of: tuple[int, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -108,7 +112,7 @@ def outcome(
         choice = configuration.training.recompute
         modules = recomputed_modules(graph, choice)
         layout = lay_out(graph, estimate, settings, modules)
-        found = _outcome(configuration, make_plan(layout, stage_of), limit)
+        found = _outcome(configuration, make_plan(layout, stage_of), limit, stage_of)
         if found.fits or limit is None:
             return found
         if choice == "auto":
@@ -120,12 +124,41 @@ def outcome(
             )
         if configuration.ranks == configuration.stages:
             tight = replace(layout, settings=replace(layout.settings, memory_limit=limit))
-            found = _outcome(configuration, make_plan(tight, solve(tight).partition.stage_of), limit)
+            stage_of = solve(tight).partition.stage_of
+            found = _outcome(configuration, make_plan(tight, stage_of), limit, stage_of)
     except InfeasibleError:
         return found
     except (ScheduleError, PartitionError) as error:
         return Outcome(configuration, limit=limit, problem=str(error).splitlines()[0])
     return found
+
+
+def sharpened(outcomes: Iterable[Outcome], offer: Offer) -> list[Outcome]:
+    """Order outcomes, the best of them cut again for the fastest simulated step: which is first may hang on it."""
+    found = ordered(outcomes)
+    return ordered([*(cut_again(each, offer) for each in found[:SHARPENED]), *found[SHARPENED:]])
+
+
+def cut_again(found: Outcome, offer: Offer) -> Outcome:
+    """Cut a configuration for the fastest simulated step, beginning from its plan and keeping what that keeps.
+
+    As it is where recomputation was chosen with the cut, which is by simulation already.
+    """
+    made, plan = found.configuration, found.plan
+    if plan is None or not found.stage_of:
+        return found
+    settings = _settings(made, made.schedule, made.ranks, plan.hardware, plan.cost)
+    graph, estimate = offer(made.num_microbatches)
+    asked = lay_out(graph, estimate, settings, recomputed_modules(graph, made.training.recompute))
+    asked = replace(asked, settings=replace(asked.settings, memory_limit=plan.memory_limit))
+    layout = replace(asked, settings=replace(asked.settings, memory_limit=found.limit if found.fits else None))
+    bare = len({found.stage_of[node] for node in layout.anchors}) < made.stages
+    shortlist = Shortlist(layout, layout.grouped(), found.stage_of, bare=bare)
+    shortlist.search()
+    if not shortlist.gain:
+        return found
+    again = _outcome(made, make_plan(asked, shortlist.best), found.limit, shortlist.best)
+    return again if again.step_s < found.step_s and again.fits >= found.fits else found
 
 
 def _settings(configuration: Configuration, schedule: str, ranks: int, hardware: Hardware, cost: str) -> Settings:
@@ -154,9 +187,11 @@ def _cut(
     return cuts[key]
 
 
-def _outcome(configuration: Configuration, plan: PipelinePlan, limit: int | None) -> Outcome:
+def _outcome(
+    configuration: Configuration, plan: PipelinePlan, limit: int | None, stage_of: tuple[int, ...] = ()
+) -> Outcome:
     done = simulate(plan)
-    return Outcome(configuration, plan, done.step_s, done.mean_bubble, rank_peak(plan), limit)
+    return Outcome(configuration, plan, done.step_s, done.mean_bubble, rank_peak(plan), limit, stage_of=stage_of)
 
 
 def rank_peak(plan: PipelinePlan) -> int:

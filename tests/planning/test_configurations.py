@@ -7,8 +7,8 @@ import pytest
 
 import fxpipe
 from fxpipe.errors import InfeasibleError, PartitionError, ScheduleError
-from fxpipe.ir.hardware import Training
-from fxpipe.ir.schedule import SCHEDULES
+from fxpipe.ir.hardware import Hardware, Training
+from fxpipe.ir.schedule import SCHEDULES, schedule_named
 from fxpipe.planning.configurations import (
     Configuration,
     Outcome,
@@ -18,7 +18,10 @@ from fxpipe.planning.configurations import (
     ordered,
     outcome,
     shapes,
+    sharpened,
 )
+from fxpipe.planning.costs.estimate import estimate_costs
+from fxpipe.planning.simulation.simulate import simulate
 
 GRAPH = layer_graphs.gpt(blocks=8, tokens=128)
 HARDWARE = layer_graphs.hardware()
@@ -146,3 +149,21 @@ def test_what_cannot_be_chosen_is_one_clear_error(model, changes, error, message
 def test_outcomes_are_values():
     found = tried()[0]
     assert dataclasses.replace(found) == found
+
+
+def test_the_best_configurations_are_cut_again_before_one_is_chosen():
+    """Cut for the smallest stage, ZBVZeroBubble came behind Interleaved1F1B, LoopedBFS, 1F1B and GPipe."""
+    graph = layer_graphs.llama(12, 1024, inner=2816, kv=256, tokens=2048)
+    hardware = Hardware.preset("h100")
+    estimate = estimate_costs(graph, "roofline", hardware, Training())
+    limit = int(hardware.memory)
+    ways = [Configuration(4 * (schedule_named(name).stages_per_rank or 1), 4, name, 8) for name in SCHEDULES]
+    plain = [outcome(way, lambda _: (graph, estimate), hardware, limit) for way in ways]
+    found = sharpened(plain, lambda _: (graph, estimate))
+    before = {each.configuration: each.step_s for each in plain}
+    assert all(each.step_s <= before[each.configuration] and each.fits for each in found)
+    assert [each.configuration.schedule for each in found[:2]] == ["InterleavedZeroBubble", "ZBVZeroBubble"]
+    assert [each.configuration.schedule for each in ordered(plain)].index("ZBVZeroBubble") > 1
+    assert found == ordered(found)
+    assert all(each.plan.memory_limit is None for each in found)  # they fit without being told
+    assert all(each.step_s == simulate(each.plan).step_s for each in found)
