@@ -209,7 +209,7 @@ class _Compiler:
         self.settings = settings
         self.cost = cost
         self.example = example
-        self.profiler = Profiler(timeout) if cost == "profile" else None
+        self.profiler = Profiler(settings.ranks, timeout) if cost == "profile" else None
         self.profile = cost if isinstance(cost, Profile) else None
         self.counter = self._counter()
 

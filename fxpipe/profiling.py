@@ -22,17 +22,19 @@ from fxpipe.runtime.ranks.groups import Groups, busy, is_time, make_groups, pati
 from fxpipe.runtime.ranks.links import measure_links
 from fxpipe.runtime.ranks.meeting import meeting
 from fxpipe.runtime.ranks.place import default_device, is_distributed, is_first
-from fxpipe.runtime.run.profile import measure_kept, measure_layer, random_like
+from fxpipe.runtime.run.profile import Others, measure_kept, measure_layer, random_like
 
 
 class Profiler:
     """Measures the layers of captures; what was measured once is not measured again.
 
     Args:
+        ranks: Over how many ranks the layers will be spread: each works with so many of them between two runs of one.
         timeout: Seconds a rank waits for another one that stands still; one that measures is waited for.
     """
 
-    def __init__(self, timeout: float | None) -> None:
+    def __init__(self, ranks: int, timeout: float | None) -> None:
+        self._ranks = ranks
         self._timeout = patience(timeout)
         self._times: dict[LayerCounts, tuple[LayerCost, int]] = {}
         self._layers: dict[str, tuple[LayerCost, int]] = {}
@@ -49,8 +51,11 @@ class Profiler:
         device = default_device()
         layers = layers_alone(captured.observation, captured.structure)
         missing = [layer for layer in layers if layer.counts not in self._times]
+        # From its forward to its backward a layer waits for the layers behind it in its stage, and for those before it
+        # from its backward to its next forward: for half of them on average.
+        others = Others(_held_bytes(graph) // self._ranks // 2 if missing else 0, device)
         if not is_distributed():
-            self._measure(missing, device)
+            self._measure(missing, others, device)
         else:
             with meeting("compile", self._timeout) as met:
                 start_process_group(device, self._timeout)
@@ -58,7 +63,7 @@ class Profiler:
                 groups = make_groups([range(dist.get_world_size())], [], device, self._timeout)
             try:
                 with groups.guard("profiling"):
-                    self._measure_together(missing, graph, device, groups)
+                    self._measure_together(missing, others, graph, device, groups)
             finally:
                 groups.close()
         self._layers.update({layer.name: self._times[layer.counts] for layer in layers})
@@ -67,13 +72,13 @@ class Profiler:
         return Profile.of(_describe(device), costs, links=self._links, kept=kept)
 
     def _measure_together(
-        self, layers: list[LayerAlone], graph: LayerGraph, device: torch.device, groups: Groups
+        self, layers: list[LayerAlone], others: Others, graph: LayerGraph, device: torch.device, groups: Groups
     ) -> None:
         """Measure on all ranks; they wait for each other for as long as it takes."""
         error: Exception | None = None
         with busy(groups, "measuring layers"):
             try:
-                self._measure(layers, device)
+                self._measure(layers, others, device)
             except Exception as found:  # memory, for one
                 error = found
         agree(groups, error, "the times of layers")
@@ -82,14 +87,20 @@ class Profiler:
             self._most_bytes, self._links = most, measure_links(groups.pipeline, device, most, groups.waiting)
         self._times, self._links = groups.gather((self._times, self._links))[0]
 
-    def _measure(self, layers: list[LayerAlone], device: torch.device) -> None:
+    def _measure(self, layers: list[LayerAlone], others: Others, device: torch.device) -> None:
         distinct = {layer.counts: layer for layer in reversed(layers)}
         silent = not (is_first() and sys.stderr.isatty())
         bar = tqdm(distinct.values(), desc="measuring layers", unit="layer", disable=silent)
         for layer in bar:
             bar.set_postfix_str(layer.name)
             given = layer.call, layer.args, layer.kwargs, device, _make
-            self._times[layer.counts] = measure_layer(*given), measure_kept(*given)
+            self._times[layer.counts] = measure_layer(*given, others), measure_kept(*given)
+
+
+def _held_bytes(graph: LayerGraph) -> int:
+    """Give the bytes that all layers work with: weights, their gradients, and what one microbatch keeps."""
+    weights = {info.fqn: info.nbytes for spec in graph.specs for info in spec.parameters}
+    return 2 * sum(weights.values()) + sum(counts.saved_bytes for counts in graph.counts)
 
 
 def check_timeout(timeout: float | None) -> None:

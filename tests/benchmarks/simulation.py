@@ -182,8 +182,8 @@ layers); – where more than 3,000 cuts could be faster, so that not all can be 
         order.run,
         """## Predicted and measured
 
-Twelve plans of twelve transformer blocks, on two CPU ranks, one core each, planned with `cost="profile"`; predicted
-steps at least 3 % apart; medians of nine runs in turns.""",
+Twelve plans of twelve transformer blocks, on two CPU ranks of one thread on two cores, planned with `cost="profile"`;
+predicted steps at least 3 % apart; medians of seven runs in turns, those in which other processes took least.""",
     ),
 }
 """What each section says, and what stands above it."""

@@ -110,7 +110,22 @@ def check(schedule: str) -> None:
         assert 0.9 <= kept.most / expected <= 1.1, said
 
 
+def check_profile() -> None:
+    """All ranks measure at once; every rank plans with what rank 0 measured of layers and of messages."""
+    size = dist.get_world_size()
+    model, x = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(size))), torch.zeros(MICROBATCHES, WIDTH)
+    options = {"loss_fn": lambda output: output.sum(), "microbatches": size, "cost": "profile", "hardware": "cpu"}
+    pipe = fxpipe.compile(model, size, (x,), **options)
+    profiles = [None] * size
+    dist.all_gather_object(profiles, pipe.profile)
+    assert all(profile == pipe.profile for profile in profiles)
+    assert pipe.profile is not None
+    assert {link.bytes for link in pipe.profile.links} == {1024, 2048}
+    assert {layer for layer, _ in pipe.profile.kept} >= {str(index) for index in range(size)}
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    launch.run_cases({schedule: functools.partial(check, schedule) for schedule in SCHEDULES})
+    cases = {schedule: functools.partial(check, schedule) for schedule in SCHEDULES}
+    launch.run_cases({**cases, "profile": check_profile})
     dist.destroy_process_group()

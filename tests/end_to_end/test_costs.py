@@ -19,6 +19,7 @@ from fxpipe import profiling
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.capture import Capture
 from fxpipe.ir.graph import LayerGraph
+from fxpipe.runtime.run.profile import measure_layer
 
 aten = torch.ops.aten
 CHOSEN = [
@@ -112,6 +113,42 @@ def said():
 @pytest.mark.parametrize("ranks", RANKS)
 def test_live_activations_are_within_ten_per_cent_of_what_ranks_keep(ranks, schedule, said):
     launch.passed(said[ranks], schedule, ranks)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_measure_together_and_plan_with_what_the_first_found(ranks, said):
+    launch.passed(said[ranks], "profile", ranks)
+
+
+def test_a_layer_is_measured_as_in_a_stage():
+    """Other layers run before each phase, and weights add up their gradients, of which inputs get none."""
+    phases: list[str] = []
+
+    class Others:
+        def run(self) -> None:
+            phases.append("others")
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            phases.append("forward")
+            return x * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            phases.append("backward")
+            return gradient
+
+    x, weight = torch.ones(2, 3, requires_grad=True), nn.Parameter(torch.ones(3))
+    made = {"x": x, "weight": weight}
+    call = lambda x, weight: Square.apply(x) * weight  # noqa: E731
+    cost = measure_layer(call, ("x", "weight"), {}, torch.device("cpu"), lambda leaf, _: made[leaf], Others())
+    assert cost.forward_s > 0
+    turn = ["others", "forward", "others", "backward", "others", "backward"]
+    turns = len(phases) // len(turn)
+    assert phases == turn * turns
+    assert torch.equal(weight.grad, torch.full((3,), 2.0 * turns))
+    assert torch.equal(x.grad, torch.ones(2, 3))
 
 
 def test_equal_blocks_are_measured_once(monkeypatch):

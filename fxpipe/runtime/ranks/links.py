@@ -1,4 +1,4 @@
-"""Measure how long messages between ranks take."""
+"""Measure how long messages between ranks take, as a step sends them: after work, and both ways at once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ LEAST_BYTES, MOST_BYTES = 1024, 2**30
 WARM_UPS, LEAST_RUNS, MOST_RUNS = 2, 5, 100
 ENOUGH_S = 0.1
 """Seconds of messages of one size after which there are enough of them."""
+WORK_S = 1e-3
+"""Seconds of work before each message: a rank that has just worked takes longer to wake its threads than one that does
+nothing but answer."""
 
 
 def sizes_up_to(most_bytes: int) -> list[int]:
@@ -38,9 +41,10 @@ def measure_links(
     most_bytes: int,
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[LinkTime]:
-    """Send messages to and fro between rank 0 and its neighbours: the next rank, and the first one of the next node.
+    """Exchange messages between rank 0 and its neighbours: the next rank, and the first one of the next node.
 
-    Every rank of the group calls it. Half of the median round trip counts, as rank 0 sees it.
+    Every rank of the group calls it. Both ranks work for a moment, then each sends to the other; the exchange counts
+    from when the later one was done, which is the one that waited less.
 
     Args:
         group: All ranks.
@@ -58,43 +62,63 @@ def measure_links(
     found = []
     for other, far in others if world > 1 else []:
         for size in sizes_up_to(most_bytes):
-            seconds = _half_round_trip_s(group, other, size, device, waiting) if own in (0, other) else 0.0
+            seconds = _exchange_s(group, other, size, device, waiting) if own in (0, other) else 0.0
             found += [LinkTime(size, seconds, far)] if own == 0 else []
     with waiting():
         dist.barrier(group)
     return found
 
 
-def _half_round_trip_s(
+def _exchange_s(
     group: dist.ProcessGroup,
     other: int,
     size: int,
     device: torch.device,
     waiting: Callable[[], AbstractContextManager[None]],
 ) -> float:
-    message = torch.zeros(size, dtype=torch.uint8, device=device)
+    """Give the mean of the faster nine tenths: a step has many exchanges, and their sum counts, not the usual one."""
     first = dist.get_rank(group) == 0
-    times: list[float] = []
-    goes_on = torch.ones(1, device=device)
+    peer = other if first else 0
+    sent, received = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    filled = torch.zeros(256, 256, device=device)
+    waited: list[float] = []
+    goes_on, begin = torch.ones(1, device=device), time.perf_counter()
     while goes_on.item():
+        work_until = time.perf_counter() + WORK_S
+        while time.perf_counter() < work_until:
+            filled = filled @ filled
+            _finish(device)
         with waiting():
-            times.append(_round_trip_s(group, other, message))
+            waited.append(_once_s(group, peer, sent, received))
             if first:
-                few = len(times) < WARM_UPS + LEAST_RUNS or (sum(times) < ENOUGH_S and len(times) < MOST_RUNS)
+                spent = time.perf_counter() - begin
+                few = len(waited) < WARM_UPS + LEAST_RUNS or (spent < ENOUGH_S and len(waited) < MOST_RUNS)
                 dist.send(goes_on.fill_(float(few)), group=group, group_dst=other)
             else:
                 dist.recv(goes_on, group=group, group_src=0)
-    return max(statistics.median(times[WARM_UPS:]) / 2, 1e-9)
+    own = torch.tensor(waited, dtype=torch.float64, device=device)
+    theirs = torch.empty_like(own)
+    with waiting():
+        if not first:
+            dist.send(own, group=group, group_dst=0)
+            return 0.0
+        dist.recv(theirs, group=group, group_src=other)
+    times = sorted(torch.minimum(own, theirs).tolist()[WARM_UPS:])
+    return max(statistics.fmean(times[: -(len(times) // 10) or None]), 1e-9)
 
 
-def _round_trip_s(group: dist.ProcessGroup, other: int, message: torch.Tensor) -> float:
+def _once_s(group: dist.ProcessGroup, peer: int, sent: torch.Tensor, received: torch.Tensor) -> float:
     start = time.perf_counter()
-    if dist.get_rank(group) == 0:
-        dist.send(message, group=group, group_dst=other)
-        dist.recv(message, group=group, group_src=other)
-    else:
-        dist.recv(message, group=group, group_src=0)
-        dist.send(message, group=group, group_dst=0)
-    if message.device.type == "cuda":
-        torch.cuda.synchronize(message.device)
+    operations = [
+        dist.P2POp(kind, message, group=group, group_peer=peer)
+        for kind, message in ((dist.isend, sent), (dist.irecv, received))
+    ]
+    for request in dist.batch_isend_irecv(operations):
+        request.wait()
+    _finish(received.device)
     return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,4 +1,8 @@
-"""Measure how long a layer takes on a device: forward, gradients of its inputs, gradients of its weights."""
+"""Measure how long a layer takes on a device: forward, gradients of its inputs, gradients of its weights.
+
+As in a stage: other layers have filled the caches since the layer ran last, and gradients are added to those of the
+microbatches before.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,25 @@ from fxpipe.ir.tree import map_tree, tree_leaves
 WARM_UPS = 2
 LEAST_RUNS, MOST_RUNS = 5, 50
 ENOUGH_S = 0.25
-"""Seconds of measured work after which a layer has been run often enough."""
+"""Seconds after which a layer has been run often enough."""
+MOST_EVICTED = 64 * 2**20
+"""Bytes after which caches hold nothing of a layer; more are not touched between its runs."""
+
+
+class Others:
+    """Stands for the other layers of a stage: touches as many bytes as they do between two runs of one layer.
+
+    Args:
+        nbytes: What they hold; ``MOST_EVICTED`` of it at most is touched.
+        device: Where the layers run.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._held = torch.zeros(min(nbytes, MOST_EVICTED), dtype=torch.uint8, device=device)
+
+    def run(self) -> None:
+        """Read and write all of it."""
+        self._held.add_(1)
 
 
 def measure_layer(
@@ -26,8 +48,9 @@ def measure_layer(
     kwargs: Mapping[str, Any],
     device: torch.device,
     make: Callable[[Any, torch.device], Any],
+    others: Others,
 ) -> LayerCost:
-    """Run one layer alone, forward and backward, and give the median of several runs.
+    """Run one layer, forward and backward, and give the median of several runs.
 
     Args:
         call: A module whose tensors have no memory (a copy of it gets some), or a function.
@@ -35,6 +58,7 @@ def measure_layer(
         kwargs: Its keyword arguments, likewise.
         device: Where to run.
         make: Called with each leaf of the arguments and the device.
+        others: Run before each phase.
 
     Returns:
         Seconds of each phase.
@@ -47,10 +71,9 @@ def measure_layer(
     weights += [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
     inputs = [leaf for leaf in leaves if not isinstance(leaf, nn.Parameter)]
     runs: list[tuple[float, float, float]] = []
-    spent = 0.0
-    while len(runs) < WARM_UPS + LEAST_RUNS or (spent < ENOUGH_S and len(runs) < MOST_RUNS):
-        runs.append(_run(call, given, inputs, weights, device))
-        spent += sum(runs[-1])
+    start = time.perf_counter()
+    while len(runs) < WARM_UPS + LEAST_RUNS or (time.perf_counter() - start < ENOUGH_S and len(runs) < MOST_RUNS):
+        runs.append(_run(call, given, inputs, weights, others, device))
     forward, for_inputs, both = (statistics.median(column) for column in zip(*runs[WARM_UPS:], strict=True))
     return LayerCost(forward, for_inputs, max(both - for_inputs, 0.0))
 
@@ -117,23 +140,30 @@ def _run(
     given: Any,
     inputs: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
+    others: Others,
     device: torch.device,
 ) -> tuple[float, float, float]:
+    others.run()
     args, kwargs = map_tree(lambda _, leaf: _usable(leaf), given)  # a layer may write to what it is given
     with torch.enable_grad():
         forward, result = _timed(device, lambda: call(*args, **kwargs))
     roots = [leaf for _, leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if not roots or not (inputs or weights):
         return forward, 0.0, 0.0
-    grads = [torch.ones_like(root) for root in roots]
     for_inputs = 0.0
     if inputs:
+        others.run()
+        grads = [torch.ones_like(root) for root in roots]
         for_inputs, _ = _timed(
             device, lambda: torch.autograd.grad(roots, inputs, grads, retain_graph=True, allow_unused=True)
         )
     both = for_inputs
     if weights:
-        both, _ = _timed(device, lambda: torch.autograd.grad(roots, [*inputs, *weights], grads, allow_unused=True))
+        for leaf in inputs:
+            leaf.grad = None  # only those of weights add up
+        others.run()
+        grads = [torch.ones_like(root) for root in roots]
+        both, _ = _timed(device, lambda: torch.autograd.backward(roots, grads, inputs=[*inputs, *weights]))
     return forward, for_inputs, both
 
 
