@@ -47,8 +47,11 @@ def count_draws(func: Any, filled: torch.Tensor, state_has_cached: Callable[[], 
     family = "uniform" if func in _UNIFORM else "normal" if func in _NORMAL else ""
     if not family or filled.dtype not in _FLOATS:
         return None
-    number = _formula(family, filled.dtype, filled.numel(), filled.is_contiguous())
-    if number is None or not _is_true(family, filled.dtype):
+    redraws = _redraws(family, filled.dtype)
+    if redraws is None:
+        return None
+    number = _formula(family, filled.dtype, filled.numel(), filled.is_contiguous(), redraws)
+    if number is None:
         return None
     if family == "normal" and not _in_vectors(filled.numel(), filled.is_contiguous()) and state_has_cached():
         return None
@@ -59,7 +62,7 @@ def _in_vectors(numel: int, contiguous: bool) -> bool:
     return numel >= _VECTOR and contiguous
 
 
-def _formula(family: str, dtype: torch.dtype, numel: int, contiguous: bool) -> int | None:
+def _formula(family: str, dtype: torch.dtype, numel: int, contiguous: bool, redraws: bool) -> int | None:
     words = 2 if dtype == torch.float64 else 1
     if family == "uniform":
         return numel * words
@@ -67,24 +70,28 @@ def _formula(family: str, dtype: torch.dtype, numel: int, contiguous: bool) -> i
         # Pairs of samples, from two doubles each; an odd one out stays in the generator.
         return 2 * numel if numel % 2 == 0 else None
     rest = numel % _VECTOR
-    if dtype in (torch.float16, torch.bfloat16):
-        return numel + (_VECTOR - rest if rest else 0)
+    if not redraws:
+        return (numel + (_VECTOR - rest if rest else 0)) * words
     return (numel + (_VECTOR if rest else 0)) * words  # the last 16 samples are drawn again
 
 
 @functools.cache
-def _is_true(family: str, dtype: torch.dtype) -> bool:
-    """Try a formula on small tensors; warn once where it does not hold."""
+def _redraws(family: str, dtype: torch.dtype) -> bool | None:
+    """Tell whether this torch draws the last 16 samples again, or fills them up: in 16 bits 2.11 does, 2.13 does not.
+
+    Tried on small tensors; None, with a warning, where neither formula holds.
+    """
     with without_modes(), without_functions(), torch.no_grad():
-        if all(_holds(family, dtype, sizes, transposed) for sizes, transposed in _trials()):
-            return True
+        for redraws in (True, False):
+            if all(_holds(family, dtype, sizes, transposed, redraws) for sizes, transposed in _trials()):
+                return redraws
     warnings.warn(
         f"this torch ({torch.__version__}) draws other amounts of {family} {str(dtype).removeprefix('torch.')} numbers "
         "than fxpipe knows: recording runs such operations once, which is slower and as exact; "
         "for speed take a torch that fxpipe was tested with (2.13, 2.14)",
         stacklevel=2,
     )
-    return False
+    return None
 
 
 def _trials() -> list[tuple[tuple[int, ...], bool]]:
@@ -92,10 +99,10 @@ def _trials() -> list[tuple[tuple[int, ...], bool]]:
     return [((length,), False) for length in lengths] + [((4, 6), True), ((5, 5), True), ((3, 2), True)]
 
 
-def _holds(family: str, dtype: torch.dtype, sizes: tuple[int, ...], transposed: bool) -> bool:
+def _holds(family: str, dtype: torch.dtype, sizes: tuple[int, ...], transposed: bool, redraws: bool) -> bool:
     tensor = torch.empty(sizes, dtype=dtype, device="cpu")
     tensor = tensor.t() if transposed else tensor
-    number = _formula(family, dtype, tensor.numel(), tensor.is_contiguous())
+    number = _formula(family, dtype, tensor.numel(), tensor.is_contiguous(), redraws)
     generator = torch.Generator("cpu").manual_seed(9 + tensor.numel())
     before = generator.get_state()
     if family == "uniform":
