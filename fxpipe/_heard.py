@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxpipe.errors import TorchVersionError
 
-TESTED = ("2.13.0", "2.14.1")
+TESTED = ("2.11.0", "2.13.0", "2.14.1")
 """The versions of torch that all tests pass on; another one is taken with a warning."""
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])

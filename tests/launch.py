@@ -137,7 +137,7 @@ def _run(command: list[str], env: dict[str, str], out: str, err: str) -> None:
     os.environ.update(env)
     _say_to(out, err)
     if FILES in env:
-        _stay_of_one_thread()
+        stay_of_one_thread()
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
@@ -148,7 +148,7 @@ def _say_to(out: str, err: str) -> None:
             os.dup2(file.fileno(), number)
 
 
-def _stay_of_one_thread() -> None:
+def stay_of_one_thread() -> None:
     """In a script that will fork its ranks: let autograd look for devices now, when there is none.
 
     It does so once. A torch that was built for CUDA finds one, on a machine without, as soon as there are fake tensors,

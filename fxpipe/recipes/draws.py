@@ -88,7 +88,7 @@ def _redraws(family: str, dtype: torch.dtype) -> bool | None:
     warnings.warn(
         f"this torch ({torch.__version__}) draws other amounts of {family} {str(dtype).removeprefix('torch.')} numbers "
         "than fxpipe knows: recording runs such operations once, which is slower and as exact; "
-        "for speed take a torch that fxpipe was tested with (2.13, 2.14)",
+        "for speed take a torch that fxpipe was tested with",
         stacklevel=2,
     )
     return None

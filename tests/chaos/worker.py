@@ -20,6 +20,7 @@ import time
 import torch
 import torch.nn.functional as F
 from chaos.faults import ENDED, RANKS, STALL_S, Fault, Said, faults_of, possible
+from launch import stay_of_one_thread
 from torch import nn
 
 import fxpipe
@@ -371,6 +372,7 @@ class Injection:
 def main(names: list[str], at_once: int) -> None:
     by_name = {fault.name: fault for fault in possible()}
     waiting = [by_name[name] for name in names]
+    stay_of_one_thread()
     pipes = {schedule: compiled(schedule) for schedule in {f.schedule: 0 for f in waiting if f.place != "profiling"}}
     gc.collect()
     gc.freeze()  # ranks share it

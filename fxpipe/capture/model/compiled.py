@@ -25,7 +25,7 @@ def compiled_functions(module: nn.Module) -> tuple[str, ...]:
     That is: globals, what a method closes over, and attributes of the module.
 
     >>> import torch
-    >>> act = torch.compile(torch.tanh)
+    >>> act = torch.compile(torch.tanh, backend="eager")
     >>> class Act(nn.Module):
     ...     def forward(self, x):
     ...         return act(x)
