@@ -6,6 +6,7 @@ in memory that all of them read. Only ranks of other machines are asked through 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -34,6 +35,8 @@ GRACE_S = 2.0
 """How long an exchange may go on once every connection of the pipeline has ended."""
 EXIT_CODE = 70
 """Of a process that such an exchange keeps."""
+_LATE_S = 5.0
+"""How long the end of a script waits for threads that did not end in time."""
 _READ_S = 0.5
 """How long ranks of other machines have to read why the pipeline ended."""
 _STAGE = re.compile(r"(\d+)[A-Z]\d+")
@@ -146,7 +149,7 @@ class RankWatch:
             time.sleep(_READ_S)  # this rank may keep the store
         for thread in (self._thread, self._teller):
             if thread is not None and thread is not threading.current_thread():
-                thread.join(STORE_S)
+                _join(thread)
         self.connections.close()
 
     # --- in the thread ---
@@ -301,8 +304,25 @@ def _bounded(call: Callable[[], T]) -> T | None:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(STORE_S)
+    _join(thread)
     return found[0] if found else None
+
+
+_late: list[threading.Thread] = []
+"""Threads that did not end in time: one that comes out of the store as the interpreter ends aborts the process."""
+
+
+def _join(thread: threading.Thread) -> None:
+    thread.join(STORE_S)
+    if thread.is_alive():
+        _late[:] = [*(each for each in _late if each.is_alive()), thread]
+
+
+@atexit.register
+def _join_late() -> None:
+    until = time.monotonic() + _LATE_S
+    for thread in _late:
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 def _written(key: str, record: Record) -> Record:
