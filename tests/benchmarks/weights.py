@@ -111,7 +111,7 @@ def eager(name: str) -> dict[str, float]:
 def stages(name: str, number: int, wanted: Sequence[int]) -> list[dict[str, float]]:
     """Materialise some stages, one after another, as the rank of each does after capture."""
     import fxpipe
-    from fxpipe.materialize import _build, _layers_by_name, _parts
+    from fxpipe.materialize import _build, _parts, layers_by_name
 
     ids = torch.zeros(4 * number, 64, dtype=torch.long)
     with measured() as recording, fxpipe.deferred_init(seed=0):
@@ -122,7 +122,7 @@ def stages(name: str, number: int, wanted: Sequence[int]) -> list[dict[str, floa
     torch.distributed.init_process_group("gloo")
     results = []
     for index in wanted:
-        capture, layers = pipe._source.capture, _layers_by_name(pipe.graph)
+        capture, layers = pipe._source.capture, layers_by_name(pipe.graph)
         with measured() as found:
             parts = [_parts(capture, pipe.plan, layers, pipe.plan.stages[index])]
             built, _ = _build(capture, parts, torch.device("cpu"), 0, None)
