@@ -10,15 +10,18 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import random
 import re
 import resource
+import signal
 import sys
 import tempfile
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,9 @@ import fxpipe
 from fxpipe.errors import FxpipeError
 
 SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
-FINDING_S = 60  # after that no other size of a model is looked at
+FINDING_S = 40  # of processor time; after that no other size of a model is looked at
+PATIENCE = 20  # times that: when a model that waits is given up
+FORK = multiprocessing.get_context("fork")
 MEMORY_BYTES = 5 * 2**30
 CLOSE = 1e-5  # of a tensor's largest element: many a model casts to float32 inside, whatever its weights are
 NOTHING = 1e-7  # of the largest of all tensors: such a one is zero but for rounding
@@ -72,7 +77,7 @@ def loss_in(output: Any) -> torch.Tensor | None:
 def suitable(case: Case) -> tuple[Callable[[], nn.Module], nn.Module, dict[str, torch.Tensor], torch.Tensor, bool]:
     """Find a small model and a batch that it can be trained with; gives its loss too, and whether that is its own."""
     why = Unsuitable("no small model was found")
-    end = time.monotonic() + FINDING_S
+    end = time.process_time() + FINDING_S
     try:
         for build in case.find():
             for wide in (True, False):  # some kernels know no float64
@@ -95,7 +100,7 @@ def suitable(case: Case) -> tuple[Callable[[], nn.Module], nn.Module, dict[str, 
                         real.zero_grad()
                 except Unsuitable as error:
                     why = error
-            if time.monotonic() > end:
+            if time.process_time() > end:
                 break
     except Unsuitable as error:
         why = error
@@ -153,9 +158,10 @@ def first_line(error: BaseException) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {text}", 220, placeholder=" …")
 
 
-def child(case: Case, path: str) -> None:
+def child(case: Case, path: str, seconds: float) -> None:
     """In a process of its own: try one model, and write down how it went."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
@@ -170,46 +176,71 @@ def child(case: Case, path: str) -> None:
         row = {"result": "fails", "why": first_line(error)}
         if "can't allocate memory" in str(error):
             row = {"result": "not finished", "why": f"needs more than {MEMORY_BYTES >> 30} GiB"}
+    row["seconds"] = round(time.process_time(), 1)
     Path(path).write_text(json.dumps(row), encoding="utf-8")
 
 
-def tried(case: Case, seconds: float) -> dict[str, Any]:
+@dataclass
+class Trial:
+    """A model that is being tried in a process of its own."""
+
+    name: str
+    path: Path
+    process: Any
+    end: float
+
+    def row(self) -> dict[str, Any] | None:
+        """Give how it went; None while it goes on."""
+        if self.process.is_alive() and time.monotonic() < self.end:
+            return None
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            return {"result": "not finished", "why": "it waits for something"}
+        if self.path.exists():
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        if self.process.exitcode == -signal.SIGXCPU:
+            return {"result": "not finished", "why": "more processor time than a model is given here"}
+        return {"result": "not finished", "why": f"its process ended with {self.process.exitcode}"}
+
+
+def trials(
+    cases: Mapping[str, Case], names: list[str], seconds: float, jobs: int, limit: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Try one after the other, ``jobs`` at a time, each for some seconds of processor time; gives the rows."""
+    waiting, running, last = list(reversed(names)), dict[str, Trial](), time.monotonic() + limit
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "row.json")
-        process = multiprocessing.get_context("fork").Process(target=child, args=(case, str(path)))
-        begin = time.monotonic()
-        process.start()
-        process.join(seconds)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            return {"result": "not finished", "why": f"more than {seconds:.0f} s"}
-        spent = round(time.monotonic() - begin, 1)
-        if not path.exists():
-            return {"result": "not finished", "why": f"its process ended with {process.exitcode}"}
-        return {**json.loads(path.read_text(encoding="utf-8")), "seconds": spent}
+        while running or (waiting and time.monotonic() < last):
+            while waiting and len(running) < jobs and time.monotonic() < last:
+                name = waiting.pop()
+                path = Path(folder, f"{len(waiting)}.json")
+                process = FORK.Process(target=child, args=(cases[name], str(path), seconds))
+                process.start()
+                running[name] = Trial(name, path, process, time.monotonic() + PATIENCE * seconds)
+            multiprocessing.connection.wait([each.process.sentinel for each in running.values()], timeout=5)
+            for name, trial in list(running.items()):
+                if (row := trial.row()) is not None:
+                    del running[name]
+                    yield name, row
 
 
-def run(kind: str, names: list[str], known: Path, seconds: float, limit: float) -> dict[str, dict[str, Any]]:
+def run(arguments: argparse.Namespace, known: Path) -> dict[str, dict[str, Any]]:
     """Try what is not known yet, in an order that makes a part of it a fair sample."""
     rows = {}
     if known.exists():
         for line in known.read_text(encoding="utf-8").splitlines():
             rows.update(json.loads(line))
     with contextlib.redirect_stderr(None):
-        cases = CASES[kind]()
+        cases = CASES[arguments.kind]()
     order = sorted(cases)
     random.Random(0).shuffle(order)
-    end = time.monotonic() + limit
-    for name in order:
-        if not any(name.startswith(each) for each in names) if names else name in rows:
-            continue
-        if time.monotonic() > end:
-            break
-        rows[name] = tried(cases[name], seconds)
-        print(name, rows[name]["result"], rows[name].get("why", ""), file=sys.stderr, flush=True)
+    names = tuple(arguments.names)
+    wanted = [name for name in order if (name.startswith(names) if names else name not in rows)]
+    for name, row in trials(cases, wanted, arguments.seconds, arguments.jobs, arguments.limit):
+        rows[name] = row
+        print(name, row["result"], row.get("why", ""), file=sys.stderr, flush=True)
         with known.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: rows[name]}) + "\n")
+            file.write(json.dumps({name: row}) + "\n")
     return {name: rows[name] for name in order if name in rows} | {"": {"of": len(order)}}
 
 
@@ -286,13 +317,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=CASES, help="which library")
     parser.add_argument("names", nargs="*", help="only what begins like these, again; leaves the page alone")
-    parser.add_argument("--seconds", type=float, default=90, help="limit for each model")
+    parser.add_argument("--seconds", type=float, default=90, help="limit of processor time for each model")
+    parser.add_argument("--jobs", type=int, default=1, help="how many models at a time")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no other one is begun")
     parser.add_argument("--known", type=Path, help="what was tried before, and is not tried again")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
     arguments = parser.parse_args()
     known = arguments.known or Path(tempfile.gettempdir(), f"fxpipe-coverage-{arguments.kind}.jsonl")
-    rows = run(arguments.kind, arguments.names, known, arguments.seconds, arguments.limit)
+    rows = run(arguments, known)
     if not arguments.names:
         text = f"## {TITLES[arguments.kind]}\n\n{section(arguments.kind, rows)}"
         write_section(f"coverage {arguments.kind}", text, arguments.docs / "coverage.md")

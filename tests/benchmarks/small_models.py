@@ -34,11 +34,11 @@ class Case:
     find: Callable[[], Iterator[Callable[[], nn.Module]]]
     batches: Callable[[nn.Module, int], Iterator[Batch]]
 
-    def batch_for(self, model: nn.Module, samples: int, seconds: float = 20) -> Iterator[tuple[Batch, Any]]:
+    def batch_for(self, model: nn.Module, samples: int, seconds: float = 15) -> Iterator[tuple[Batch, Any]]:
         """Give the batches that the model takes, each with what the model returns; raise why if there is none."""
         why: Exception | None = None
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        end, taken = time.monotonic() + seconds, False
+        end, taken = time.process_time() + seconds, False
         for batch in self.batches(model, samples):
             batch = {name: part.to(dtype) if part.is_floating_point() else part for name, part in batch.items()}
             try:
@@ -48,7 +48,7 @@ class Case:
             else:
                 taken = True
                 yield batch, output
-            if time.monotonic() > end:
+            if time.process_time() > end:
                 break
         if why is None:
             raise Unsuitable("it has no input of a kind that is known here")
