@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -43,11 +44,13 @@ SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
 FINDING_S = 40  # of processor time; after that no other size of a model is looked at
 PATIENCE = 20  # times that: when a model that waits is given up
 FORK = multiprocessing.get_context("fork")
-MEMORY_BYTES = 5 * 2**30
+MEMORY_BYTES = 3 * 2**30
 CLOSE = 1e-5  # of a tensor's largest element: many a model casts to float32 inside, whatever its weights are
 NOTHING = 1e-7  # of the largest of all tensors: such a one is zero but for rounding
 TITLES = {"hf": "Every family of transformers", "vision": "Families of torchvision and timm"}
 CASES: dict[str, Callable[[], dict[str, Case]]] = {"hf": hugging_face_cases, "vision": vision_cases}
+
+WARM = {"hf": "gpt2 (GPT2LMHeadModel)", "vision": "timm resnet (resnet18)"}
 
 
 def squares(output: Any) -> torch.Tensor:
@@ -153,6 +156,15 @@ def attempt(case: Case) -> dict[str, Any]:
     return row
 
 
+def warm(case: Case) -> None:
+    """Try one here: what it imports and fills caches with is then there for all that are forked."""
+    torch.set_num_threads(1)
+    with warnings.catch_warnings(action="ignore"):
+        if attempt(case)["result"] != "exact":
+            raise SystemExit("the first model is not exact")
+    gc.freeze()
+
+
 def first_line(error: BaseException) -> str:
     text = " ".join(str(error).strip().splitlines()[:1]) or type(error).__name__
     return textwrap.shorten(f"{type(error).__name__}: {text}", 220, placeholder=" …")
@@ -232,6 +244,7 @@ def run(arguments: argparse.Namespace, known: Path) -> dict[str, dict[str, Any]]
             rows.update(json.loads(line))
     with contextlib.redirect_stderr(None):
         cases = CASES[arguments.kind]()
+        warm(cases[WARM[arguments.kind]])
     order = sorted(cases)
     random.Random(0).shuffle(order)
     names = tuple(arguments.names)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ NEEDED = {  # what a configuration's defaults leave to the user
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
 }
 HOW = (  # ways to make a configuration small, and how many parameters are small; a number divides its widths
-    *(("few layers", 10_000_000), ("narrow", PARAMETERS), ("4", PARAMETERS), ("8", PARAMETERS), ("2", PARAMETERS)),
+    *(("narrow", 10_000_000), ("few layers", 10_000_000), ("4", PARAMETERS), ("8", PARAMETERS), ("2", PARAMETERS)),
     *(("16", PARAMETERS), ("few layers", PARAMETERS)),
 )
 
@@ -96,8 +97,6 @@ def shrunk(config: Any, how: str) -> Any:
             shrunk(value, how)
         elif name in ("depths", "num_layers", "layers") and isinstance(value, list | tuple):
             _set(config, name, type(value)(min(v, 2) if isinstance(v, int) else v for v in value))
-        elif isinstance(value, dict) and how.isdigit() and name.startswith("rope"):
-            _set(config, name, {key: _sections(part, int(how)) for key, part in value.items()})
         elif isinstance(value, list | tuple) and how.isdigit() and not KEPT.search(name):
             if value and all(isinstance(v, int) and v % int(how) == 0 and v >= 4 * int(how) for v in value):
                 _set(config, name, type(value)(v // int(how) for v in value))
@@ -111,6 +110,9 @@ def shrunk(config: Any, how: str) -> Any:
             _set(config, name, 2048)
         elif name == "max_length" and value > 256 and how != "few layers":
             _set(config, name, 128)
+        elif name == "image_size" and value > 64 and how == "narrow":
+            patch = getattr(config, "patch_size", None)
+            _set(config, name, 4 * patch if isinstance(patch, int) and patch >= 8 else 64)
         elif name == "image_size" and value > 256 and how != "few layers":
             patch = getattr(config, "patch_size", None)
             _set(config, name, 8 * patch if isinstance(patch, int) else 256)
@@ -134,16 +136,35 @@ def shrunk(config: Any, how: str) -> Any:
     number = getattr(config, "num_hidden_layers", None)
     if isinstance(kinds, list) and isinstance(number, int) and len(kinds) > number:
         _set(config, "layer_types", kinds[:number])
+    _fit_sections(config)
     if getattr(config, "use_cache", None):
         _set(config, "use_cache", False)
     return config
 
 
-def _sections(part: Any, by: int) -> Any:
-    """Divide the parts of a head that turn with time, height and width, where all of them divide."""
-    if isinstance(part, list) and part and all(isinstance(v, int) and v % by == 0 for v in part):
-        return [v // by for v in part]
-    return part
+def _fit_sections(config: Any) -> None:
+    """Make the parts of a head that turn with time, height and width as wide as half of what turns."""
+    heads, width = (getattr(config, name, None) for name in ("num_attention_heads", "head_dim"))
+    if width is None and isinstance(heads, int) and isinstance(getattr(config, "hidden_size", None), int):
+        width = config.hidden_size // heads
+    for name in ("rope_parameters", "rope_scaling"):
+        given = getattr(config, name, None)
+        if not isinstance(given, dict) or not isinstance(width, int):
+            continue
+        sections = given.get("mrope_section") or ([1, 1, 1] if "mrope_section" in _code_for(type(config)) else None)
+        turning = given.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1
+        half = int(width * turning) // 2
+        if sections and half != sum(sections):
+            fitting = [max(1, part * half // sum(sections)) for part in sections]
+            fitting[0] += half - sum(fitting)
+            _set(config, name, {**given, "mrope_section": fitting})
+
+
+@functools.cache
+def _code_for(config: type) -> str:
+    path = Path(inspect.getfile(config))
+    beside = path.with_name(path.name.replace("configuration", "modeling"))
+    return beside.read_text(encoding="utf-8") if beside != path and beside.exists() else ""
 
 
 def _divided(name: str, value: int, by: int) -> bool:
