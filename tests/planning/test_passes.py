@@ -14,16 +14,19 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_partition import EXACT_TIME, FREE_FAR_LINK, brute_force, problems, random_graph, stage_costs
 
+from fxpipe.planning.search.bounds import Frontier
 from fxpipe.planning.search.chains import order_costs
-from fxpipe.planning.search.downsets import enumerate_downsets
+from fxpipe.planning.search.downsets import DownsetCosts, downset_costs, enumerate_downsets
 from fxpipe.planning.search.evaluate import evaluate, is_partition
 from fxpipe.planning.search.instance import make_instance, without_memory, without_tie_loads
+from fxpipe.planning.search.learned import Learned
 from fxpipe.planning.search.orders import given_order
 from fxpipe.planning.search.partition import partition_nodes
 from fxpipe.planning.search.pools import stages_of_cuts
 from fxpipe.planning.search.problem import PartitionProblem, Placement, TransferValue
 from fxpipe.planning.search.reductions import reduced
 from fxpipe.planning.search.request import Request
+from fxpipe.planning.search.several.frontier import frontier_bound
 from fxpipe.planning.search.several.pairs import search_pairs
 from fxpipe.planning.search.several.passes import cut_passes
 
@@ -39,7 +42,7 @@ def placed(ranks, far):
 @given(problems(extras=True, time=EXACT_TIME), st.sampled_from([LOOP, TURN]), FARS, st.booleans(), st.booleans())
 @example(FREE_FAR_LINK, LOOP, [True] * 5, True, False)
 @example(FREE_FAR_LINK, TURN, [True] * 5, True, True)
-def test_two_passes_over_all_downsets_bound_what_exists_and_find_the_best_of_whole_graphs(
+def test_two_passes_are_bounded_by_what_exists_and_the_best_of_whole_graphs_is_found(
     problem, ranks, far, exactly, merge
 ):
     placement = placed(ranks, far)
@@ -53,10 +56,50 @@ def test_two_passes_over_all_downsets_bound_what_exists_and_find_the_best_of_who
     masks = enumerate_downsets(small, 1000)
     found = search_pairs(small, request, masks, 0, upper, whole=whole)
     assert instance.seconds(found.lower) <= best
+    fit = instance if exactly and instance.anchors.all() else small
+    for most_downsets in (0, 999):
+        assert instance.seconds(frontier_bound(fit, request, 0, upper, Learned(), most_downsets=most_downsets)) <= best
     if not problem.ties and whole and exactly and found.stage_of is not None:
         assert is_partition(small, request, found.stage_of)
         reached = evaluate(small, request, found.stage_of).bottleneck
         assert reached - found.lower <= max(1, upper // 2048)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(extras=True, time=EXACT_TIME), st.integers(1, 5))
+def test_for_every_downset_a_cut_stands_that_costs_no_more_on_either_side(problem, count):
+    instance = make_instance(problem)
+    masks = enumerate_downsets(instance, 1000)
+    crossing = instance.values.column(0)
+    loads, crossed, anchors = downset_costs(instance, masks, crossing)
+    costs = DownsetCosts(instance, "adjacent", masks)
+    assert (loads == costs.load).all()
+    assert (crossed == costs.crossing[0]).all()
+    assert (anchors == costs.anchors).all()
+    kept = Frontier.of(loads + crossed, loads - crossed)
+    for frontier in (kept, kept.thinned(count)):
+        stands = (frontier.ends[:, None] <= loads + crossed) & (frontier.begins[:, None] >= loads - crossed)
+        assert stands.any(axis=0).all()
+        assert (np.diff(frontier.ends) > 0).all()
+        assert (np.diff(frontier.begins) > 0).all()
+
+
+@pytest.mark.parametrize("ranks", [(*range(4), *range(4)), (*range(4), *range(3, -1, -1))])
+def test_blocks_with_branches_are_cut_to_within_a_hundredth_of_the_bound(ranks):
+    seconds, edges, values = [0.3], [], []
+    for block in range(30):
+        first = len(seconds) - 1
+        branches = [range(first + 1, first + 7), range(first + 7, first + 13)]
+        seconds += [0.1 + 0.01 * ((7 * block + node) % 5) for node in range(12)]
+        seconds.append(0.2)
+        for branch in branches:
+            path = [first, *branch, first + 13]
+            edges += list(itertools.pairwise(path))
+            values += [TransferValue(0.15, pair) for pair in itertools.pairwise(path[1:])]
+        values.append(TransferValue(0.15, (first, first + 1, first + 7)))
+    problem = PartitionProblem(tuple(seconds), tuple(edges), tuple(values))
+    found = partition_nodes(problem, 8, exactly=True, rank_of_stage=ranks)
+    assert found.bottleneck <= 1.01 * found.lower_bound
 
 
 @settings(max_examples=150, deadline=None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,12 +15,15 @@ from fxpipe.planning.search.instance import (
     Ints,
 )
 from fxpipe.planning.search.orders import given_order
-from fxpipe.planning.search.request import FAR, FREE, Request
+from fxpipe.planning.search.request import FAR, FREE, NEAR, Request
 
 MOST_NODES = 12_000  # larger graphs get the simple bound alone
 ROWS = 512  # nodes whose predecessors are added up together
 PATHS = 6  # paths of a flow
 MOST_PAIRS = 12  # pairs of a first and a last node of which all are tried
+WINDOWS = 512  # loads in a row of which each has its own least crossing
+MOST_ENTRIES = 600_000  # nodes times windows; of larger graphs fewer windows are looked at
+PARTS = 8  # cuts that stand for all of one window
 INFINITE = int(np.iinfo(np.int64).max // 4)
 
 
@@ -58,7 +64,10 @@ def crossing_bound(instance: Instance, request: Request, upper: int) -> int:
     boundaries = np.arange(1, request.stages)
     inside = after[:, None] > (request.stages - boundaries) * upper
     outside = before[:, None] > boundaries * upper
-    crossed = _least_flow(instance, request, order, inside, outside)
+    kinds = np.asarray(request.kinds[1:-1])
+    near, far = instance.values.column(NEAR_LOAD)[:, None], instance.values.column(FAR_LOAD)[:, None]
+    room = np.where(kinds == FAR, far, np.where(kinds == FREE, 0, near))
+    crossed = _least_flow(instance, request, room, inside, outside)
     total = int(instance.load.sum()) + 2 * sum(crossed)
     bound = -(-total // len(set(request.ranks)))
     if not request.exactly:  # with fewer stages less has to cross, but each stage has more
@@ -66,25 +75,108 @@ def crossing_bound(instance: Instance, request: Request, upper: int) -> int:
     return max(simple, bound)
 
 
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Cuts of which, for every cut of the graph, one costs no more on either side; memory and ties aside.
+
+    With ``P`` the load before a cut and ``x`` what crosses it, a stage costs ``P + x`` of the cut behind it less
+    ``P - x`` of the cut before. So a cut may stand for another where its first number is no more, and its second no
+    less. Those that no other one can stand for have both numbers ascending. All cuts of a partition, one within the
+    next, can be replaced so that they still follow each other: where the first number of a later one is below that of
+    an earlier one, the later one can stand for both.
+
+    Attributes:
+        ends: ``P + x`` of each cut, ascending.
+        begins: ``P - x`` of each cut, ascending.
+    """
+
+    ends: Ints
+    begins: Ints
+
+    @classmethod
+    def of(cls, ends: Ints, begins: Ints) -> Frontier:
+        """Keep of some cuts those that no other one can stand for."""
+        order = np.lexsort((-begins, ends))
+        ends, begins = ends[order], begins[order]
+        most = np.maximum.accumulate(begins)
+        kept = np.concatenate([np.ones(min(len(ends), 1), dtype=bool), begins[1:] > most[:-1]])
+        return cls(ends[kept], begins[kept])
+
+    def thinned(self, count: int) -> Frontier:
+        """Let one cut, that need not exist, stand for several neighbours, so that about ``count`` are left."""
+        if len(self.ends) <= count:
+            return self
+        bounds = np.linspace(0, len(self.ends), count + 1).astype(np.int64)
+        return Frontier(self.ends[bounds[:-1]], self.begins[bounds[1:] - 1])
+
+
+def least_crossing(instance: Instance, kinds: Sequence[int]) -> Ints:
+    """Give what each value costs a boundary of any of these kinds at least."""
+    columns = [instance.values.column(NEAR_LOAD if kind == NEAR else FAR_LOAD) for kind in kinds if kind != FREE]
+    nothing = np.zeros(len(instance.values), dtype=np.int64)
+    return nothing if FREE in kinds or not columns else np.minimum.reduce(columns)
+
+
+def window_frontier(instance: Instance, request: Request, crossing: Ints) -> Frontier | None:
+    """Give cuts that stand for all cuts of a graph, from what must cross where so much load lies before the cut.
+
+    Where at least ``a`` of the load lies before a cut, a node that more than the rest comes after lies before it too;
+    where at most ``b`` does, a node that more than that comes before lies behind. What flows from the ones to the
+    others crosses every cut with a load between ``a`` and ``b`` before it.
+
+    Args:
+        instance: The merged graph. Where every stage has an anchor, no free nodes with anchors may have been merged.
+        request: Whether every stage has an anchor.
+        crossing: What each value costs a boundary at least.
+
+    Returns:
+        The cuts; None where they say nothing: links or nodes cost nothing, or the graph is too large.
+    """
+    total = int(instance.load.sum())
+    count = min(WINDOWS, MOST_ENTRIES // instance.size)
+    if not crossing.any() or not count or not total:
+        return None
+    order = given_order(instance)
+    before = _closed_loads(instance, order, instance.predecessors)[:, None]
+    after = _closed_loads(instance, order[::-1], instance.successors)[:, None]
+    loads = np.linspace(0, total, count + 1).astype(np.int64)
+    room = np.repeat(crossing[:, None], count, axis=1)
+    crossed = _least_flow(instance, request, room, after > total - loads[:-1], before > loads[1:])
+    least = np.repeat(np.asarray(crossed, dtype=np.int64), PARTS)
+    loads = np.linspace(0, total, count * PARTS + 1).astype(np.int64)
+    ends, begins = loads[:-1] + least, loads[1:] - least
+    if not request.exactly:  # stages may be left out
+        ends, begins = np.concatenate([[0], ends, [total]]), np.concatenate([[0], begins, [total]])
+    return Frontier.of(ends, begins)
+
+
 def _least_flow(
-    instance: Instance, request: Request, order: list[int], inside: NDArray[np.bool_], outside: NDArray[np.bool_]
+    instance: Instance, request: Request, room: Ints, inside: NDArray[np.bool_], outside: NDArray[np.bool_]
 ) -> list[int]:
     """Give for each boundary what flows at least: some first anchor lies before it, and some last one behind.
 
     Which ones is not known: the least over all pairs holds. Where there are many pairs, only what is known for every
     boundary counts.
+
+    Args:
+        instance: The merged graph.
+        request: Whether every stage has an anchor.
+        room: For each value and boundary, what the value costs there.
+        inside: For each node and boundary, whether the node is known to lie before it.
+        outside: The same for behind.
     """
+    order = given_order(instance)
     anchored = instance.anchors > 0 if request.exactly else np.ones(instance.size, dtype=bool)
     firsts = _foremost(anchored, order, instance.predecessors)
     lasts = _foremost(anchored, order[::-1], instance.successors)
     if len(firsts) * len(lasts) > MOST_PAIRS:
-        return _flow(instance, request, order, inside, outside)
+        return _flow(instance, room, order, inside, outside)
     least: list[int] | None = None
     for first in firsts:
         for last in lasts:
             before, behind = inside.copy(), outside.copy()
             before[first] = behind[last] = True
-            crossed = _flow(instance, request, order, before, behind)
+            crossed = _flow(instance, room, order, before, behind)
             least = crossed if least is None else list(map(min, least, crossed))
     assert least is not None
     return least
@@ -123,27 +215,31 @@ def _closed_loads(instance: Instance, order: list[int], neighbours: tuple[tuple[
 
 
 def _flow(
-    instance: Instance, request: Request, order: list[int], inside: NDArray[np.bool_], outside: NDArray[np.bool_]
+    instance: Instance, room: Ints, order: list[int], inside: NDArray[np.bool_], outside: NDArray[np.bool_]
 ) -> list[int]:
-    """Give for each boundary what flows from inside to outside along a few paths; values are the pipes."""
-    kinds = np.asarray(request.kinds[1:-1])
-    near, far = instance.values.column(NEAR_LOAD)[:, None], instance.values.column(FAR_LOAD)[:, None]
-    room = np.where(kinds == FAR, far, np.where(kinds == FREE, 0, near))
+    """Give for each boundary what flows from inside to outside along a few paths; values are the pipes.
+
+    Of paths as wide as each other the shortest is taken: it leaves most values to those behind it.
+    """
+    room = np.array(room)
     steps = _steps(instance, order)
-    total = np.zeros(len(kinds), dtype=np.int64)
+    total = np.zeros(room.shape[1], dtype=np.int64)
     outside = outside & ~inside
     for _ in range(PATHS):
         width = np.where(inside, INFINITE, 0)
+        length = np.zeros(width.shape, dtype=np.int32)
         source = np.full(width.shape, -1, dtype=np.int64)
         for index, (before, node, values) in enumerate(steps):
             through = np.minimum(width[before], room[values].sum(axis=0) if len(values) > 1 else room[values[0]])
-            wider = through > width[node]
-            width[node][wider] = through[wider]
-            source[node][wider] = index
-        ends = np.where(outside, width, 0).argmax(axis=0)
+            longer = length[before] + 1
+            better = (through > width[node]) | ((through == width[node]) & (longer < length[node]))
+            np.copyto(width[node], through, where=better)
+            np.copyto(length[node], longer, where=better)
+            np.copyto(source[node], index, where=better)
         widths = np.where(outside, width, 0).max(axis=0)
         if not widths.any():
             break
+        ends = np.where(outside & (width == widths), length, len(order)).argmin(axis=0)
         total += widths
         for boundary in np.flatnonzero(widths).tolist():
             _fill(room[:, boundary], steps, source[:, boundary], int(ends[boundary]), int(widths[boundary]))

@@ -221,6 +221,44 @@ class DownsetCosts:
         return (results[0], results[1], results[2]) if memory else (results[0], NOTHING, NOTHING)
 
 
+def downset_costs(instance: Instance, masks: Sequence[int], crossing: Ints) -> tuple[Ints, Ints, Ints]:
+    """Give for each of all downsets its load, what crosses between it and the rest, and its anchors.
+
+    Each is that without its last node and what the node changes: several times as fast as ``DownsetCosts``, which knows
+    far more.
+
+    Args:
+        instance: The merged graph.
+        masks: All its downsets, ascending.
+        crossing: What each value costs where some but not all of its nodes are in.
+    """
+    if any(after and after[0] < node for node, after in enumerate(instance.successors)):
+        raw = b"".join(mask.to_bytes(-(-instance.size // 8), "little") for mask in masks)
+        rows = np.frombuffer(raw, dtype=np.uint8).reshape(len(masks), -1)
+        members = np.unpackbits(rows, axis=1, bitorder="little")[:, : instance.size]
+        crossed = _sums(_partial(members, instance.values), crossing)
+        return _sums(members, instance.load), crossed, _sums(members, instance.anchors)
+    of_node: list[list[tuple[int, int]]] = [[] for _ in range(instance.size)]
+    for nodes, amount in zip(instance.values.sets(), crossing.tolist(), strict=True):
+        mask = sum(1 << node for node in nodes)
+        for node in nodes if amount else ():
+            of_node[node].append((mask, amount))
+    own = list(zip(instance.load.tolist(), instance.anchors.tolist(), strict=True))
+    found: dict[int, tuple[int, int, int]] = {0: (0, 0, 0)}
+    for mask in masks[1:]:
+        node = mask.bit_length() - 1
+        before = mask ^ (1 << node)
+        load, across, anchors = found[before]
+        for value, amount in of_node[node]:
+            if not before & value:
+                across += amount
+            elif mask & value == value:
+                across -= amount
+        found[mask] = load + own[node][0], across, anchors + own[node][1]
+    loads, sums, anchored = np.asarray([found[mask] for mask in masks], dtype=np.int64).T
+    return loads, sums, anchored
+
+
 def _same_counts(
     left: NDArray[np.int32], right: NDArray[np.int32]
 ) -> tuple[Ints, NDArray[np.bool_], NDArray[np.bool_]]:

@@ -17,6 +17,7 @@ from fxpipe.planning.search.pools import orders, stages_of_cuts
 from fxpipe.planning.search.problem import PartitionProblem
 from fxpipe.planning.search.reductions import Reduced, reduced
 from fxpipe.planning.search.request import Request
+from fxpipe.planning.search.several.frontier import frontier_bound
 from fxpipe.planning.search.several.pairs import MOST_PAIRED, Paired, search_pairs
 from fxpipe.planning.search.several.passes import cut_passes, passes_of
 from fxpipe.planning.search.several.ranks import search_ranks
@@ -54,6 +55,10 @@ def search_several(
         return Answer(best, min(lower, best.value), best.value <= lower, "pool")
     if best is not None:
         lower = min(max(lower, crossing_bound(instance, request, best.value)), best.value)
+        # A stage may have nothing but nodes that cost nothing: what crosses next to them then counts.
+        whole = request.exactly and bool(instance.anchors.all())
+        small = instance if whole else reduced(without_memory(instance)).instance
+        lower = frontier_bound(without_memory(small), request, lower, best.value, hints.learned)
         paired = _paired(instance, request, lower, best.value)
         lower = paired.lower
         if paired.stage_of is not None:
