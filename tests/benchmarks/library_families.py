@@ -41,7 +41,7 @@ import fxpipe
 from fxpipe.errors import FxpipeError
 
 SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
-FINDING_S = 40  # of processor time; after that no other size of a model is looked at
+FINDING_S = 10  # of processor time; after that no other size of a model is looked at
 PATIENCE = 20  # times that: when a model that waits is given up
 FORK = multiprocessing.get_context("fork")
 MEMORY_BYTES = 3 * 2**30
@@ -330,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=CASES, help="which library")
     parser.add_argument("names", nargs="*", help="only what begins like these, again; leaves the page alone")
-    parser.add_argument("--seconds", type=float, default=90, help="limit of processor time for each model")
+    parser.add_argument("--seconds", type=float, default=60, help="limit of processor time for each model")
     parser.add_argument("--jobs", type=int, default=1, help="how many models at a time")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no other one is begun")
     parser.add_argument("--known", type=Path, help="what was tried before, and is not tried again")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ VOCABULARY, LENGTH = 64, 12
 FRAMES, PATCHES = 8, 4  # frames of a sound or a film where nothing says how many; patches along an edge
 MOST_OF_EACH = 40  # combinations of what several arguments may be
 Batch = dict[str, torch.Tensor]
+Batches = Generator[Batch, Exception | None, None]
 Make = Callable[[], torch.Tensor]
+WANTED = re.compile(  # how torch says which width it expected
+    r"to have (\d+) channels|and (\d+)x\d+\)|normalized_shape=\[(\d+)\]|must match the existing size \((\d+)\)"
+)
 
 DESCRIBED = re.compile(r"^\s*(\w+) \(`([^`]*)` of shape `?\(([^`]*?),?\)`?", re.MULTILINE)
 MAIN = (
@@ -74,6 +79,7 @@ class Inputs:
         self.model, self.samples = model, samples
         self.sizes = Sizes(model.config)
         self.numbers = torch.Generator().manual_seed(1)
+        self.learned: dict[int, None] = {}  # widths that errors asked for
         parameters = inspect.signature(model.forward).parameters.values()
         self.taken = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.required = [p.name for p in parameters if p.name in self.taken and p.default is p.empty]
@@ -96,12 +102,27 @@ class Inputs:
         books = self.sizes.all("num_codebooks", "num_quantizers", "n_codes_total", "num_vq_groups")[:2]
         b = self.samples
         several = [self.ids(*shape) for n in books for shape in ((b, n, LENGTH), (b, LENGTH, n), (b * n, LENGTH))]
-        return [self.ids(b, LENGTH), *several]
+        return [self.ids(b, LENGTH), *several, *self.marked()]
+
+    def marked(self) -> list[Make]:
+        """Words among which each of an image's features has its place, as many as the configuration may mean."""
+        marks = self.sizes.all("image_token_id", "image_token_index")
+        if not marks or not {"pixel_values", "pixel_values_videos"} & set(self.taken):
+            return []
+        patch, edge = self.sizes.first("patch_size", default=16), self.sizes.edges()[0][0]
+        whole = (edge // patch) ** 2
+        counts = self.sizes.all("num_query_tokens", "image_seq_length", "image_seq_len", "mm_tokens_per_image")
+        counts = [n for n in dict.fromkeys([*counts, whole, whole + 1, whole // 4]) if 0 < n <= 256][:5]
+
+        def make(count: int) -> torch.Tensor:
+            return torch.cat([torch.full((self.samples, count), marks[0]), self.ids(self.samples, LENGTH)()], 1)
+
+        return [functools.partial(make, count) for count in counts]
 
     def images(self) -> list[Make]:
         b = self.samples
-        planes = self.sizes.all("num_channels", "in_channels", "in_chans", "image_channels") or [3]
-        planes = list(dict.fromkeys([*planes[:2], 3, 1]))
+        planes = self.sizes.all("num_channels", "in_channels", "in_chans", "image_channels") or [3, 1]
+        planes = list(dict.fromkeys([*planes[:2], *self.learned, 3]))
         frames = self.sizes.all("num_frames", "frames_per_clip", "tubelet_size", "temporal_patch_size") or [2]
         made = [self.random(b, c, *edge) for edge in self.sizes.edges() for c in planes[:3]]
         for edge, c in itertools.product(self.sizes.edges()[:2], planes[:2]):
@@ -122,7 +143,7 @@ class Inputs:
         """Waves, and frames of features in either order, with a width that the configuration knows."""
         b = self.samples
         wide = self.sizes.like(r"mel|bins|feat|input_dim|in_channels|input_size|num_channels", 1024)
-        wide = list(dict.fromkeys([*wide, 80, 128, *self.sizes.all("hidden_size")]))
+        wide = list(dict.fromkeys([*self.learned, *wide, 80, 128, *self.sizes.all("hidden_size")]))
         double = [2 * n for n in self.sizes.all("max_source_positions")]
         length = [n for n in (*double, *self.sizes.all("max_length", "spec_size")) if n <= 3000]
         frames = list(dict.fromkeys([*length, 100, 64, 256, 1024]))
@@ -175,7 +196,7 @@ class Inputs:
         if name == "bbox":
             return [lambda: torch.tensor([10, 20, 30, 40]).expand(b, LENGTH, 4).contiguous()]
         if name.endswith("inputs_embeds"):
-            wide = self.sizes.all("hidden_size", "d_model", "n_embd", "embed_dim")[:3] or [64]
+            wide = [*self.sizes.all("hidden_size", "d_model", "n_embd", "embed_dim")[:3], *self.learned] or [64]
             return [self.random(b, LENGTH, n) for n in wide]
         if name in ("token_type_ids", "mm_token_type_ids"):
             return [lambda: torch.zeros((b, LENGTH), dtype=torch.long)]
@@ -186,7 +207,7 @@ class Inputs:
         described = self.described_as(name)
         if described or not name.endswith(("mask", "states", "latents", "embeds", "inputs")):
             return described
-        wide = self.sizes.all("hidden_size", "d_model", "hidden_dim")[:2] or [64]
+        wide = [*self.sizes.all("hidden_size", "d_model", "hidden_dim")[:2], *self.learned] or [64]
         return [self.ones(b, LENGTH)] if name.endswith("mask") else [self.random(b, LENGTH, n) for n in wide]
 
     def series(self) -> list[Make]:
@@ -252,8 +273,18 @@ class Inputs:
                 "future_time_features": self.random(b, ahead, n),
             }
 
-    def batches(self) -> Iterator[Batch]:
-        """Give one batch after the other, the likeliest first."""
+    def batches(self) -> Batches:
+        """Give one batch after the other, the likeliest first; once more where errors said which widths they want."""
+        yield from self.all_batches()
+        if self.learned:
+            yield from self.all_batches()
+
+    def learn(self, error: Exception | None) -> None:
+        found = WANTED.search(str(error)) if error is not None else None
+        if found and len(self.learned) < 3:
+            self.learned[int(next(filter(None, found.groups())))] = None
+
+    def all_batches(self) -> Batches:
         for joint in self.joint():
             rest = [name for name in self.required if name not in joint]
             yield from self.made(joint, rest)
@@ -273,14 +304,14 @@ class Inputs:
             both = dict.fromkeys([*mains[:2], *[n for n in extras[:5] if n in self.taken], *self.required])
             yield from self.made({}, list(both))
 
-    def made(self, given: Mapping[str, Make], names: Iterable[str], labelled: bool = False) -> Iterator[Batch]:
+    def made(self, given: Mapping[str, Make], names: Iterable[str], labelled: bool = False) -> Batches:
         names = list(names)
         every = [self.options(name) for name in names]
         for choice in itertools.islice(itertools.product(*every), MOST_OF_EACH):
             chosen = {**given, **dict(zip(names, choice, strict=True))}
             for labels in [*(self.labels() if labelled and "labels" in self.taken else ()), None]:
                 batch = {name: make() for name, make in chosen.items()}
-                yield batch if labels is None else {**batch, "labels": labels}
+                self.learn((yield batch if labels is None else {**batch, "labels": labels}))
 
     def labels(self) -> list[torch.Tensor]:
         ids = self.ids(self.samples, LENGTH)()

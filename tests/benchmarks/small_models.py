@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_inputs import Batch, Inputs
+from small_inputs import Batch, Batches, Inputs
 from torch import nn
 
 PARAMETERS = 40_000_000  # a model that is larger is made narrower, or left out
@@ -29,23 +30,30 @@ class Case:
 
     Attributes:
         find: Gives what makes it on the default device, small in one way after the other.
-        batches: Gives batches that a model of the kind may take, by the model and the number of samples.
+        batches: Gives batches that a model of the kind may take, by the model and the number of samples; is sent the
+            error that the model raised for the last one.
     """
 
     find: Callable[[], Iterator[Callable[[], nn.Module]]]
-    batches: Callable[[nn.Module, int], Iterator[Batch]]
+    batches: Callable[[nn.Module, int], Batches]
 
-    def batch_for(self, model: nn.Module, samples: int, seconds: float = 15) -> Iterator[tuple[Batch, Any]]:
+    def batch_for(self, model: nn.Module, samples: int, seconds: float = 4) -> Iterator[tuple[Batch, Any]]:
         """Give the batches that the model takes, each with what the model returns; raise why if there is none."""
         why: Exception | None = None
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        end, taken = time.process_time() + seconds, False
-        for batch in self.batches(model, samples):
+        end, taken, last = time.process_time() + seconds, False, None
+        given = self.batches(model, samples)
+        while True:
+            try:
+                batch = given.send(last)
+            except StopIteration:
+                break
+            last = None
             batch = {name: part.to(dtype) if part.is_floating_point() else part for name, part in batch.items()}
             try:
                 output = model(**copy.deepcopy(batch))
             except Exception as error:
-                why = why or error
+                why, last = why or error, error
             else:
                 taken = True
                 yield batch, output
@@ -126,17 +134,20 @@ def shrunk(config: Any, how: str) -> Any:
             _set(config, name, 8)
         elif how.isdigit() and _divided(name, value, int(how)):
             _set(config, name, value // int(how))
-    words = getattr(config, "vocab_size", None)
-    for name, value in list(vars(config).items()):
-        if name.endswith("token_id") and isinstance(value, int) and isinstance(words, int) and value >= words:
-            _set(config, name, 1)
+    words = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    asked = [name for name in vars(config) if name.endswith(("token_id", "token_index"))]
+    for place, name in enumerate(asked if isinstance(words, int) else ()):
+        value = getattr(config, name)
+        if isinstance(value, int) and value >= words:
+            _set(config, name, words - 1 - place)  # what marks images and what marks films are two words
     if getattr(config, "num_key_value_heads", 1) is None:
         _set(config, "num_key_value_heads", getattr(config, "num_attention_heads", None))
     kinds = getattr(config, "layer_types", None)
     number = getattr(config, "num_hidden_layers", None)
     if isinstance(kinds, list) and isinstance(number, int) and len(kinds) > number:
         _set(config, "layer_types", kinds[:number])
-    _fit_sections(config)
+    with contextlib.suppress(Exception):  # one of several widths of heads
+        _fit_sections(config)
     if getattr(config, "use_cache", None):
         _set(config, "use_cache", False)
     return config
@@ -225,7 +236,7 @@ def made(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     return kind(copy.deepcopy(config))
 
 
-def hugging_face_batches(model: nn.Module, samples: int) -> Iterator[Batch]:
+def hugging_face_batches(model: nn.Module, samples: int) -> Batches:
     return Inputs(model, samples).batches()
 
 
@@ -285,7 +296,7 @@ def find_vision(library: str, name: str) -> Iterator[Callable[[], nn.Module]]:
     yield make
 
 
-def vision_batches(model: nn.Module, samples: int) -> Iterator[Batch]:
+def vision_batches(model: nn.Module, samples: int) -> Batches:
     numbers = torch.Generator().manual_seed(1)
     asked = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))
     first = next(iter(inspect.signature(model.forward).parameters), "x")
