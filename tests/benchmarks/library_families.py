@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -41,7 +42,7 @@ import fxpipe
 from fxpipe.errors import FxpipeError
 
 SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
-FINDING_S = 10  # of processor time; after that no other size of a model is looked at
+FINDING_S = 8  # of processor time; after that no other size of a model is looked at
 PATIENCE = 20  # times that: when a model that waits is given up
 FORK = multiprocessing.get_context("fork")
 MEMORY_BYTES = 3 * 2**30
@@ -50,7 +51,7 @@ NOTHING = 1e-7  # of the largest of all tensors: such a one is zero but for roun
 TITLES = {"hf": "Every family of transformers", "vision": "Families of torchvision and timm"}
 CASES: dict[str, Callable[[], dict[str, Case]]] = {"hf": hugging_face_cases, "vision": vision_cases}
 
-WARM = {"hf": "gpt2 (GPT2LMHeadModel)", "vision": "timm resnet (resnet18)"}
+WARM = {"hf": "gpt2 (", "vision": "torchvision alexnet ("}
 
 
 def squares(output: Any) -> torch.Tensor:
@@ -160,8 +161,8 @@ def warm(case: Case) -> None:
     """Try one here: what it imports and fills caches with is then there for all that are forked."""
     torch.set_num_threads(1)
     with warnings.catch_warnings(action="ignore"):
-        if attempt(case)["result"] != "exact":
-            raise SystemExit("the first model is not exact")
+        if (row := attempt(case))["result"] != "exact":
+            raise SystemExit(f"the first model is not exact: {row}")
     gc.freeze()
 
 
@@ -217,18 +218,20 @@ class Trial:
 
 
 def trials(
-    cases: Mapping[str, Case], names: list[str], seconds: float, jobs: int, limit: float
+    cases: Mapping[str, Case], names: Iterator[str], seconds: float, jobs: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Try one after the other, ``jobs`` at a time, each for some seconds of processor time; gives the rows."""
-    waiting, running, last = list(reversed(names)), dict[str, Trial](), time.monotonic() + limit
+    running: dict[str, Trial] = {}
+    number = itertools.count()
     with tempfile.TemporaryDirectory() as folder:
-        while running or (waiting and time.monotonic() < last):
-            while waiting and len(running) < jobs and time.monotonic() < last:
-                name = waiting.pop()
-                path = Path(folder, f"{len(waiting)}.json")
+        while True:
+            for name in itertools.islice(names, jobs - len(running)):
+                path = Path(folder, f"{next(number)}.json")
                 process = FORK.Process(target=child, args=(cases[name], str(path), seconds))
                 process.start()
                 running[name] = Trial(name, path, process, time.monotonic() + PATIENCE * seconds)
+            if not running:
+                return
             multiprocessing.connection.wait([each.process.sentinel for each in running.values()], timeout=5)
             for name, trial in list(running.items()):
                 if (row := trial.row()) is not None:
@@ -236,24 +239,34 @@ def trials(
                     yield name, row
 
 
-def run(arguments: argparse.Namespace, known: Path) -> dict[str, dict[str, Any]]:
-    """Try what is not known yet, in an order that makes a part of it a fair sample."""
+def rows_in(known: Path) -> dict[str, dict[str, Any]]:
     rows = {}
     if known.exists():
         for line in known.read_text(encoding="utf-8").splitlines():
             rows.update(json.loads(line))
+    return rows
+
+
+def run(arguments: argparse.Namespace, known: Path) -> dict[str, dict[str, Any]]:
+    """Try what is not known yet, in an order that makes a part of it a fair sample; several runs may share a file."""
     with contextlib.redirect_stderr(None):
         cases = CASES[arguments.kind]()
-        warm(cases[WARM[arguments.kind]])
     order = sorted(cases)
-    random.Random(0).shuffle(order)
-    names = tuple(arguments.names)
-    wanted = [name for name in order if (name.startswith(names) if names else name not in rows)]
-    for name, row in trials(cases, wanted, arguments.seconds, arguments.jobs, arguments.limit):
-        rows[name] = row
+    random.Random(arguments.seed).shuffle(order)
+    begun = tuple(arguments.names)
+    last = time.monotonic() + arguments.limit
+
+    def wanted() -> Iterator[str]:
+        for name in order:
+            if time.monotonic() < last and (name.startswith(begun) if begun else name not in rows_in(known)):
+                yield name
+
+    warm(next(cases[name] for name in cases if name.startswith(WARM[arguments.kind])))
+    for name, row in trials(cases, wanted(), arguments.seconds, arguments.jobs):
         print(name, row["result"], row.get("why", ""), file=sys.stderr, flush=True)
         with known.open("a", encoding="utf-8") as file:
             file.write(json.dumps({name: row}) + "\n")
+    rows = rows_in(known)
     return {name: rows[name] for name in order if name in rows} | {"": {"of": len(order)}}
 
 
@@ -332,6 +345,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="only what begins like these, again; leaves the page alone")
     parser.add_argument("--seconds", type=float, default=60, help="limit of processor time for each model")
     parser.add_argument("--jobs", type=int, default=1, help="how many models at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the order; with several, runs may share a file")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no other one is begun")
     parser.add_argument("--known", type=Path, help="what was tried before, and is not tried again")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
