@@ -264,7 +264,7 @@ TINY = (
     "xxs",
     "xs",
     "small",
-    "_s",
+    "_s_",
     "b0",
     "lite",
     "18",
@@ -273,7 +273,7 @@ TINY = (
 
 def smallest(names: list[str]) -> str:
     def rank(name: str) -> tuple[int, int, str]:
-        return next((place for place, part in enumerate(TINY) if part in name), len(TINY)), len(name), name
+        return next((place for place, part in enumerate(TINY) if part in f"{name}_"), len(TINY)), len(name), name
 
     return min(names, key=rank)
 

@@ -31,9 +31,9 @@ class Wrapped(nn.Module):
         return checkpoint(function, x, use_reentrant=True)
 
 
-def prepared(num_stages=2):
+def prepared(num_stages=2, kind=Wrapped):
     model = nn.Module()
-    model.layers = nn.ModuleList(Wrapped() for _ in range(2))
+    model.layers = nn.ModuleList(kind() for _ in range(2))
     made = handmade.Draft(model, num_stages, x=torch.ones(2, 4), target=torch.ones(2, 4))
     x = made.x
     for index in range(2):
@@ -100,3 +100,34 @@ def test_a_tensor_of_another_shape_than_planned_is_refused():
         ScheduleError, match=r"stage 0 computed layers_0 as torch.float32 of shape \[3, 4\], but the plan"
     ):
         LocalEngine(stages).train([wrong])
+
+
+class Keeping(nn.Module):
+    """Keeps a table made of its weight, with its graph, as many a model for images does in evaluation."""
+
+    keeps = False
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.inner = nn.Linear(4, 4)
+        self.last = None
+        self.tables = {}
+
+    def forward(self, x):
+        y = self.inner(x).exp()
+        if not self.keeps:
+            return y * self.weight
+        self.last = y  # kept for whoever looks, and read by nobody
+        table = self.weight * 2.0
+        return y * (table if self.training else self.tables.setdefault("cpu", [table])[0])
+
+
+def test_a_module_that_keeps_a_graph_from_one_forward_to_the_next_is_named():
+    stages, job = prepared(kind=Keeping)
+    stages[1].layers[1].keeps = True
+    LocalEngine(stages).train([job, job])
+    stages[1].eval()
+    where = r"layers\.1\.last, layers\.1\.tables\['cpu'\]\[0\] holds a tensor with its graph"
+    with pytest.raises(ScheduleError, match=rf"^stage 1 went back .* a later one read: {where}\n  the model alone"):
+        LocalEngine(stages).train([job, job])

@@ -25,7 +25,7 @@ from fxpipe._torch import WithoutMetadata
 from fxpipe.program import StageProgram
 from fxpipe.runtime.build.boundary import MessageLayout, gradient_layout, message_layout, pack, receive_buffers
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.run.refusals import CheckpointWatch
+from fxpipe.runtime.run.refusals import CheckpointWatch, named_backward_error
 from fxpipe.runtime.run.sharded import hold_reduction, reduce_now
 from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.run.work import (
@@ -141,10 +141,13 @@ class EngineStage(WithoutMetadata, PipelineStage):
         gradients = self._gradients.pop(bwd_chunk_id, ())
         kind = "B" if full_backward else "I"
         with self.work(self.stage_index, kind, bwd_chunk_id, self.submod), self._timed("backward", bwd_chunk_id):
-            if full_backward:
-                given = run_backward(self._passes.pop(bwd_chunk_id), gradients)
-            else:
-                given = run_backward_for_inputs(self._passes[bwd_chunk_id], self._trainable(), gradients)
+            try:
+                if full_backward:
+                    given = run_backward(self._passes.pop(bwd_chunk_id), gradients)
+                else:
+                    given = run_backward_for_inputs(self._passes[bwd_chunk_id], self._trainable(), gradients)
+            except RuntimeError as error:
+                raise named_backward_error(error, self.submod) from error
         if not self.is_first:
             self._given[bwd_chunk_id] = given
 

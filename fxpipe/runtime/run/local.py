@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.run.refusals import CheckpointWatch, refuse_modules
+from fxpipe.runtime.run.refusals import CheckpointWatch, named_backward_error, refuse_modules
 from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
 
@@ -82,8 +82,12 @@ class LocalEngine:
         loss = passes[-1].loss(), passes[-1].outputs[-1].dtype
         gradients: Tensors = ()
         while passes:
-            with self._timed("backward", self._stages[len(passes) - 1].stage_index, index):
-                gradients = run_backward(passes.pop(), gradients)
+            stage = self._stages[len(passes) - 1]
+            try:
+                with self._timed("backward", stage.stage_index, index):
+                    gradients = run_backward(passes.pop(), gradients)
+            except RuntimeError as error:
+                raise named_backward_error(error, stage) from error
         return loss
 
     def _infer_one(self, job: Job) -> Tensors:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -102,6 +103,43 @@ def _caller(function: Any, stage: StageModule | None) -> str:
         return "a module"
     names = [fqn for fqn, module in stage.named_modules() if module is owner]
     return f"module {names[0]}" if names and names[0] else f"a module of stage {stage.stage_index}"
+
+
+def named_backward_error(error: RuntimeError, stage: StageModule) -> Exception:
+    """Say what a module keeps from one forward to the next where a backward went through it twice.
+
+    Args:
+        error: What a backward raised.
+        stage: The stage it ran in.
+
+    Returns:
+        ``ScheduleError`` with module and attribute for torch's "backward through the graph a second time", which the
+        model by itself raises in its second step; any other error as it is.
+    """
+    if "backward through the graph a second time" not in str(error):
+        return error
+    kept = [
+        f"{fqn}.{name}{place}" if fqn else f"{name}{place}"
+        for fqn, module in stage.named_modules()
+        for name, value in vars(module).items()
+        for place, tensor in _tensors_within(value)
+        if tensor.grad_fn is not None
+    ]
+    what = ", ".join(kept[:3]) + (f" and {len(kept) - 3} others" if len(kept) > 3 else "")
+    return ScheduleError(
+        f"stage {stage.stage_index} went back through the graph of an earlier forward, which a later one read: "
+        f"{what or 'something in it'} holds a tensor with its graph\n"
+        "  the model alone fails so in its second backward; let the module compute it anew while gradients are "
+        "needed, or keep it detached (some do in train mode: pipe.train())"
+    )
+
+
+def _tensors_within(value: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield place, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors_within(part, f"{place}[{key!r}]")
 
 
 def refuse_overlap(program: Program) -> None:
