@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import itertools
 import json
@@ -78,8 +79,64 @@ def loss_in(output: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) and found.requires_grad else None
 
 
-def suitable(case: Case) -> tuple[Callable[[], nn.Module], nn.Module, dict[str, torch.Tensor], torch.Tensor, bool]:
-    """Find a small model and a batch that it can be trained with; gives its loss too, and whether that is its own."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A small model, and a batch that it was trained with.
+
+    Attributes:
+        build: Makes it anew.
+        real: The model after a backward, its weights large enough for every layer to be felt.
+        initial: Its parameters as it was built, by name.
+        batch: By name of the argument.
+        loss: Of that batch.
+        own: Whether the loss is the model's own.
+    """
+
+    build: Callable[[], nn.Module]
+    real: nn.Module
+    initial: dict[str, torch.Tensor]
+    batch: dict[str, torch.Tensor]
+    loss: torch.Tensor
+    own: bool
+
+
+@torch.no_grad()
+def amplify(model: nn.Module) -> None:
+    """Make small weights as large as keeps activations alive, and zeros small numbers.
+
+    Deep models as they are built give gradients that vanish, or start from zeros: whatever was computed would be right.
+    """
+    numbers = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=numbers).to(parameter)
+        if parameter.ndim < 2:
+            if not bool(parameter.any()):
+                parameter.copy_(0.02 * noise)
+            continue
+        wanted = parameter[0].numel() ** -0.5
+        spread = float(parameter.std())
+        if spread == 0 and not bool(parameter.any()):
+            parameter.copy_(wanted * noise)
+        elif 0 < spread < wanted:
+            parameter.mul_(wanted / spread)
+
+
+@torch.no_grad()
+def calibrated(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
+    """Take the statistics of batch norms from a batch, so that they keep activations alive in evaluation too."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.train().momentum = 1.0
+        model(**copy.deepcopy(batch))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval().momentum = momentum
+    return bool(norms)
+
+
+def suitable(case: Case) -> Found:
+    """Find a small model and a batch that it can be trained with."""
     why = Unsuitable("no small model was found")
     end = time.process_time() + FINDING_S
     try:
@@ -87,9 +144,14 @@ def suitable(case: Case) -> tuple[Callable[[], nn.Module], nn.Module, dict[str, 
             for wide in (True, False):  # some kernels know no float64
                 torch.manual_seed(0)
                 real = build().eval()
+                real = real.double() if wide else real
+                initial = {fqn: parameter.detach().clone() for fqn, parameter in real.named_parameters()}
+                amplify(real)
                 try:
-                    for batch, output in case.batch_for(real.double() if wide else real, SAMPLES):
+                    for batch, output in case.batch_for(real, SAMPLES):
                         try:
+                            if calibrated(real, batch):
+                                output = real(**copy.deepcopy(batch))
                             own = loss_in(output)
                             loss = own if own is not None else squares(output)
                             loss.backward()
@@ -99,7 +161,7 @@ def suitable(case: Case) -> tuple[Callable[[], nn.Module], nn.Module, dict[str, 
                             continue
                         gradients = [p.grad for p in real.parameters() if p.grad is not None]
                         if gradients and all(bool(number.isfinite().all()) for number in (loss, *gradients)):
-                            return build, real, batch, loss.detach(), own is not None
+                            return Found(build, real, initial, batch, loss.detach(), own is not None)
                         why = Unsuitable("its own loss or gradients are not finite")
                         real.zero_grad()
                 except Unsuitable as error:
@@ -113,13 +175,14 @@ def suitable(case: Case) -> tuple[Callable[[], nn.Module], nn.Module, dict[str, 
 
 def attempt(case: Case) -> dict[str, Any]:
     """Build, compile, run one step, and compare; gives the row."""
-    build, real, batch, loss, own = suitable(case)
+    found = suitable(case)
+    real, batch, own = found.real, found.batch, found.own
     size = sum(parameter.numel() for parameter in real.parameters())
     dtype = next(parameter.dtype for parameter in real.parameters() if parameter.is_floating_point())
     loss_fn = None if own else squares
     wanted = {fqn: p.grad for fqn, p in real.named_parameters() if p.grad is not None}
     with fxpipe.deferred_init(seed=0):
-        model = build().eval().to(dtype)
+        model = found.build().eval().to(dtype)
     row: dict[str, Any] = {"parameters": size, "loss": "its own" if own else "squares", "dtype": str(dtype)}
     for microbatches in (MICROBATCHES, 1):
         try:
@@ -136,13 +199,14 @@ def attempt(case: Case) -> dict[str, Any]:
     else:
         return row
     with pipe.materialize():
-        initial = distances(dict(pipe.named_parameters()), dict(real.named_parameters()), bits=True)
+        initial = distances(dict(pipe.named_parameters()), found.initial, bits=True)
         changed = [name for name, far in initial.items() if far > 0]
         pipe.load_state_dict(real.state_dict())
-        found = pipe.eval().step(**batch)
+        loss = pipe.eval().step(**batch)
         gradients = {fqn: p.grad for fqn, p in pipe.named_parameters() if p.grad is not None}
-    wanted["the loss"], gradients["the loss"] = loss.detach(), found
     nothing = NOTHING * largest(wanted.values())
+    row["felt"] = round(sum(largest([each]) > nothing for each in wanted.values()) / len(wanted), 2)
+    wanted["the loss"], gradients["the loss"] = found.loss, loss
     off = {
         name: distance_of(gradients.get(name), wanted.get(name), nothing)
         for name in dict.fromkeys((*wanted, *gradients))

@@ -130,7 +130,10 @@ class Inputs:
             made.append(self.random(b, c, frames[0], *edge))
         patch = self.sizes.first("patch_size", default=16)
         wide = planes[0] * patch * patch
-        return [*made, self.random(b, PATCHES * PATCHES, wide), self.random(b, PATCHES * PATCHES, 2 + wide)]
+        places = torch.arange(PATCHES * PATCHES)
+        where = torch.stack([places // PATCHES + 1, places % PATCHES + 1], -1).expand(b, -1, -1).double()
+        placed = self.random(b, PATCHES * PATCHES, wide)
+        return [*made, placed, lambda: torch.cat([where, placed()], -1)]
 
     def films(self) -> list[Make]:
         planes = self.sizes.first("num_channels", "in_channels", default=3)
@@ -244,6 +247,12 @@ class Inputs:
                 "pixel_values": self.random(b, edge * edge, planes * patch * patch),
                 "pixel_position_ids": lambda: places.reshape(1, -1, 2).repeat(b, 1, 1),
             }
+        heard = next((n for n in self.taken if re.search(r"(features|values|audio)_(attention_)?mask$", n)), "")
+        if "input_features" in self.taken and heard and "input_ids" not in self.taken:
+            for make in self.sounds()[4:]:
+                made = make()
+                for axis in (2, 1) if made.ndim == 3 else ():
+                    yield {"input_features": lambda made=made: made, heard: self.ones(b, made.shape[axis])}
         if "past_time_features" in self.taken:
             yield from self.marked_series()
         if "returns_to_go" in self.taken:

@@ -94,21 +94,23 @@ NEEDED = {  # what a configuration's defaults leave to the user
 }
 HOW = (  # ways to make a configuration small, and how many parameters are small; a number divides its widths
     *(("narrow", 10_000_000), ("few layers", 10_000_000), ("4", PARAMETERS), ("8", PARAMETERS), ("2", PARAMETERS)),
-    *(("16", PARAMETERS), ("few layers", PARAMETERS)),
+    *(("16", PARAMETERS), ("narrow", PARAMETERS), ("few layers", PARAMETERS), ("whole", PARAMETERS)),
 )
 
 
 def shrunk(config: Any, how: str) -> Any:
     """Make a configuration, and those inside it, small: few layers and words; as ``how`` says, narrow too."""
+    if how == "whole":
+        return config
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             shrunk(value, how)
-        elif name in ("depths", "num_layers", "layers") and isinstance(value, list | tuple):
+        elif name in ("depths", "num_layers", "layers", "num_block_repeats") and isinstance(value, list | tuple):
             _set(config, name, type(value)(min(v, 2) if isinstance(v, int) else v for v in value))
         elif isinstance(value, list | tuple) and how.isdigit() and not KEPT.search(name):
             if value and all(isinstance(v, int) and v % int(how) == 0 and v >= 4 * int(how) for v in value):
                 _set(config, name, type(value)(v // int(how) for v in value))
-        elif isinstance(value, float) and name.endswith("_coefficient") and value > 1 and how != "few layers":
+        elif isinstance(value, float) and name == "depth_coefficient" and value > 1 and how != "few layers":
             _set(config, name, 1.0)
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
@@ -138,7 +140,7 @@ def shrunk(config: Any, how: str) -> Any:
     asked = [name for name in vars(config) if name.endswith(("token_id", "token_index"))]
     for place, name in enumerate(asked if isinstance(words, int) else ()):
         value = getattr(config, name)
-        if isinstance(value, int) and value >= words:
+        if value >= words if isinstance(value, int) else value is None and name.startswith(("image", "video")):
             _set(config, name, words - 1 - place)  # what marks images and what marks films are two words
     if getattr(config, "num_key_value_heads", 1) is None:
         _set(config, "num_key_value_heads", getattr(config, "num_attention_heads", None))
