@@ -17,7 +17,8 @@ from fxpipe.planning.search.request import Request
 from fxpipe.planning.search.several.passes import FINE, NOWHERE, passes_of
 
 MOST_PAIRED = 800  # downsets up to which all pairs of them are looked at
-PAIR_WORK = 80_000_000  # pairs looked at in all, before the search is given up
+PAIR_WORK = 250_000_000  # pairs looked at in all, before the search is given up
+TOGETHER = 500_000  # pairs looked at together, over several ends of the first pass
 PROBE = 300  # the share below a known partition that is asked for first
 
 
@@ -99,12 +100,51 @@ class _Pairs:
         """Give stages by which every rank keeps the bound; None where there are none, or the search was given up."""
         if self._turns:
             return self._turning(bound)
-        load = self._ends[0]
-        for middle in np.argsort(np.abs(2 * load - load[-1]), kind="stable").tolist():
-            found = self._meeting(bound, middle)
-            if found is not None or self.is_spent:
-                return found
+        load = self._costs.load
+        for first, last in sorted(self._ranges(), key=lambda ends: abs(int(load[list(ends)].sum() - load[-1]))):
+            kept = self._reaching(bound, first, last)
+            if len(kept):
+                return self._meeting(bound, int(kept[np.abs(2 * load[kept] - load[-1]).argmin()]))
+            if self.is_spent:
+                break
         return None
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Split the ends of the first pass into ranges that are looked at together."""
+        found, first = [], 0
+        while first < self._size:
+            last = first
+            while last + 1 < self._size and (last + 2) * (last + 2 - first) * (self._size - first) <= TOGETHER:
+                last += 1
+            found.append((first, last))
+            first = last + 1
+        return found
+
+    def _reaching(self, bound: int, first: int, last: int) -> Ints:
+        """Give those of some ends of the first pass with which every rank keeps the bound; all of them at once."""
+        ranks, size = self._ranks, self._size - first
+        middles = np.arange(first, last + 1)
+        above = [[other - first for other in lower if other >= first] for lower in self._below[first:]]
+        inner = None if self._anchors is None else self._anchors[: last + 1]
+        outer = None if self._anchors is None else self._anchors[first:]
+        within = self._inside[: last + 1, middles][:, :, None]
+        states = np.full((last + 1, len(middles), size), NOWHERE)
+        states[0, middles - first, middles - first] = self._begins[0][0] + self._begins[ranks][middles]
+        for step in range(1, ranks + 1):
+            self._work -= states.size
+            if self.is_spent:
+                break
+            most = _closed(states, self._below[: last + 1], inner)
+            most = _closed(most.transpose(2, 0, 1), above, outer).transpose(1, 2, 0)
+            used = self._ends[step][: last + 1, None] + self._ends[ranks + step][None, first:]
+            kept = (most >= np.maximum(used - bound, NOWHERE + 1)[:, None, :]) & within
+            if step == ranks:
+                return np.asarray(middles[kept[middles, middles - first, -1]])
+            if not kept.any():
+                break
+            begun = self._begins[step][: last + 1, None] + self._begins[ranks + step][None, first:]
+            states = np.where(kept, begun[:, None, :], NOWHERE)
+        return middles[:0]
 
     def _meeting(self, bound: int, middle: int) -> Ints | None:
         """Let the first pass end, and the second begin, at this downset."""
