@@ -23,6 +23,7 @@ PATHS = 6  # paths of a flow
 MOST_PAIRS = 12  # pairs of a first and a last node of which all are tried
 WINDOWS = 512  # loads in a row of which each has its own least crossing
 MOST_ENTRIES = 600_000  # nodes times windows; of larger graphs fewer windows are looked at
+FINE = 4096  # a bound is looked for to so small a part of it
 PARTS = 8  # cuts that stand for all of one window
 INFINITE = int(np.iinfo(np.int64).max // 4)
 
@@ -72,7 +73,25 @@ def crossing_bound(instance: Instance, request: Request, upper: int) -> int:
     bound = -(-total // len(set(request.ranks)))
     if not request.exactly:  # with fewer stages less has to cross, but each stage has more
         bound = min(bound, -(-int(instance.load.sum()) // (request.stages - 1)))
-    return max(simple, bound)
+    bound = max(simple, bound)
+    return bound if several else _spaced_bound(instance, request, bound, upper)
+
+
+def _spaced_bound(instance: Instance, request: Request, lower: int, upper: int) -> int:
+    """Give a bound for one stage on each rank: where stages can end, and what crosses there at least.
+
+    By cuts that stand for all cuts the furthest way is greedy, as in ``chains.fast_cuts``.
+    """
+    frontier = window_frontier(instance, request, least_crossing(instance, sorted(set(request.kinds[1:-1]))))
+    step = max(1, upper // FINE)
+    while frontier is not None and upper - lower > step:
+        middle = (lower + upper) // 2
+        begin, total = 0, int(instance.load.sum())
+        for _ in range(request.stages - 1):
+            place = int(np.searchsorted(frontier.ends, middle + begin, side="right")) - 1
+            begin = int(frontier.begins[place]) if place >= 0 else -upper
+        lower, upper = (lower, middle) if middle + begin >= total else (middle + 1, upper)
+    return lower
 
 
 @dataclass(frozen=True, slots=True)
