@@ -41,8 +41,7 @@ def without_modes() -> AbstractContextManager[Any]:
 
 def without_functions() -> AbstractContextManager[Any]:
     """Call torch without asking any function mode."""
-    modes: AbstractContextManager[Any] = torch._C.DisableTorchFunction()
-    return modes
+    return cast(AbstractContextManager[Any], torch._C.DisableTorchFunction())
 
 
 @contextmanager
@@ -73,7 +72,8 @@ def attention_kernels() -> tuple[Any, ...]:
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
 """A matrix product per group of rows: what mixtures of experts compute with."""
-
+UNVIEWED = torch.ops.aten._unsafe_view.default
+"""``UNVIEWED(tensor, tensor.shape)`` has a contiguous tensor's memory, a graph's node of its own, and is no view."""
 
 _real_apply = vars(torch._C._FunctionBase)["apply"]
 _REGION = "_checkpoint_without_reentrant_generator"  # what runs before, between and after a region and its forward

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fxpipe.batch.dims import BatchDims
+from fxpipe.batch.inputs import Inputs
 from fxpipe.batch.weights import LossWeight
 from fxpipe.capture.capture import Capture
 from fxpipe.capture.model.sequence import SpecSequential
@@ -161,10 +162,10 @@ class Running:
         if self.groups is not None:
             self.engine.check()
 
-    def recording(self, samples: int, tokens: int) -> AbstractContextManager[None]:
-        """Record a step, if steps are recorded."""
+    def recording(self, sizes: Sequence[int], microbatches: Sequence[Inputs]) -> AbstractContextManager[None]:
+        """Record a step of microbatches of some sizes, if steps are recorded."""
         if self.recorder is not None:
-            self.recorder.begin(samples, tokens)
+            self.recorder.begin(sum(sizes), sum(inputs.tokens for inputs in microbatches))
         return self.span("step")
 
     def span(self, kind: str) -> AbstractContextManager[None]:

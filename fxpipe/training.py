@@ -16,7 +16,7 @@ import torch
 from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
 from fxpipe.batch.dims import Microbatch
 from fxpipe.batch.example import with_own_target
-from fxpipe.batch.inputs import Inputs
+from fxpipe.batch.inputs import Inputs, name_parts
 from fxpipe.batch.merge import merge_outputs
 from fxpipe.batch.moving import OnDevice
 from fxpipe.batch.order import Order, check_call
@@ -109,9 +109,10 @@ class Step:
             scale: What the loss is multiplied by before the backward, on the device.
         """
         jobs = []
+        drawing = {variant: any(stage.draws for stage in variant.program.stages) for variant in set(self.variants)}
         shares_of = self.shares or ((),) * len(self.inputs)
         for index, (inputs, variant, shares) in enumerate(zip(self.inputs, self.variants, shares_of, strict=True)):
-            draws = microbatch_seed(seed, step, index, replica)
+            draws = microbatch_seed(seed, step, index, replica) if drawing[variant] else 0
             given = OnDevice(inputs, device)
             jobs.append(Job(variant.runs, variant.program, given, shares, draws, scale))
         return jobs
@@ -151,7 +152,7 @@ class Trainer:
         if self._checks(running) and not on_host(running.device):
             late = LateDigest(step.inputs, running.device)
         running.gradients.begin(last=last)
-        with running.recording(sum(step.sizes), sum(inputs.tokens for inputs in step.inputs)):
+        with running.recording(step.sizes, step.inputs):
             loss = running.engine.train(jobs)
             if late is not None:  # before this step's gradients are anybody's
                 self._compare(running, late)
@@ -281,9 +282,9 @@ class Trainer:
         order = Order.of(running.plan, self._source.dims, own_target=self._source.own_target)
         parts, layouts = order.split(batch, ready)
         sizes = tuple(layout.size for layout in layouts)
-        inputs = tuple(self.variants.capture.inputs(*each, layout) for each, layout in zip(parts, layouts, strict=True))
+        inputs = name_parts(self.variants.capture.parameter_names, parts, layouts)
         found = self.variants.find_all(inputs, with_loss=True)
-        for variant in found if len(parts) > 1 else ():
+        for variant in dict.fromkeys(found) if len(parts) > 1 else ():
             variant.captured.check_separates()
             if running.groups is not None and running.plan.num_ranks > 1:
                 refuse_overlap(variant.program)
@@ -311,7 +312,8 @@ class Trainer:
         if num_microbatches > 1:
             layout.check_clear()
         own = replace(layout, size=size // num_microbatches)
-        inputs = tuple(self.variants.capture.inputs(*part, own) for part in cut(batch, layout, num_microbatches, dims))
+        parts = cut(batch, layout, num_microbatches, dims)
+        inputs = name_parts(self.variants.capture.parameter_names, parts, [own] * num_microbatches)
         with torch.no_grad():
             found = self.variants.find_all(inputs, with_loss=False)
         output_dims = self.variants.output_dims(found[0], inputs[0]) if num_microbatches > 1 else None

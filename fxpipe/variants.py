@@ -200,7 +200,14 @@ class Variants:
     def find_all(self, microbatches: Sequence[Inputs], *, with_loss: bool) -> tuple[Variant, ...]:
         """Give the variant of each microbatch of a step; as ``find``."""
         around = self._around(with_loss)
-        return tuple([self.find(inputs, with_loss=with_loss, around=around) for inputs in microbatches])
+        found: list[Variant] = []
+        before: Inputs | None = None
+        for inputs in microbatches:
+            # One batch's microbatches share what is known of them, and nothing is read of most.
+            alike = before is not None and inputs.signature is before.signature and found[-1].read is None
+            found.append(found[-1] if alike else self.find(inputs, with_loss=with_loss, around=around))
+            before = inputs
+        return tuple(found)
 
     def find(self, inputs: Inputs, *, with_loss: bool, around: tuple[Any, ...] = ()) -> Variant:
         """Give the variant of a microbatch.

@@ -219,6 +219,18 @@ def test_generators_are_checked_before_they_are_made():
     assert seen == [torch.device("cpu")] * 2
 
 
+def test_what_has_a_tensor_s_memory_and_a_node_of_its_own_is_no_view():
+    leaf = torch.randn(2, 1, 3, requires_grad=True)
+    same = _torch.UNVIEWED(leaf, leaf.shape)
+    assert same.data_ptr() == leaf.data_ptr()
+    assert same._base is None
+    assert not same.is_leaf
+    assert same.stride() == leaf.stride()
+    same.mul_(2)  # as a leaf may not be
+    same.sum().backward()
+    assert torch.equal(leaf.grad, torch.full((2, 1, 3), 2.0))
+
+
 def test_a_negative_view_is_lazy():
     tensor = torch.ones(2)
     view = _torch.negative_view(tensor)

@@ -12,11 +12,12 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from fxpipe.errors import ScheduleError
-from fxpipe.ir.tree import map_tree
+from fxpipe.ir.tree import tree_leaves
 
 Microbatch: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Positional arguments, keyword arguments and target of one microbatch."""
-_WHOLE = (PackedSequence,)  # its data have their samples in another order
+WHOLE = (PackedSequence,)
+"""Containers that are not split: the data of these have their samples in another order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,25 +112,14 @@ class BatchDims:
 
     def leaves(self, batch: Microbatch) -> list[tuple[str, Any]]:
         """List every leaf of a batch with its path; packed sequences and nested tensors are leaves."""
-        found: list[tuple[str, Any]] = []
+        return [leaf for path, value in self.values(batch) for leaf in tree_leaves(value, path, WHOLE)]
 
-        def keep(path: str, leaf: Any) -> Any:
-            found.append((path, leaf))
-            return leaf
-
-        self.map(keep, batch)
-        return found
-
-    def map(self, function: Any, batch: Microbatch) -> Microbatch:
-        """Rebuild a batch around other leaves; no two have one path, whatever the model calls its own."""
+    def values(self, batch: Microbatch) -> list[tuple[str, Any]]:
+        """List arguments, keyword arguments and target by path; no two have one, whatever the model calls its own."""
         args, kwargs, target = batch
         paths = [self.path(index) for index in range(len(args))]
         place = "loss_fn.target" if "target" in kwargs or "target" in paths else "target"
-        return (
-            tuple([map_tree(function, value, path, _WHOLE) for path, value in zip(paths, args, strict=True)]),
-            {name: map_tree(function, value, name, _WHOLE) for name, value in kwargs.items()},
-            map_tree(function, target, place, _WHOLE),
-        )
+        return [*zip(paths, args, strict=True), *kwargs.items(), (place, target)]
 
     def path(self, index: int) -> str:
         """Give the path of a positional argument: its name, or ``args[2]``."""

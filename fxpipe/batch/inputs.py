@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor
-from fxpipe.batch.dims import BatchLayout
+from fxpipe.batch.dims import BatchLayout, Microbatch
 from fxpipe.errors import CaptureError, SpecError
 from fxpipe.ir.canonical import digest, spell
-from fxpipe.ir.tree import map_tree
+from fxpipe.ir.tree import map_tree, tree_leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +58,8 @@ class Inputs:
     @property
     def values(self) -> Mapping[str, Any]:
         """All tensors and numbers, by name."""
+        if not self.numbers:
+            return self.tensors
         return {**self.tensors, **self.numbers}
 
     @property
@@ -220,6 +222,48 @@ def name_inputs(
     return Inputs(tuple(args), kwargs, target, tensors, tuple(signature), *about)
 
 
+def name_parts(names: Sequence[str], parts: Sequence[Microbatch], layouts: Sequence[BatchLayout]) -> tuple[Inputs, ...]:
+    """Name the tensors of all microbatches of a step; those of one layout were cut from one batch.
+
+    Args:
+        names: As in ``name_inputs``.
+        parts: Positional arguments, keyword arguments and target of each, at least one.
+        layouts: Where the samples of each lie; the same object where only the values of tensors differ.
+
+    >>> halves = [((torch.zeros(1, 3),), {"scale": 2}, None)] * 2
+    >>> one, other = name_parts(("x",), halves, [BatchLayout(1, {"x": 0})] * 2)
+    >>> one.signature is other.signature, list(other.tensors), other.numbers
+    (True, ['x'], {'scale': 2})
+    """
+    first = name_inputs(names, *parts[0], layouts[0])
+    is_cut = all(layout is layouts[0] for layout in layouts)
+    if not is_cut or not all(isinstance(leaf, torch.Tensor) or _is_plain(leaf) for leaf in _leaves(*parts[0])):
+        others = zip(parts[1:], layouts[1:], strict=True)
+        return (first, *(name_inputs(names, *part, layout) for part, layout in others))
+    found = [first]
+    for args, kwargs, target in parts[1:]:
+        leaves = [leaf for leaf in _leaves(args, kwargs, target) if isinstance(leaf, torch.Tensor)]
+        tensors = dict(zip(first.tensors, leaves, strict=True))
+        same = first.samples, first.dims, first.said, first.unclear, first.numbers, first.open
+        found.append(Inputs(tuple(args), kwargs, target, tensors, first.signature, *same))
+    return tuple(found)
+
+
+def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any], target: Any) -> list[Any]:
+    """List what a microbatch is made of, in the order in which it is named."""
+    found: list[Any] = []
+    for value in (*args, *kwargs.values(), target):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        else:
+            found += [leaf for _, leaf in tree_leaves(value)]
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes)
+
+
 def _named_numbers(numbers: Sequence[tuple[str, float]], taken: Mapping[str, Any]) -> dict[str, float]:
     named: dict[str, float] = {}
     for path, value in numbers:
@@ -257,7 +301,7 @@ def _comparable(path: str, value: Any) -> Any:
         raise CaptureError(
             f"input {path} is a numpy array: its values would become part of the graph\n  pass torch.from_numpy({path})"
         )
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+    if _is_plain(value):
         return (type(value).__qualname__, value)
     try:
         spelled = spell(value, path)

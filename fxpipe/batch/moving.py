@@ -46,6 +46,8 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         tensor: Of any shape and dtype.
         device: Where it is needed.
     """
+    if tensor.device == device:
+        return tensor
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
+import torch
+
+from fxpipe.batch.dims import WHOLE, BatchDims, BatchLayout, Microbatch
 from fxpipe.errors import ScheduleError
+from fxpipe.ir.tree import map_tree
 
 _ANY = BatchDims()
 
@@ -81,16 +85,26 @@ def cut(whole: Microbatch, layout: BatchLayout, num_microbatches: int, dims: Bat
         )
     if num_microbatches == 1:
         return [whole]
-    rows = size // num_microbatches
+    args, kwargs, _ = whole
+    columns = [_parts(path, value, layout, num_microbatches) for path, value in dims.values(whole)]
+    return [
+        (tuple(row[: len(args)]), dict(zip(kwargs, row[len(args) :], strict=False)), row[-1])
+        for row in zip(*columns, strict=True)
+    ]
 
-    def part(index: int) -> Microbatch:
-        def view(path: str, leaf: Any) -> Any:
-            at = layout.dims.get(path)
-            return leaf if at is None else leaf.narrow(at, index * rows, rows)
 
-        return dims.map(view, whole)
+def _parts(path: str, value: Any, layout: BatchLayout, number: int) -> list[Any]:
+    """Cut one argument, a tensor or a container of tensors."""
+    rows = layout.size // number
+    if isinstance(value, torch.Tensor):
+        at = layout.dims.get(path)
+        return [value] * number if at is None else list(torch.split(value, rows, at))
 
-    return [part(index) for index in range(num_microbatches)]
+    def view(index: int, path: str, leaf: Any) -> Any:
+        at = layout.dims.get(path)
+        return leaf if at is None else leaf.narrow(at, index * rows, rows)
+
+    return [map_tree(partial(view, index), value, path, WHOLE) for index in range(number)]
 
 
 def check_ready_split(microbatches: Sequence[Microbatch], dims: BatchDims = _ANY) -> tuple[int, ...]:

@@ -101,9 +101,12 @@ def _entropies(tail: Tail) -> Iterator[Candidate]:
 
 
 def _valid(ignored: int, weights: torch.Tensor | None, values: Sequence[Any], rename: Rename) -> float:
-    valid = values[0][values[0] != rename(ignored)]
+    is_valid = values[0] != rename(ignored)
     weights = values[1] if len(values) > 1 else weights
-    return float(valid.numel() if weights is None else weights.to(valid.device, torch.float64)[valid].sum())
+    if weights is None:
+        return float(torch.count_nonzero(is_valid))
+    valid = values[0][is_valid]
+    return float(weights.to(valid.device, torch.float64)[valid].sum())
 
 
 def _entropy(twins: Twins, node: fx.Node) -> dict[str, Any] | None:
@@ -156,6 +159,10 @@ def _masks(twins: Twins, node: fx.Node) -> Iterator[Candidate]:
         yield Candidate("tokens", "a mean over what a mask selects", (node,), _total)
 
 
+def _on_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) and value.device.type != "cpu" else value
+
+
 def _number(values: Sequence[Any], rename: Rename) -> float:
     del rename
     return float(values[0])
@@ -196,10 +203,9 @@ def counter_of(
                 )
             constants[str(node.target)] = original.detach().cpu()
     read = reader_of(recorder.graph, list(candidate.nodes), constants)
+    names = sorted(str(node.target) for node in reached(candidate.nodes) if node.op == "placeholder")
 
     def counted(inputs: Mapping[str, Any]) -> float:
-        return count(
-            read({name: each.cpu() if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}), int
-        )
+        return count(read({name: _on_host(inputs[name]) for name in names}), int)
 
     return counted

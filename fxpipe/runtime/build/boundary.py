@@ -7,12 +7,13 @@ costs about as much as 100 KiB; large ones are sent and received in place, witho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from fxpipe._torch import UNVIEWED
 from fxpipe.program import BoundaryTensor
 
 PACKED_BYTES = 256 * 1024
@@ -31,11 +32,22 @@ class MessageLayout:
         tensors: The tensors, in the order of the boundary.
         offsets: Byte at which each lies in the packed message; None for one that is a message of its own.
         packed_bytes: Size of the packed message; 0 where there is none.
+        memory: Shape, strides and dtype of each.
     """
 
     tensors: tuple[BoundaryTensor, ...]
     offsets: tuple[int | None, ...]
     packed_bytes: int
+    memory: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        memory = tuple(
+            (each.meta.shape, each.strides or _contiguous(each.meta.shape), getattr(torch, each.meta.dtype))
+            for each in self.tensors
+        )
+        object.__setattr__(self, "memory", memory)
 
     @property
     def num_messages(self) -> int:
@@ -82,15 +94,21 @@ def gradient_layout(tensors: tuple[BoundaryTensor, ...]) -> MessageLayout:
     return message_layout(tuple(tensor for tensor in tensors if tensor.meta.requires_grad))
 
 
-def pack(layout: MessageLayout, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Turn tensors, in their declared strides, into messages; a message of one tensor shares its memory."""
+def pack(layout: MessageLayout, tensors: Sequence[torch.Tensor], *, as_bytes: bool = True) -> list[torch.Tensor]:
+    """Turn tensors, in their declared strides, into messages; a message of one tensor shares its memory.
+
+    Args:
+        layout: Of the boundary.
+        tensors: Its tensors.
+        as_bytes: Whether a message of one tensor must be bytes; else it may be the tensor as it is, without a graph.
+    """
     messages = []
     packed = None
     for tensor, offset in zip(tensors, layout.offsets, strict=True):
         if tensor.numel() == 0:
             continue
         if offset is None:
-            messages.append(_flat_bytes(tensor))
+            messages.append(_message(tensor, as_bytes))
             continue
         if packed is None:
             packed = torch.empty(layout.packed_bytes, dtype=torch.uint8, device=tensor.device)
@@ -100,8 +118,15 @@ def pack(layout: MessageLayout, tensors: Sequence[torch.Tensor]) -> list[torch.T
     return messages
 
 
-def receive_buffers(layout: MessageLayout, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def receive_buffers(
+    layout: MessageLayout, device: torch.device, *, as_bytes: bool = True
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Allocate what a boundary is received in.
+
+    Args:
+        layout: Of the boundary.
+        device: Where.
+        as_bytes: As in ``pack``.
 
     Returns:
         The messages to receive, in the order ``pack`` gives them, and the tensors that lie in them. No two tensors
@@ -110,19 +135,17 @@ def receive_buffers(layout: MessageLayout, device: torch.device) -> tuple[list[t
     messages: list[torch.Tensor] = []
     tensors: list[torch.Tensor] = []
     packed = None
-    for declared, offset in zip(layout.tensors, layout.offsets, strict=True):
-        dtype = getattr(torch, declared.meta.dtype)
-        strides = declared.strides or _contiguous(declared.meta.shape)
-        if offset is None or declared.meta.nbytes == 0:
-            tensor = torch.empty_strided(declared.meta.shape, strides, dtype=dtype, device=device)
-            if declared.meta.nbytes:
-                messages.append(_flat_bytes(tensor))
+    for (shape, strides, dtype), offset in zip(layout.memory, layout.offsets, strict=True):
+        if offset is None or 0 in shape:
+            tensor = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            if 0 not in shape:
+                messages.append(_message(tensor, as_bytes))
         else:
             if packed is None:
                 packed = torch.empty(layout.packed_bytes, dtype=torch.uint8, device=device)
                 messages.append(packed)
             tensor = torch.empty(0, dtype=dtype, device=device)
-            tensor.set_(packed.untyped_storage(), offset // dtype.itemsize, declared.meta.shape, strides)
+            tensor.set_(packed.untyped_storage(), offset // dtype.itemsize, shape, strides)
         tensors.append(tensor)
     return messages, tensors
 
@@ -168,6 +191,10 @@ def join(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     if not places or not torch.is_grad_enabled() or (len(places) == 1 and _stands_alone(tensors[places[0]])):
         return tuple(tensors)
     joined = list(tensors)
+    if len(places) == 1 and tensors[places[0]].is_contiguous():
+        (place,) = places
+        joined[place] = UNVIEWED(tensors[place], tensors[place].shape)  # without Python in the backward
+        return tuple(joined)
     through = _Join.apply(*(tensors[index] for index in places))  # type: ignore[no-untyped-call]
     for index, tensor in zip(places, through, strict=True):
         joined[index] = tensor
@@ -177,6 +204,10 @@ def join(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def _stands_alone(tensor: torch.Tensor) -> bool:
     """Whether a tensor that takes part in the backward is what ``join`` would make of it alone: no view and no leaf."""
     return tensor._base is None and not tensor.is_leaf
+
+
+def _message(tensor: torch.Tensor, as_bytes: bool) -> torch.Tensor:
+    return _flat_bytes(tensor) if as_bytes or not tensor.is_contiguous() else tensor.detach()
 
 
 def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

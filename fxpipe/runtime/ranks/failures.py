@@ -9,9 +9,10 @@ from __future__ import annotations
 import atexit
 import sys
 import traceback
+import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
@@ -117,8 +118,7 @@ class Failures:
         self._is_inside = False
         self.watch.status.finish()
 
-    @contextmanager
-    def work(self, stage: int, kind: str, microbatch: int, module: nn.Module) -> Iterator[None]:
+    def work(self, stage: int, kind: str, microbatch: int, module: nn.Module) -> AbstractContextManager[None]:
         """Say that a stage's own work is under way, and take note where it fails.
 
         Args:
@@ -127,18 +127,11 @@ class Failures:
             microbatch: Its index; below 0 for what belongs to none.
             module: The stage.
         """
-        status = self.watch.status
-        status.act(f"{stage}{kind}{microbatch if microbatch >= 0 else ''}")
-        try:
-            yield
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            part = f", microbatch {microbatch}" if microbatch >= 0 else ""
-            fqn = _layer_of(error, module)
-            self._place = f"stage {stage}{part}{f', layer {fqn}' if fqn else ''}"
-            raise
-        status.doing(Doing.WAITING)
+        return _Work(self, stage, kind, microbatch, module)
+
+    def failed_at(self, place: str) -> None:
+        """Take note where this rank's own work failed."""
+        self._place = place
 
     def _fail(self, error: BaseException, call: str) -> BaseException:
         # What exchanges raise is a RuntimeError; so are some errors of a rank's own.
@@ -156,6 +149,30 @@ class Failures:
         if record.rank == self._rank and not record.silent:
             return error
         return RankError(f"{self.cause}\n  {_way_out(record)}")
+
+
+class _Work(AbstractContextManager[None]):
+    """Goes around a stage's own work, twice a microbatch: a generator's would take three times as long."""
+
+    __slots__ = ("_failures", "_kind", "_microbatch", "_module", "_stage")
+
+    def __init__(self, failures: Failures, stage: int, kind: str, microbatch: int, module: nn.Module) -> None:
+        self._failures, self._stage, self._kind = failures, stage, kind
+        self._microbatch, self._module = microbatch, module
+
+    def __enter__(self) -> None:
+        number = self._microbatch if self._microbatch >= 0 else ""
+        self._failures.watch.status.act(f"{self._stage}{self._kind}{number}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: types.TracebackType | None
+    ) -> None:
+        if error is None:
+            self._failures.watch.status.doing(Doing.WAITING)
+        elif not isinstance(error, GeneratorExit):
+            part = f", microbatch {self._microbatch}" if self._microbatch >= 0 else ""
+            fqn = _layer_of(error, self._module)
+            self._failures.failed_at(f"stage {self._stage}{part}{f', layer {fqn}' if fqn else ''}")
 
 
 _live: weakref.WeakSet[Failures] = weakref.WeakSet()

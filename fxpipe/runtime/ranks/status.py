@@ -59,6 +59,7 @@ class Status:
 _COUNTS = struct.Struct("<QQ")
 _BEAT = struct.Struct("<Qd")
 _DOING = struct.Struct("<dB")
+_ACTION = struct.Struct("<32s")
 _TEXTS = struct.Struct("<32s32s4096s")
 _BEAT_AT = _COUNTS.size
 _DOING_AT = _BEAT_AT + _BEAT.size
@@ -124,7 +125,7 @@ class OwnStatus:
     def act(self, action: str) -> None:
         """Begin to compute something, by name."""
         self.doing(Doing.WORKING)
-        struct.pack_into("<32s", self._block, _ACTION_AT, action.encode())
+        _ACTION.pack_into(self._block, _ACTION_AT, action.encode())
 
     def doing(self, doing: Doing) -> None:
         """Say what is done now; others see it until this rank has left."""

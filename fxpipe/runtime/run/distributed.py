@@ -16,7 +16,7 @@ from fxpipe.runtime.run.forward_only import infer, run_forwards
 from fxpipe.runtime.run.refusals import CheckpointWatch, refuse_modules
 from fxpipe.runtime.run.schedule import forget_exchanges, make_schedule, without_dumps
 from fxpipe.runtime.run.timeline import SpanRecorder
-from fxpipe.runtime.run.work import Job, Tensors
+from fxpipe.runtime.run.work import Job, Tensors, Terms, add_losses
 
 
 class DistributedEngine:
@@ -47,6 +47,7 @@ class DistributedEngine:
             stage.over_replicas = groups.replicas is not None
             stage.when_done = when_done or stage.when_done
             stage.work = groups.work
+            stage.one_by_one = schedule_named(schedule).stages_per_rank == 1
         self._schedules: dict[int, Any] = {}
         self._loss_dtypes: dict[Any, torch.dtype] = {}
         if groups.failures is not None:
@@ -83,6 +84,8 @@ class DistributedEngine:
             with without_dumps(), self._checkpoints.watch(), self._groups.waiting():
                 # The stages have their inputs; torch's schedule only asks that there be as many targets.
                 self._schedule(len(jobs)).step(target=torch.empty(len(jobs)), return_outputs=False)
+                for stage in self._stages:
+                    stage.end_sends()
             for stage in self._stages:
                 stage.jobs = ()
             last = self._stages[-1] if self._stages[-1].is_last else None
@@ -112,7 +115,7 @@ class DistributedEngine:
             passes = run_forwards(self._modules, self._placement, jobs, self._groups, self._device)
             if self._placement[-1] != self._groups.position:
                 return self._share_loss(jobs[0].key, [], None)
-            return self._share_loss(jobs[0].key, [work.loss() for work in passes], passes[-1].outputs[-1].dtype)
+            return self._share_loss(jobs[0].key, [work.terms() for work in passes], passes[-1].outputs[-1].dtype)
 
     def _schedule(self, num_microbatches: int) -> Any:
         if num_microbatches not in self._schedules:
@@ -124,26 +127,21 @@ class DistributedEngine:
     def _let_go(self, error: BaseException) -> None:
         forget_exchanges(error)
         for stage in self._stages:
-            for name, value in list(vars(stage).items()):
-                if isinstance(value, dist.ProcessGroup):  # torch keeps one, or from 2.14 one per direction too
-                    setattr(stage, name, None)
-            stage.clear_runtime_states()
+            stage.let_go()
         self._schedules.clear()
 
-    def _share_loss(self, key: Hashable, losses: Sequence[torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
+    def _share_loss(self, key: Hashable, losses: Sequence[Terms], dtype: torch.dtype | None) -> torch.Tensor:
         """Give every rank the sum of what the last stage computed, which has any losses."""
         with self._groups.waiting():
             return self._shared(self._placement[-1], key, losses, dtype)
 
-    def _shared(
-        self, source: int, key: Hashable, losses: Sequence[torch.Tensor], dtype: torch.dtype | None
-    ) -> torch.Tensor:
+    def _shared(self, source: int, key: Hashable, losses: Sequence[Terms], dtype: torch.dtype | None) -> torch.Tensor:
         if key not in self._loss_dtypes:
             dtypes = [dtype]
             dist.broadcast_object_list(dtypes, group=self._groups.control, group_src=source)
             self._loss_dtypes[key] = dtypes[0] or torch.float64
         if losses:
-            loss = torch.stack(list(losses)).sum()
+            loss = add_losses(losses)
             if self._groups.replicas is not None:
                 dist.all_reduce(loss, group=self._groups.replicas.gradients)
         else:

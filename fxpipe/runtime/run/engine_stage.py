@@ -2,8 +2,9 @@
 
 Invariants:
 
-- Messages carry no name: what two stages exchange follows from the job's program alone (``sent`` of one is ``received``
-  of the next), so that both sides count the same messages of the same bytes, in the schedule's order.
+- What two stages exchange follows from the job's program alone (``sent`` of one is ``received`` of the next), so that
+  both sides count the same messages of the same bytes: in the schedule's order, which torch's engine keeps, or where
+  messages carry names in any (``Exchange``; torch's engine then finds nothing to exchange).
 - Shapes are the job's own. Nothing of a microbatch is kept for the next, and nothing outlives the step.
 - What is received has no graph and is the stage's own: it becomes a leaf here, and the stage may write into it.
 - Every received tensor that a gradient flows through gives one back, zeros where nothing came: the other side waits.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +27,15 @@ from fxpipe._torch import WithoutMetadata
 from fxpipe.program import StageProgram
 from fxpipe.runtime.build.boundary import MessageLayout, gradient_layout, message_layout, pack, receive_buffers
 from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.run.exchange import Exchange, Kind, carries_names
+from fxpipe.runtime.run.reduction import hold_reduction, reduce_now
 from fxpipe.runtime.run.refusals import CheckpointWatch, named_backward_error
-from fxpipe.runtime.run.sharded import hold_reduction, reduce_now
 from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.run.work import (
     Job,
     Pass,
     Tensors,
+    Terms,
     run_backward,
     run_backward_for_inputs,
     run_backward_for_weights,
@@ -39,6 +43,7 @@ from fxpipe.runtime.run.work import (
     take_outputs,
 )
 
+_UNTIMED: AbstractContextManager[None] = nullcontext()
 Work = Callable[[int, str, int, StageModule], AbstractContextManager[None]]
 
 
@@ -49,10 +54,11 @@ class EngineStage(WithoutMetadata, PipelineStage):
         jobs: The microbatches of this step.
         checkpoints: Is told that the stage's forward runs; watches for the engine.
         submod: The stage's module.
-        losses: On the last stage: the weighted loss of each microbatch so far, in float64.
+        losses: On the last stage: the terms of the loss of each microbatch so far.
         loss_dtype: On the last stage: dtype of the model's own loss.
         work: Goes around this stage's own work, with its index, the kind of action, the microbatch, and the module.
         over_replicas: Whether the losses of replicas are parts of one batch's.
+        one_by_one: Whether the schedule lets a stage wait for a send before the next one of its kind.
         recorder: Records what is done when; None for nothing.
         when_done: Called with the stage's index after its last backward of a step.
     """
@@ -63,10 +69,11 @@ class EngineStage(WithoutMetadata, PipelineStage):
         super().__init__(module, module.stage_index, num_stages, device, group=group)
         self.jobs: Sequence[Job] = ()
         self.checkpoints = CheckpointWatch()
-        self.losses: dict[int, torch.Tensor] = {}
+        self.losses: dict[int, Terms] = {}
         self.loss_dtype: torch.dtype | None = None
         self.work: Work = lambda *_: nullcontext()
         self.over_replicas = False
+        self.one_by_one = False
         self.recorder: SpanRecorder | None = None
         self.when_done: Callable[[int], None] = lambda stage_index: None
         self._passes: dict[int, Pass] = {}
@@ -75,30 +82,32 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self._given: dict[int, Tensors] = {}
         self._weights: list[torch.Tensor] | None = None
         self._sharded = False
+        self._exchange: Exchange | None = None
+        if carries_names(device):
+            self._exchange = Exchange(group, module.stage_index, device)
 
     # --- what crosses ---
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Receive what the stage before sends; allocated now, in the shapes of this microbatch."""
-        layout = message_layout(self._program(fwd_chunk_id).received)
-        return self._receive(layout, self._received, fwd_chunk_id, self.stage_index - 1)
+        return self._receive("forward", self._received, fwd_chunk_id, self.stage_index - 1)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Send what the next stage receives."""
         if self.is_last:
             return []
         layout = message_layout(self._program(fwd_chunk_id).sent)
-        return self._send(layout, self._passes[fwd_chunk_id].outputs, self.stage_index + 1)
+        return self._send("forward", fwd_chunk_id, layout, self._passes[fwd_chunk_id].outputs, self.stage_index + 1)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Receive the gradients of what was sent, where one flows."""
-        layout = gradient_layout(self._program(bwd_chunk_id).sent)
-        return self._receive(layout, self._gradients, bwd_chunk_id, self.stage_index + 1)
+        return self._receive("backward", self._gradients, bwd_chunk_id, self.stage_index + 1)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Send the gradients of what was received, where one flows."""
         layout = gradient_layout(self._program(bwd_chunk_id).received)
-        return self._send(layout, self._given.pop(bwd_chunk_id, ()), self.stage_index - 1)
+        given = self._given.pop(bwd_chunk_id, ())
+        return self._send("backward", bwd_chunk_id, layout, given, self.stage_index - 1)
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         """Take what the stage before, on this rank, computed."""
@@ -123,14 +132,14 @@ class EngineStage(WithoutMetadata, PipelineStage):
     ) -> Tensors:
         """Run the forward of one microbatch."""
         job, program = self.jobs[fwd_chunk_id], self._program(fwd_chunk_id)
-        received = self._received.pop(fwd_chunk_id, ())
+        received = self._taken("forward", self._received, fwd_chunk_id)
         self.checkpoints.stage = self.submod
         with self.work(self.stage_index, "F", fwd_chunk_id, self.submod), self._timed("forward", fwd_chunk_id):
             outputs = self.submod(*stage_arguments(program, job, received, training=self.has_backward))
             work = take_outputs(program, job, received, outputs)
         self._passes[fwd_chunk_id] = work
         if self.is_last:
-            self.losses[fwd_chunk_id] = work.loss()
+            self.losses[fwd_chunk_id] = work.terms()
             self.loss_dtype = work.outputs[-1].dtype
         return work.outputs
 
@@ -138,7 +147,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """Run the backward of one microbatch, or the half of it that other stages wait for."""
-        gradients = self._gradients.pop(bwd_chunk_id, ())
+        gradients = self._taken("backward", self._gradients, bwd_chunk_id)
         kind = "B" if full_backward else "I"
         with self.work(self.stage_index, kind, bwd_chunk_id, self.submod), self._timed("backward", bwd_chunk_id):
             try:
@@ -159,18 +168,35 @@ class EngineStage(WithoutMetadata, PipelineStage):
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce the gradients of sharded modules, once per step, and say that no others will come."""
         with self.work(self.stage_index, "REDUCE_GRAD", -1, self.submod), self._timed("communication", -1):
-            reduce_now(self.submod)
+            if self._sharded:
+                reduce_now(self.submod)
             self.when_done(self.stage_index)
 
     def clear_runtime_states(self) -> None:
         """Begin a step."""
         for kept in (self.losses, self._passes, self._received, self._gradients, self._given):
             kept.clear()
+        if self._exchange is not None:
+            self._exchange.clear()
         self._weights = None
         self._sharded = hold_reduction(self.submod, over_replicas=self.over_replicas)
 
+    def end_sends(self) -> None:
+        """Wait until all that was sent has left; torch's engine waits for its own operations by itself."""
+        if self._exchange is not None:
+            self._exchange.end_sends()
+
+    def let_go(self) -> None:
+        """Let go of the groups, and of what is under way."""
+        for name, value in list(vars(self).items()):
+            if isinstance(value, dist.ProcessGroup):  # torch keeps one, or from 2.14 one per direction too
+                setattr(self, name, None)
+        self.clear_runtime_states()
+        if self._exchange is not None:
+            self._exchange.close()
+
     def _timed(self, kind: str, microbatch: int) -> AbstractContextManager[None]:
-        return nullcontext() if self.recorder is None else self.recorder.span(kind, self.stage_index, microbatch)
+        return _UNTIMED if self.recorder is None else self.recorder.span(kind, self.stage_index, microbatch)
 
     def _trainable(self) -> list[torch.Tensor]:
         # Sharded parameters come and go while a step runs.
@@ -181,17 +207,43 @@ class EngineStage(WithoutMetadata, PipelineStage):
     def _program(self, index: int) -> StageProgram:
         return self.jobs[index].program.stages[self.stage_index]
 
-    def _receive(self, layout: MessageLayout, kept: dict[int, Tensors], index: int, stage: int) -> list[dist.P2POp]:
-        if not 0 <= stage < self.num_stages or not layout.tensors:
+    def _layout(self, kind: Kind, index: int) -> MessageLayout:
+        """Give how what this stage receives lies in messages."""
+        program = self._program(index)
+        return message_layout(program.received) if kind == "forward" else gradient_layout(program.sent)
+
+    def _receive(self, kind: Kind, kept: dict[int, Tensors], index: int, stage: int) -> list[dist.P2POp]:
+        if not 0 <= stage < self.num_stages:
+            return []
+        if self._exchange is not None:
+            rank = self.stage_index_to_group_rank[stage]
+            self._exchange.ask(kind, index, rank, len(self.jobs), partial(self._layout, kind))
+            return []
+        layout = self._layout(kind, index)
+        if not layout.tensors:
             return []
         messages, tensors = receive_buffers(layout, self.device)
         kept[index] = tuple(tensors)
         return [self._operation(dist.irecv, message, stage) for message in messages]
 
-    def _send(self, layout: MessageLayout, tensors: Tensors, stage: int) -> list[dist.P2POp]:
+    def _taken(self, kind: Kind, kept: dict[int, Tensors], index: int) -> Tensors:
+        """Give what was received for a microbatch, once it is there; a stage of this rank has kept it."""
+        found = kept.pop(index, None)
+        if found is None and self._exchange is not None:
+            found = self._exchange.take(kind, index)
+            if found and kind == "backward":
+                self._exchange.end_send("forward", index)  # it has arrived: this is the answer
+        return found or ()
+
+    def _send(self, kind: Kind, index: int, layout: MessageLayout, tensors: Tensors, stage: int) -> list[dist.P2POp]:
         if stage < 0:
             return []
-        return [self._operation(dist.isend, message, stage) for message in pack(layout, tensors)]
+        if self._exchange is None:
+            return [self._operation(dist.isend, message, stage) for message in pack(layout, tensors)]
+        self._exchange.send(kind, index, self.stage_index_to_group_rank[stage], layout, tensors)
+        if kind == "backward" and self.one_by_one:
+            self._exchange.end_send(kind, index - 1)
+        return []
 
     def _operation(self, kind: Any, message: torch.Tensor, stage: int) -> dist.P2POp:
         return dist.P2POp(kind, message, group=self.group, group_peer=self.stage_index_to_group_rank[stage])

@@ -14,6 +14,7 @@ from torch import nn
 from fxpipe._torch import norms, scale
 from fxpipe.errors import ScheduleError
 from fxpipe.ir.plan import TieGroup
+from fxpipe.runtime.build.holdings import parts_of
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.reduction import GroupSum, any_over
@@ -65,6 +66,7 @@ class Gradients:
         self._started: set[nn.Parameter] = set()
         self._done: set[int] = set()
         self._is_double: bool | None = None
+        self._has_apart = True
 
     def begin(self, *, last: bool = False) -> None:
         """Make ready for the backward of a step.
@@ -80,7 +82,9 @@ class Gradients:
             self._aside.clear()
         # None in the middle of an accumulation: the user has started anew.
         self._aside = {p: gradient for p, gradient in self._aside.items() if p.grad is not None}
-        for parameter in self._apart():
+        apart = self._apart()
+        self._has_apart = bool(apart)
+        for parameter in apart:
             if parameter.grad is not None and (not self._is_open or parameter in self._returned):
                 self._aside[parameter] = parameter.grad
                 parameter.grad = None
@@ -106,8 +110,9 @@ class Gradients:
             self._start(self._parameters())
             with self._waiting():
                 self._sum.finish()
-        for parameter in self._apart():
-            self._complete(parameter)
+        if self._has_apart:
+            for parameter in self._apart():
+                self._complete(parameter)
         self._aside.clear()
 
     def stage_done(self, stage_index: int) -> None:
@@ -163,20 +168,12 @@ class Gradients:
         return total if self._has_double() else total.float()
 
     def _parameters(self) -> Iterable[nn.Parameter]:
-        """Give each parameter of this rank once, in the order of ``named_parameters``, in a third of its time."""
+        """Give each parameter of this rank once, in the order of ``named_parameters``."""
         found: dict[int, nn.Parameter] = {}
-        parts: list[nn.Module] = [*reversed(self._stages)]
-        seen: set[int] = set()
-        while parts:
-            part = parts.pop()
-            if id(part) in seen:
-                continue
-            seen.add(id(part))
+        for part in parts_of(self._stages):
             for parameter in part._parameters.values():
                 if parameter is not None:
                     found[id(parameter)] = parameter
-            if part._modules:
-                parts.extend([child for child in reversed(part._modules.values()) if child is not None])
         return found.values()
 
     def _apart(self) -> list[nn.Parameter]:
@@ -184,7 +181,7 @@ class Gradients:
         if self._sum is not None:
             return list(self._parameters())
         tied = self._tied()
-        return [p for p in self._parameters() if id(p) in tied or self._accumulates_wide(p)]
+        return [p for p in self._parameters() if id(p) in tied or (p.dtype in _NARROW and self._accumulates_wide(p))]
 
     def _accumulates_wide(self, parameter: nn.Parameter) -> bool:
         # FSDP2 has its own rule, MixedPrecisionPolicy(reduce_dtype=...).

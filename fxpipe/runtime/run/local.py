@@ -10,7 +10,7 @@ import torch
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.run.refusals import CheckpointWatch, named_backward_error, refuse_modules
 from fxpipe.runtime.run.timeline import SpanRecorder
-from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
+from fxpipe.runtime.run.work import Job, Pass, Tensors, Terms, add_losses, run_backward, run_forward
 
 _UNTIMED: AbstractContextManager[None] = nullcontext()
 
@@ -48,7 +48,7 @@ class LocalEngine:
         with self._checkpoints.watch(), torch.enable_grad():
             losses = [self._train_one(job, index) for index, job in enumerate(jobs)]
         dtype = losses[0][1]
-        return torch.stack([loss for loss, _ in losses]).sum().to(dtype)
+        return add_losses([terms for terms, _ in losses]).to(dtype)
 
     def infer(self, jobs: Sequence[Job], *, gather: bool = True) -> list[Tensors]:
         """Run forward only; ``gather`` is for other engines.
@@ -66,12 +66,12 @@ class LocalEngine:
         """
         with torch.no_grad():
             passes = [self._forward_one(job) for job in jobs]
-        return torch.stack([work.loss() for work in passes]).sum().to(passes[0].outputs[-1].dtype)
+        return add_losses([work.terms() for work in passes]).to(passes[0].outputs[-1].dtype)
 
     def _timed(self, kind: str, stage: int, microbatch: int) -> AbstractContextManager[None]:
         return _UNTIMED if self._recorder is None else self._recorder.span(kind, stage, microbatch)
 
-    def _train_one(self, job: Job, index: int) -> tuple[torch.Tensor, torch.dtype]:
+    def _train_one(self, job: Job, index: int) -> tuple[Terms, torch.dtype]:
         passes: list[Pass] = []
         received: Tensors = ()
         for stage in self._stages:
@@ -79,7 +79,7 @@ class LocalEngine:
             with self._timed("forward", stage.stage_index, index):
                 passes.append(run_forward(stage, job, received, training=True))
             received = tuple(output.detach() for output in passes[-1].outputs)
-        loss = passes[-1].loss(), passes[-1].outputs[-1].dtype
+        loss = passes[-1].terms(), passes[-1].outputs[-1].dtype
         gradients: Tensors = ()
         while passes:
             stage = self._stages[len(passes) - 1]

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fxpipe._torch import has_accumulation_hooks, is_compiled, watched_checkpoints
 from fxpipe.errors import ScheduleError
 from fxpipe.program import Program
+from fxpipe.runtime.build.holdings import parts_of
 from fxpipe.runtime.build.stage import StageModule
 
 _WHOLE_BACKWARD = "GPipe, 1F1B, Interleaved1F1B or LoopedBFS"
@@ -30,6 +31,8 @@ def refuse_modules(stages: Iterable[StageModule], split_by: str | None = None) -
             or a parameter with a hook that would never be called.
     """
     for stage in stages:
+        if split_by is None and not any(isinstance(part, DistributedDataParallel) for part in parts_of([stage])):
+            continue  # nothing to name
         for fqn, module in stage.named_modules():
             if isinstance(module, DistributedDataParallel):
                 raise ScheduleError(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups
-from fxpipe.runtime.run.work import Job, Pass, Tensors, run_backward, run_forward
+from fxpipe.runtime.run.work import Job, Pass, Tensors, add_losses, run_backward, run_forward
 
 
 class StepwiseEngine:
@@ -46,7 +46,7 @@ class StepwiseEngine:
             for number, job in enumerate(jobs):
                 passes = self._forward(number, job, training=True)[0]
                 last = passes.get(len(self._placement) - 1)
-                (loss,) = self._shared(self._placement[-1], (last.loss(),) if last else ())
+                (loss,) = self._shared(self._placement[-1], (add_losses([last.terms()]),) if last else ())
                 losses.append(loss)
                 self._backward(number, passes)
         total = torch.stack(losses).sum()

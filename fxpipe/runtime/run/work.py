@@ -20,6 +20,8 @@ from fxpipe.runtime.build.boundary import conform
 from fxpipe.runtime.build.stage import StageModule
 
 Tensors = tuple[torch.Tensor, ...]
+Terms = tuple[tuple[torch.Tensor, float], ...]
+"""Terms of a loss, and what each weighs in the batch's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,15 +61,29 @@ class Pass:
     received: Tensors
     outputs: Tensors
     declared: tuple[tuple[BoundaryTensor, ...], tuple[BoundaryTensor, ...]]
-    shares: tuple[tuple[torch.Tensor, float], ...] = ()
+    shares: Terms = ()
     scale: torch.Tensor | None = None
     groups: list[Fork] | None = None
     pending: tuple[list[Any], list[torch.Tensor]] = field(default_factory=lambda: ([], []))
 
-    def loss(self) -> torch.Tensor:
-        """Give this microbatch's part of the batch's loss, in float64."""
-        parts = [term.detach().double() * share for term, share in self.shares]
-        return functools.reduce(operator.add, parts) if parts else self.outputs[-1].new_zeros((), dtype=torch.float64)
+    def terms(self) -> Terms:
+        """Give this microbatch's part of the batch's loss: terms and what they weigh."""
+        if not self.shares:
+            return ((self.outputs[-1].new_zeros(()), 1.0),)
+        return tuple([(term.detach(), share) for term, share in self.shares])
+
+
+def add_losses(microbatches: Sequence[Terms]) -> torch.Tensor:
+    """Give the loss of a batch in float64, of what ``Pass.terms`` gave for each of its microbatches, in their order."""
+    alone = [terms[0] for terms in microbatches if len(terms) == 1]
+    if len(alone) == len(microbatches) and len({(term.dtype, term.shape) for term, _ in alone}) == 1:
+        wide = torch.stack([term for term, _ in alone]).double()
+        shares = [share for _, share in alone]
+        if len(set(shares)) == 1:
+            return (wide * shares[0]).sum()
+        return torch.stack([term * share for term, share in zip(wide.unbind(), shares, strict=True)]).sum()
+    parts = [functools.reduce(operator.add, [term.double() * share for term, share in each]) for each in microbatches]
+    return torch.stack(parts).sum()
 
 
 def run_forward(stage: StageModule, job: Job, received: Tensors, *, training: bool) -> Pass:
@@ -98,7 +114,7 @@ def stage_arguments(
 
 def take_outputs(program: StageProgram, job: Job, received: Tensors, outputs: Tensors) -> Pass:
     """Keep what a stage gave for a microbatch; raises as ``run_forward``."""
-    shares: tuple[tuple[torch.Tensor, float], ...] = ()
+    shares: Terms = ()
     if program.stage_index < len(job.program.stages) - 1:
         check_sent(program, outputs)
     else:
