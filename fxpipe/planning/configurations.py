@@ -24,6 +24,7 @@ from fxpipe.planning.solve import solve
 
 SHOWN = 4  # runners-up in one line
 SHARPENED = 6  # configurations that are cut again, as many as a budget shows
+MOST_SHARPENED, NEAR = 12, 0.25  # so many, as long as they are no more than this share behind the best
 MOST_COUNTS = 6  # numbers of microbatches that are tried
 
 Offer = Callable[[int], tuple[LayerGraph, Estimate]]
@@ -136,7 +137,14 @@ def outcome(
 def sharpened(outcomes: Iterable[Outcome], offer: Offer) -> list[Outcome]:
     """Order outcomes, the best of them cut again for the fastest simulated step: which is first may hang on it."""
     found = ordered(outcomes)
-    return ordered([*(cut_again(each, offer) for each in found[:SHARPENED]), *found[SHARPENED:]])
+    again: list[Outcome] = []
+    for each in found:
+        least = min((other.step_s for other in again if other.fits >= each.fits), default=math.inf)
+        near = len(again) < MOST_SHARPENED and each.step_s <= least * (1 + NEAR)
+        if len(again) >= SHARPENED and not near:
+            break
+        again.append(cut_again(each, offer))
+    return ordered([*again, *found[len(again) :]])
 
 
 def cut_again(found: Outcome, offer: Offer) -> Outcome:
@@ -154,6 +162,8 @@ def cut_again(found: Outcome, offer: Offer) -> Outcome:
     layout = replace(asked, settings=replace(asked.settings, memory_limit=found.limit if found.fits else None))
     bare = len({found.stage_of[node] for node in layout.anchors}) < made.stages
     shortlist = Shortlist(layout, layout.grouped(), found.stage_of, bare=bare)
+    if made.ranks < made.stages:  # what was known is the cut of as many ranks
+        shortlist.look_at(solve(layout, simulated=False).partition.stage_of)
     shortlist.search()
     if not shortlist.gain:
         return found

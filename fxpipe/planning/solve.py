@@ -13,7 +13,7 @@ from fxpipe.planning.judge import step_s
 from fxpipe.planning.layout import Layout
 from fxpipe.planning.peers import partitions
 from fxpipe.planning.search.partition import Partition, most_stages, partition_nodes
-from fxpipe.planning.search.problem import PartitionProblem, measure
+from fxpipe.planning.search.problem import PartitionProblem, Placement, measure
 
 LEAST_GAIN = 0.02  # share of the bottleneck, and then of a simulated step, that opening blocks must save
 EVENNESS = 0.005  # share that a rank of several stages may have more, so that its stages are more alike
@@ -111,7 +111,7 @@ def _fastest(layout: Layout, solution: Solution, problem: PartitionProblem | Non
         problem = layout.problem if layout.settings.grain == "op" else layout.grouped(opened)
     old = solution.partition
     shortlist = Shortlist(layout, problem, old.stage_of, bare=solution.bare)
-    for stage_of in partitions(layout):
+    for stage_of in (*partitions(layout), *_apart(layout, problem, solution)):
         shortlist.look_at(stage_of)
     shortlist.search()
     stage_of = shortlist.best
@@ -125,6 +125,19 @@ def _fastest(layout: Layout, solution: Solution, problem: PartitionProblem | Non
         proven=old.proven and bottleneck <= old.bottleneck * (1 + ROUNDING),
     )  # fmt: skip
     return replace(solution, partition=partition, opened=layout.cut_blocks(stage_of), step_gain=shortlist.gain)
+
+
+def _apart(layout: Layout, problem: PartitionProblem, solution: Solution) -> list[tuple[int, ...]]:
+    """Where ranks have several stages, give the cut as if each had a rank of its own: even stages may fill faster."""
+    if not _has_several_per_rank(layout):
+        return []
+    anchored = problem if solution.bare else replace(problem, anchors=layout.anchors)
+    live = layout.placement.most_live
+    own = Placement.simple(layout.settings.stages, live=live, far=layout.placement.far)
+    found = partition_nodes(
+        anchored, layout.settings.stages, exactly=True, placement=own, even=True, learned=layout.learned
+    )
+    return [found.stage_of]
 
 
 def _fewest_opened(layout: Layout) -> tuple[Solution, Solution | None, Solution | None]:

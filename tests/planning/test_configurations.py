@@ -1,6 +1,8 @@
 """Schedule, microbatches and stages chosen by simulation, under a limit, and explained."""
 
 import dataclasses
+import math
+import random
 
 import layer_graphs
 import pytest
@@ -21,6 +23,7 @@ from fxpipe.planning.configurations import (
     sharpened,
 )
 from fxpipe.planning.costs.estimate import estimate_costs
+from fxpipe.planning.planner import plan_pipeline
 from fxpipe.planning.simulation.simulate import simulate
 
 GRAPH = layer_graphs.gpt(blocks=8, tokens=128)
@@ -50,6 +53,42 @@ def test_every_schedule_is_tried_and_the_fastest_that_fits_comes_first():
     assert again[0].fits
     assert again[0].peak_bytes <= limit < best.peak_bytes
     assert again[0].step_s == min(each.step_s for each in again if each.fits)
+
+
+def chain(numbers, blocks):
+    build = layer_graphs.Builder("Chain")
+    x = None
+    for index in range(blocks):
+        work = numbers.choice([1, 2, 3, 5, 8, numbers.randint(1, 20)])
+        weights = [("weight", (numbers.randint(1, 9),))]
+        x = build.layer(
+            f"h.{index}", [x] if x else [], (64,), weights, flops=work * 10**9, saves=[x] if x else [],
+            saved_bytes=4, block=f"h.{index}",
+        )  # fmt: skip
+    return build.graph()
+
+
+@pytest.mark.parametrize(
+    ("seed", "blocks", "ranks", "count", "bandwidth"),
+    # Found at random: with these another schedule was faster once it, too, was planned with all care, by 1.5 to 3.5 %.
+    [(13, 16, 4, 16, math.inf), (18, 12, 2, 16, 1e5), (24, 24, 2, 4, math.inf)],
+)
+def test_what_is_chosen_is_as_fast_as_any_other_that_is_planned_with_all_care(seed, blocks, ranks, count, bandwidth):
+    numbers = random.Random(seed)
+    for options in ([8, 12, 16, 24], [2, 4], [4, 8, 16], [math.inf, 1e5]):
+        numbers.choice(options)  # as when the case was found
+    graph, hardware = chain(numbers, blocks), layer_graphs.hardware(link_bandwidth=bandwidth)
+    estimate = layer_graphs.estimate(graph, layer_graphs.settings(ranks, grain="block", hardware=hardware))
+    steps, found = {}, []
+    for stages, on, name in shapes(stages=None, ranks=ranks, schedule=None):
+        made = Configuration(stages, on, name, count)
+        found.append(outcome(made, lambda _: (graph, estimate), hardware, None))
+        made_for = layer_graphs.settings(
+            stages, ranks=on, schedule=name, num_microbatches=count, grain="block", hardware=hardware
+        )
+        steps[made] = simulate(plan_pipeline(graph, estimate, made_for)).step_s
+    best = sharpened(found, lambda _: (graph, estimate))[0].configuration
+    assert steps[best] <= 1.005 * min(steps.values())
 
 
 def test_what_was_chosen_is_explained_with_what_was_faster_and_does_not_fit():
