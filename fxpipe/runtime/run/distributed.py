@@ -13,6 +13,7 @@ from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.engine_stage import EngineStage
 from fxpipe.runtime.run.forward_only import infer, run_forwards
+from fxpipe.runtime.run.reduction import let_shards_return
 from fxpipe.runtime.run.refusals import CheckpointWatch, refuse_modules
 from fxpipe.runtime.run.schedule import forget_exchanges, make_schedule, without_dumps
 from fxpipe.runtime.run.timeline import SpanRecorder
@@ -103,7 +104,9 @@ class DistributedEngine:
             The model's flat output tensors of each microbatch; None on a rank that does not get them.
         """
         with self._groups.guard("infer"), torch.no_grad():
-            return infer(self._modules, self._placement, jobs, self._groups, self._device, gather=gather)
+            outputs = infer(self._modules, self._placement, jobs, self._groups, self._device, gather=gather)
+            let_shards_return(self._modules)
+            return outputs
 
     def evaluate(self, jobs: Sequence[Job]) -> torch.Tensor:
         """Run forward only, of programs with a loss; no output travels further than to the last stage.
@@ -113,6 +116,7 @@ class DistributedEngine:
         """
         with self._groups.guard("evaluate"), torch.no_grad():
             passes = run_forwards(self._modules, self._placement, jobs, self._groups, self._device)
+            let_shards_return(self._modules)
             if self._placement[-1] != self._groups.position:
                 return self._share_loss(jobs[0].key, [], None)
             return self._share_loss(jobs[0].key, [work.terms() for work in passes], passes[-1].outputs[-1].dtype)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fxpipe._torch import reduce_sharded_gradients
 from fxpipe.errors import ScheduleError
+from fxpipe.runtime.build.holdings import parts_of
 
 BUCKET_BYTES = 25 << 20
 """Largest message that several tensors share: large enough for a link's full speed, small enough to start early."""
@@ -135,6 +136,16 @@ def reduce_now(module: nn.Module) -> None:
         part.set_reshard_after_backward(True)
         part.set_requires_gradient_sync(True)
         reduce_sharded_gradients(part)
+
+
+def let_shards_return(modules: Iterable[nn.Module]) -> None:
+    """Let go of the weights that forwards without a backward gathered, so that modules hold their shards again.
+
+    What is gathered knows nothing of a later optimiser's step, and its gradients are not the shards'.
+    """
+    for part in parts_of(modules):
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _outermost(module: nn.Module) -> list[Any]:

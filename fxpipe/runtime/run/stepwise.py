@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups
+from fxpipe.runtime.run.reduction import let_shards_return
 from fxpipe.runtime.run.work import Job, Pass, Tensors, add_losses, run_backward, run_forward
 
 
@@ -58,10 +59,12 @@ class StepwiseEngine:
     def infer(self, jobs: Sequence[Job]) -> list[Tensors]:
         """Run forward only; gives the model's flat output tensors of each microbatch, on every rank."""
         with torch.no_grad():
-            return [
+            outputs = [
                 self._forward(number, job, training=False)[1][: len(job.program.outputs)]
                 for number, job in enumerate(jobs)
             ]
+            let_shards_return(self._stages.values())
+            return outputs
 
     def _forward(self, number: int, job: Job, *, training: bool) -> tuple[dict[int, Pass], Tensors]:
         """Give this rank's passes by stage, and what the last stage gave."""
