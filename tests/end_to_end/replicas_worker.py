@@ -180,7 +180,7 @@ def dropout_differs_between_replicas_and_repeats_with_the_seed() -> None:
             pipe._running.engine._share_loss = functools.partial(overheard, losses, pipe._running.engine._share_loss)
             total = pipe.step(**batch)
             gathered: list[Any] = [None] * RANKS
-            dist.all_gather_object(gathered, [float(loss) for loss in losses[0]])
+            dist.all_gather_object(gathered, [float(term) * share for ((term, share),) in losses[0]])
             runs.append((float(total), [each for each in gathered if each]))
     (first, second), other = runs[:2], runs[2]
     assert first == second
