@@ -24,6 +24,7 @@ from losses import (
     sequence,
 )
 from torch import nn
+from training_losses import REFUSED, TRAINING
 
 import fxpipe
 
@@ -41,17 +42,18 @@ def check_step(loss: Loss, **options: Any) -> fxpipe.Pipeline:
     return pipe
 
 
-@pytest.mark.parametrize("name", SEPARATE)
+@pytest.mark.parametrize("name", [*SEPARATE, *TRAINING])
 def test_a_loss_that_separates_is_accepted_and_equals_the_whole_batch(name: str) -> None:
-    if name in NOT_RECORDED:
-        with pytest.raises(fxpipe.CaptureError, match=NOT_RECORDED[name]):
-            check_step(SEPARATE[name])
+    loss, refused = {**SEPARATE, **TRAINING}[name], {**NOT_RECORDED, **REFUSED}
+    if name in refused:
+        with pytest.raises(fxpipe.CaptureError, match=refused[name]):
+            check_step(loss)
     else:
-        check_step(SEPARATE[name])
+        check_step(loss)
 
 
 def test_at_least_95_of_100_losses_that_separate_are_accepted() -> None:
-    assert len(NOT_RECORDED) <= 0.05 * len(SEPARATE)
+    assert len(NOT_RECORDED) + len(REFUSED) <= 0.05 * (len(SEPARATE) + len(TRAINING))
 
 
 @pytest.mark.parametrize("name", COUPLED)
@@ -200,14 +202,43 @@ def test_large_sizes_are_tried_at_small_ones(samples: int) -> None:
     assert "loss: mean over valid targets" in str(pipe)
 
 
-def test_a_number_that_python_took_from_a_shape_of_selected_elements_is_refused() -> None:
-    def loss(o: torch.Tensor, t: Any) -> torch.Tensor:
-        chosen = per_token(o, t)[t["mask"]]
-        return chosen.sum() / len(chosen)
-
-    with pytest.raises(fxpipe.CaptureError, match="the number of selected elements from a shape"):
-        compiled(Chain(), loss, inputs(), sequence())
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda chosen, t: chosen.sum() / (2 * len(chosen)),
+        lambda chosen, t: chosen.sum() / (chosen.shape[0] + len(t["mask"])),
+        lambda chosen, t: chosen.sum() * (1.0 / chosen[:, None].expand(-1, 3).numel()),
+        lambda chosen, t: sum(chosen.unbind()) / (7 * t["mask"].sum()),
+    ],
+)
+def test_a_number_that_python_took_from_a_shape_of_selected_elements_is_refused(mean: Any) -> None:
+    with pytest.raises(fxpipe.CaptureError, match=r"the number of selected elements from a shape|take another path"):
+        compiled(Chain(), lambda o, t: mean(per_token(o, t)[t["mask"]], t), inputs(), sequence())
 
 
 def test_a_number_that_python_read_is_followed_to_where_it_came_from() -> None:
     check_step(lambda o, t: (per_token(o, t) * t["mask"]).sum() / t["mask"].sum().item())
+
+
+class Selecting(Chain):
+    """Asks how many a mask selects, in three ways, one of them after arithmetic."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        chosen = super().forward(x)[mask]
+        halves = torch.cat([chosen, chosen * 2]).view(chosen.size(0), 2, -1)
+        return chosen.square().sum() / chosen.shape[0] + halves.mean() * len(chosen[:, None]) / (len(chosen) + 1)
+
+
+def test_a_size_that_python_took_from_what_a_mask_selects_is_taken_anew_from_each_mask() -> None:
+    torch.manual_seed(0)
+    model = Selecting()
+    plain = copy.deepcopy(model)
+    mask = sequence()["mask"]
+    pipe = fxpipe.compile(model, 2, (inputs(), mask), microbatches=1, schedule="GPipe")
+    pipe.materialize(device="cpu")
+    for other in (mask, mask & (torch.arange(LENGTH) < 2), ~mask):
+        plain.zero_grad()
+        pipe.zero_grad()
+        wanted = plain(inputs(7), other)
+        wanted.backward()
+        check_equal(pipe, plain, pipe.step(inputs(7), other), wanted.detach())

@@ -43,10 +43,10 @@ import fxpipe
 from fxpipe.errors import FxpipeError
 
 SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
-FINDING_S = 8  # of processor time; after that no other size of a model is looked at
+FINDING_S = 20  # of processor time; after that no other size of a model is looked at
 PATIENCE = 20  # times that: when a model that waits is given up
 FORK = multiprocessing.get_context("fork")
-MEMORY_BYTES = 3 * 2**30
+MEMORY_BYTES = 6 * 2**30
 CLOSE = 1e-5  # of a tensor's largest element: many a model casts to float32 inside, whatever its weights are
 NOTHING = 1e-7  # of the largest of all tensors: such a one is zero but for rounding
 TITLES = {"hf": "Every family of transformers", "vision": "Families of torchvision and timm"}
@@ -215,7 +215,7 @@ def attempt(case: Case) -> dict[str, Any]:
     distance = off.get(worst, 0.0)
     row |= {"result": "exact" if distance <= CLOSE else "differs", "distance": distance}
     if distance > CLOSE:
-        row["why"] = f"{worst} is off by {distance:.0e}"
+        row["why"] = f"{worst} is off by {distance:.0e}; {control(found)}"
     elif changed:
         row |= {"result": "differs", "why": f"{changed[0]} is initialised otherwise"}
     return row
@@ -228,6 +228,25 @@ def warm(case: Case) -> None:
         if (row := attempt(case))["result"] != "exact":
             raise SystemExit(f"the first model is not exact: {row}")
     gc.freeze()
+
+
+@torch.no_grad()
+def control(found: Found) -> str:
+    """Say how far the model by itself is off its own outputs: called again, and with half of the batch."""
+
+    def outputs(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [leaf for leaf in leaves(found.real(**copy.deepcopy(batch))) if leaf.is_floating_point()]
+
+    def far(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+        alike = [(a, b) for a, b in zip(one, other, strict=False) if a.shape == b.shape]
+        return max((distance_of(a, b) for a, b in alike), default=0.0)
+
+    half = SAMPLES // 2
+    whole = outputs(found.batch)
+    first = outputs({name: part[:half] for name, part in found.batch.items()})
+    cut = [leaf[:half] if leaf.dim() and len(leaf) == SAMPLES else leaf for leaf in whole]
+    again = far(whole, outputs(found.batch))
+    return f"the model itself is off by {again:.0e} when called again, by {far(cut, first):.0e} with half of the batch"
 
 
 def first_line(error: BaseException) -> str:

@@ -80,6 +80,7 @@ class Inputs:
         self.sizes = Sizes(model.config)
         self.numbers = torch.Generator().manual_seed(1)
         self.learned: dict[int, None] = {}  # widths that errors asked for
+        self.named: dict[str, None] = {}  # arguments that errors named
         parameters = inspect.signature(model.forward).parameters.values()
         self.taken = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.required = [p.name for p in parameters if p.name in self.taken and p.default is p.empty]
@@ -153,7 +154,7 @@ class Inputs:
         features = [
             self.random(*shape) for n in wide[:6] for t in frames[:4] for shape in ((b, n, t), (b, t, n), (b, 1, t, n))
         ]
-        waves = [self.random(b, 4000), self.random(b, 1, 4096), self.random(b, 2, 4096), self.random(b, 16000)]
+        waves = [self.random(b, 7680), self.random(b, 1, 7680), self.random(b, 2, 7680), self.random(b, 15360)]
         return [*waves, *features]
 
     def described_as(self, name: str) -> list[Make]:
@@ -285,10 +286,15 @@ class Inputs:
     def batches(self) -> Batches:
         """Give one batch after the other, the likeliest first; once more where errors said which widths they want."""
         yield from self.all_batches()
-        if self.learned:
+        if self.learned or self.named:
+            self.required += [name for name in self.named if name not in self.required]
             yield from self.all_batches()
 
-    def learn(self, error: Exception | None) -> None:
+    def learn(self, error: Exception | None, batch: Batch) -> None:
+        if isinstance(error, TypeError | ValueError) and not self.named:
+            words = re.findall(r"\w+", str(error))
+            missing = [name for name in self.taken if name in words and name not in batch and self.options(name)]
+            self.named.update(dict.fromkeys(missing[:1]))
         found = WANTED.search(str(error)) if error is not None else None
         if found and len(self.learned) < 3:
             self.learned[int(next(filter(None, found.groups())))] = None
@@ -320,7 +326,8 @@ class Inputs:
             chosen = {**given, **dict(zip(names, choice, strict=True))}
             for labels in [*(self.labels() if labelled and "labels" in self.taken else ()), None]:
                 batch = {name: make() for name, make in chosen.items()}
-                self.learn((yield batch if labels is None else {**batch, "labels": labels}))
+                batch = batch if labels is None else {**batch, "labels": labels}
+                self.learn((yield batch), batch)
 
     def labels(self) -> list[torch.Tensor]:
         ids = self.ids(self.samples, LENGTH)()

@@ -18,6 +18,7 @@ from small_inputs import Batch, Batches, Inputs
 from torch import nn
 
 PARAMETERS = 40_000_000  # a model that is larger is made narrower, or left out
+LARGE = 100_000_000  # a model for images, which is not made narrower
 
 
 class Unsuitable(Exception):
@@ -107,6 +108,8 @@ def shrunk(config: Any, how: str) -> Any:
             shrunk(value, how)
         elif name in ("depths", "num_layers", "layers", "num_block_repeats") and isinstance(value, list | tuple):
             _set(config, name, type(value)(min(v, 2) if isinstance(v, int) else v for v in value))
+        elif isinstance(value, list | tuple) and how == "narrow" and (most := _most(name)) is not None:
+            _set(config, name, type(value)(min(v, most) if type(v) is int else v for v in value))
         elif isinstance(value, list | tuple) and how.isdigit() and not KEPT.search(name):
             if value and all(isinstance(v, int) and v % int(how) == 0 and v >= 4 * int(how) for v in value):
                 _set(config, name, type(value)(v // int(how) for v in value))
@@ -129,9 +132,9 @@ def shrunk(config: Any, how: str) -> Any:
         elif how == "narrow" and any(name.endswith(part) for part in HEADS) and value > 4:
             _set(config, name, 4)
         elif how == "narrow":
-            least = next((most for part, most in WIDE.items() if part in name and value > most), None)
-            if least is not None:
-                _set(config, name, least)
+            most = _most(name)
+            if most is not None and value > most:
+                _set(config, name, most)
         elif how.isdigit() and "experts" in name and "tok" not in name and value > 8:
             _set(config, name, 8)
         elif how.isdigit() and _divided(name, value, int(how)):
@@ -178,6 +181,11 @@ def _code_for(config: type) -> str:
     path = Path(inspect.getfile(config))
     beside = path.with_name(path.name.replace("configuration", "modeling"))
     return beside.read_text(encoding="utf-8") if beside != path and beside.exists() else ""
+
+
+def _most(name: str) -> int | None:
+    """Give the largest width that a narrow model has by this name; None where it is no width."""
+    return next((most for part, most in WIDE.items() if part in name), None)
 
 
 def _divided(name: str, value: int, by: int) -> bool:
@@ -291,9 +299,12 @@ def find_vision(library: str, name: str) -> Iterator[Callable[[], nn.Module]]:
         if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(name)).parameters:
             options["weights_backbone"] = None
         make = functools.partial(torchvision.models.get_model, name, **options)
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in make().parameters())
+    except NotImplementedError:  # its initialisation reads values
         size = sum(parameter.numel() for parameter in make().parameters())
-    if size > 2 * PARAMETERS:
+    if size > LARGE:
         raise Unsuitable(f"{size / 1e6:.0f} M parameters")
     yield make
 
@@ -301,10 +312,11 @@ def find_vision(library: str, name: str) -> Iterator[Callable[[], nn.Module]]:
 def vision_batches(model: nn.Module, samples: int) -> Batches:
     numbers = torch.Generator().manual_seed(1)
     asked = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))
-    first = next(iter(inspect.signature(model.forward).parameters), "x")
-    sizes: list[tuple[int, ...]] = [(3, 64, 64), tuple(asked), (3, 8, 64, 64)]
-    for shape in sizes:
-        yield {first: torch.randn((samples, *shape), generator=numbers, dtype=torch.float64)}
+    given = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in given if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD] or ["x"]
+    edges = [(3, 64, 64), (3, 96, 96), (3, 128, 128), tuple(asked), (3, 224, 224), (3, 8, 64, 64), (3, 16, 112, 112)]
+    for shape in dict.fromkeys(edges):
+        yield {name: torch.randn((samples, *shape), generator=numbers, dtype=torch.float64) for name in names}
 
 
 def vision_cases() -> dict[str, Case]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fxpipe._torch import (
     storage_key,
     without_modes,
 )
-from fxpipe.capture.calls.forms import SHAPED_LIKE, targets_of
+from fxpipe.capture.calls.forms import SHAPED_LIKE, targets_of, versions_of
 from fxpipe.capture.calls.reads import READS, shape_depends_on_values
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.calls.watch import RANDOM, Watch
@@ -33,6 +33,21 @@ FACTORIES = frozenset(
         *("range", "scalar_tensor", "tril_indices", "triu_indices", "meshgrid", "cartesian_prod", "combinations"),
     }
 )
+_COMPARING = frozenset(
+    {
+        *("eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+        *("not_equal", "less", "less_equal", "greater", "greater_equal", "bool", "to", "type", "logical_not"),
+        *("isnan", "isfinite", "isinf"),
+    }
+)
+_ARRANGING = frozenset(
+    {
+        *("__getitem__", "to", "type", "float", "double", "detach", "view", "reshape", "flatten", "squeeze"),
+        *("unsqueeze", "contiguous", "expand", "transpose", "permute", "narrow", "select", "clone"),
+    }
+)
+"""What is compared of a float that is given: itself, or its parts in another order."""
+_AS_OTHERS = frozenset({"expand_as", "view_as", "reshape_as"})
 
 
 class RealValues:
@@ -43,12 +58,14 @@ class RealValues:
 
     Args:
         watch: Sees the calls that run for real, too.
+        floats: Fake inputs of floating point with their values: what compares them is a mask, and real.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, floats: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
         self._kept = 0
         self._watch = watch
         self._stale: dict[int, torch.Tensor] = {}  # by storage: real tensors without their values
+        self._floats = {id(fake): (fake, versions_of([fake]), real) for fake, real in floats}
 
     def run(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[Any]
@@ -88,9 +105,20 @@ class RealValues:
             stand_in = self._stand_in(name, args, kwargs)
             if stand_in is not None:
                 args, tensors = (stand_in, *args[1:]), [stand_in, *tensors[1:]]
+        if name in _AS_OTHERS and not isinstance(args[0], FakeTensor) and isinstance(args[-1], FakeTensor):
+            with without_modes():  # of the other nothing but its shape is looked at
+                other = torch.empty((), dtype=args[1].dtype).expand(args[1].shape)
+            args, tensors = (args[0], other, *args[2:]), [args[0], other]
         if not self._all_real(name, args, kwargs, tensors):
+            compared = self._compared(func, name, args, kwargs)
+            if compared is not None and compared.dtype == torch.bool:
+                self._kept += compared.numel()
+                return compared
             selected = _selected(name, args, kwargs)
-            return func(*_without_masks(name, args), **kwargs) if selected is None else selected
+            result = func(*_without_masks(name, args), **kwargs) if selected is None else selected
+            if compared is not None:
+                self._floats[id(result)] = (result, versions_of([result]), compared)
+            return result
         with without_modes():
             if any(tensor.is_floating_point() for tensor in tensors):  # only those are dropped out
                 with self._watch:
@@ -102,6 +130,18 @@ class RealValues:
             if name in ("empty", "empty_like", "new_empty"):  # the same bits in every process
                 result.zero_()
         return result
+
+    def _compared(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """Give the value of what compares floats that are given, or puts them in another order; None for all else."""
+        known = self._floats.get(id(args[0])) if args and self._floats else None
+        if known is None or name not in _COMPARING | _ARRANGING or self._kept + known[2].numel() > BUDGET:
+            return None
+        others = tensors_in(args[1:], kwargs)
+        if versions_of([known[0]]) != known[1] or any(isinstance(each, FakeTensor) for each in others):
+            return None
+        with without_modes():
+            found = func(known[2], *args[1:], **kwargs)
+        return found if isinstance(found, torch.Tensor) else None
 
     def _stand_in(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """Give a real tensor to make integers and booleans from that are shaped like a fake one."""

@@ -137,7 +137,8 @@ def _square(count: int) -> int:
 
 def paired(first: Any, second: Any) -> Any:
     """Give one number for that of two recordings: a ``Varying`` where they differ."""
-    return first if first == second else Varying(first, second)
+    same = first == second or (first != first and second != second)  # two that are no numbers
+    return first if same else Varying(first, second)
 
 
 def small_sizes(sizes: Iterable[int], above: int = KEPT, apart: int = _NEAR) -> dict[int, int]:

@@ -184,12 +184,17 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
 
 
 def _check_reads(tail: Tail, related: Sequence[tuple[fx.Node, Any, Any]]) -> None:
-    """Refuse numbers that Python read and that the graph has as numbers of another form."""
-    program = TailProgram(tail)
-    followed = program.followed()
-    for node, one, _ in related:
-        if not isinstance(one, bool) and node not in followed:
-            raise Unsuited("Python reads a number from an input on the way to the loss; keep it a tensor (no .item())")
+    """Refuse numbers that Python read and that the graph has as numbers of another form.
+
+    A shape that values decide about says nothing by itself: where Python asked for a size of it, that is a read too.
+    """
+    followed, others = TailProgram(tail).followed()
+    read = [node for node, one, _ in related if not isinstance(one, bool) and node.target is not getattr]
+    if any(node not in followed for node in read) or (read and others):
+        raise Unsuited(
+            "Python reads a number from an input, or the number of selected elements from a shape, on the way to the "
+            "loss; keep it a tensor (the mask's sum(), no .item())"
+        )
 
 
 def _is_handed_out(twins: Twins, node: fx.Node) -> bool:
@@ -280,18 +285,14 @@ class TailProgram:
         args, kwargs = fill(given, self._followed) if spoken(node) in _ARITHMETIC else given
         return args, kwargs
 
-    def followed(self) -> set[fx.Node]:
-        """Give the reads whose numbers the graph can follow."""
-        found: set[fx.Node] = set()
-
-        def look(leaf: Any) -> Any:
-            if isinstance(leaf, Read):
-                found.add(leaf.node)
-            return leaf
-
-        for _, args, kwargs in self._calls:
-            fill((args, kwargs), look)
-        return found
+    def followed(self) -> tuple[set[fx.Node], bool]:
+        """Give the reads whose numbers the graph can follow, and whether other numbers of arithmetic vary."""
+        leaves: list[Any] = []
+        for node, args, kwargs in self._calls:
+            if spoken(node) in _ARITHMETIC:
+                fill((args, kwargs), leaves.append)
+        read = {leaf.node for leaf in leaves if isinstance(leaf, Read)}
+        return read, any(isinstance(leaf, Varying) for leaf in leaves)
 
     def _selected_sizes(self) -> Iterator[tuple[int, int]]:
         """Yield the sizes that depend on values: of what a mask selects."""
@@ -333,17 +334,19 @@ class TailProgram:
             quiet = context is not None and context.grad_enabled is False
             with torch.set_grad_enabled(not quiet):
                 env[node] = self.call(node, args, kwargs, env, samples)
-            if isinstance(env[node], torch.Tensor):
-                moved = data_dependent.intersection(node.all_input_nodes)
-                shapes = twins.growing(node)
-                if shapes is not None and not moved and tuple(env[node].shape) != self.sizes.shape(*shapes, samples):
-                    stands = fill(node.args, lambda leaf: env.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf)
-                    names = (spoken(node), f"__{spoken(node)}__")
-                    if not any(shape_depends_on_values(name, tuple(stands), None) for name in names):
-                        raise Unsuited(f"{spoken(node)} cannot be run on fewer samples or classes")
+            moved = data_dependent.intersection(node.all_input_nodes)
+            shapes = twins.growing(node)
+            value = env[node]
+            fits = shapes is None or moved or tuple(value.shape) == self.sizes.shape(*shapes, samples)
+            if not isinstance(value, torch.Tensor) or not fits:
+                stands = fill(node.args, lambda leaf: env.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf)
+                names = (spoken(node), f"__{spoken(node)}__")
+                if any(shape_depends_on_values(name, tuple(stands), None) for name in names):
                     moved = {node}
-                if moved and env[node].dim():
-                    data_dependent.add(node)
+                elif not fits:
+                    raise Unsuited(f"{spoken(node)} cannot be run on fewer samples or classes")
+            if moved and (not isinstance(value, torch.Tensor) or value.dim()):
+                data_dependent.add(node)
         return env
 
     def scaled(

@@ -34,7 +34,17 @@ from fxpipe.capture.calls.values import has_tensor, tensors_in
 from fxpipe.capture.calls.zero_inputs import on_zeros, run_on_zeros
 from fxpipe.capture.record.forward import Forward
 from fxpipe.capture.record.frames import Frame
-from fxpipe.capture.record.guards import guard_integers, guard_read, guard_shape
+from fxpipe.capture.record.guards import (
+    ASKING,
+    TAKING_APART,
+    asked_shape,
+    guard_integers,
+    guard_read,
+    guard_selected,
+    guard_shape,
+    looked_into,
+    note_selection,
+)
 from fxpipe.capture.record.node import info
 
 
@@ -48,7 +58,7 @@ class Calls(TorchFunctionMode):
     def __init__(self, forward: Forward) -> None:
         super().__init__()
         self._forward = forward
-        self._real_values = RealValues(forward.watch)
+        self._real_values = RealValues(forward.watch, forward.floats)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -65,8 +75,12 @@ class Calls(TorchFunctionMode):
             args, kwargs = settled(args, kwargs)
         if name == "get_device" or (name == "__get__" and _property(func) in _DEVICES):
             forward.note_device("get_device()" if name == "get_device" else _property(func))
+        if forward.selections.made and not forward.passes:
+            args, kwargs = looked_into(args), looked_into(kwargs)
         if name == "__get__":
             value = func(*args, **kwargs)
+            if forward.selections.made and _property(func) == "shape":
+                return asked_shape(forward, args[0], value)
             if forward.counting or not isinstance(value, torch.Tensor):
                 return value
             if forward.quiet is not None:  # ``.T`` of another module's weight is a read of it
@@ -174,6 +188,10 @@ class Calls(TorchFunctionMode):
             forward.watch.trace = None
         written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
         written += [tensor for tensor in targets_of(name, args, kwargs) if tensor.is_inference()]
+        if forward.selections.made and tensors and (name in ASKING or name in TAKING_APART):
+            if isinstance(result, torch.Size):
+                return asked_shape(forward, tensors[0], result)
+            guard_selected(forward, tensors[0], _dimension(name, args, kwargs))
         if not has_tensor(result) and not written and name not in _KEPT:
             guard_read(forward, func, name, *written_down, result, frame)
             return result
@@ -192,6 +210,7 @@ class Calls(TorchFunctionMode):
         finish_call(forward, node, position, func, args, kwargs, result, tuple(trace))
         if (tensors or forward.symbols is None) and shape_depends_on_values(name, args, result):
             guard_shape(forward, node, result)
+            note_selection(forward, node, args, kwargs, result)
         if name in SHAPED_BY_LENGTHS:
             for tensor in tensors_in(result):
                 if not isinstance(tensor, FakeTensor):  # it depends on nothing but integers that are guarded
@@ -335,6 +354,14 @@ def _only_checks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
                 continue
             shapes.append(result.shape if isinstance(result, torch.Tensor) else None)
     return bool(shapes) and None not in shapes and len(set(shapes)) == 1
+
+
+def _dimension(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Give the dimension whose size Python is told; None where it is told all, or will ask."""
+    if name == "__len__" or name == "__iter__":
+        return 0
+    found = kwargs.get("dim", args[-1] if len(args) > 1 and name == "size" else None)
+    return found if isinstance(found, int) else None
 
 
 _KEPT = frozenset({"register_hook", "requires_grad_", "__set__"})

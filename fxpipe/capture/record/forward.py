@@ -20,6 +20,7 @@ from fxpipe.capture.model.preserve import Attributes, python_random_state
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.counts import Counts
 from fxpipe.capture.record.frames import Frame, Frames
+from fxpipe.capture.record.node import Selections
 from fxpipe.capture.record.recorder import Recorder
 from fxpipe.capture.record.side_channels import SideChannels
 
@@ -74,6 +75,8 @@ class Forward:
         numbers: Whether Python numbers among the inputs are followed.
         blocked: The first thing that could not be recorded; a bare ``except`` of the user's may have swallowed it.
         symbols: The same forward with symbols for sizes, where it is followed.
+        floats: Inputs of floating point, fake, with their values where those are known and few.
+        selections: Calls whose result has a shape that values of inputs decide about.
     """
 
     skeleton: Skeleton
@@ -101,6 +104,8 @@ class Forward:
     numbers: bool = False
     blocked: Blocked | None = None
     symbols: Symbols | None = None
+    floats: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    selections: Selections = field(default_factory=Selections)
 
     @classmethod
     def begin(

@@ -151,11 +151,18 @@ def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str,
         forward.symbols.begin(fakes)
     for name, tensor in fakes.items():
         forward.recorder.placeholder(name, tensor)
+    forward.floats = [(fakes[name], tensor) for name, tensor in inputs.tensors.items() if _is_known(tensor)]
     forward.numbers = bool(inputs.followed)
     given = inputs.with_tensors(fakes, Numbers(forward).inputs(inputs.followed))
     objects = Objects()
     args, kwargs, target = (map_tree(objects.copied, part) for part in given)
     return args, kwargs, target, objects
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    """Whether a float's values are at hand, and few enough to compare them."""
+    real = not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return real and tensor.is_floating_point() and not tensor.requires_grad and tensor.numel() <= LARGEST
 
 
 def _following(
