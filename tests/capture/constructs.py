@@ -1482,7 +1482,7 @@ class BranchesOnAMaskThatItFilled(Around):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(ROWS, dtype=torch.bool)
-        mask[:] = x[:, 0] > 0
+        mask[:] = self.begin(x)[:, 0] > 0
         return super().forward(x) if mask.any() else self.end(x)
 
 
@@ -1490,7 +1490,7 @@ class BranchesOnAMaskThatItFilled(Around):
 class ListsAMaskThatItFilled(Around):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(ROWS, dtype=torch.bool)
-        mask.view(-1)[:] = x[:, 0] > 0
+        mask.view(-1)[:] = self.begin(x)[:, 0] > 0
         return super().forward(x) * sum(mask.tolist())
 
 

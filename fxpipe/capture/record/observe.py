@@ -151,7 +151,8 @@ def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str,
         forward.symbols.begin(fakes)
     for name, tensor in fakes.items():
         forward.recorder.placeholder(name, tensor)
-    forward.floats = [(fakes[name], tensor) for name, tensor in inputs.tensors.items() if _is_known(tensor)]
+    with without_modes():
+        forward.floats = [(fakes[name], tensor.cpu()) for name, tensor in inputs.tensors.items() if _is_known(tensor)]
     forward.numbers = bool(inputs.followed)
     given = inputs.with_tensors(fakes, Numbers(forward).inputs(inputs.followed))
     objects = Objects()
@@ -161,7 +162,7 @@ def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str,
 
 def _is_known(tensor: torch.Tensor) -> bool:
     """Whether a float's values are at hand, and few enough to compare them."""
-    real = not isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    real = not (tensor.is_meta or isinstance(tensor, FakeTensor)) and tensor.layout == torch.strided
     return real and tensor.is_floating_point() and not tensor.requires_grad and tensor.numel() <= LARGEST
 
 
