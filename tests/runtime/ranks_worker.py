@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread
+import contextlib
 import gc
 import os
 import pathlib
@@ -22,7 +24,7 @@ from torch import nn
 import fxpipe
 import fxpipe.batch.digest
 import fxpipe.training
-from fxpipe.runtime.ranks import joining, watch
+from fxpipe.runtime.ranks import connections, joining, watch
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -102,6 +104,8 @@ class Broken(Sequence[Any]):
 
 
 def seeds() -> None:
+    dist.init_process_group("gloo")
+    dist.all_gather_object = dist.all_reduce = None  # type: ignore[assignment]  # the user's group keeps no tensors of ours
     said(lambda: make().materialize(device="cpu", seed=RANK))
 
 
@@ -259,6 +263,70 @@ def elsewhere() -> None:
         first.register_forward_pre_hook(lambda *_: [][0])
     said(lambda: pipe.step(x, target=x))
     said(lambda: pipe.step(x, target=x))
+
+
+def ends() -> None:
+    """Scripts that end: whether threads are left that may come back when the interpreter has ended, which aborts it."""
+    dist.init_process_group("gloo")
+    connections.STORE_S = watch.STORE_S = 0.2
+    dist.all_reduce(torch.zeros(1))
+    time.sleep(0.05)  # they name themselves
+    own, x = _of_gloo(), batch()
+    print(own > 0, flush=True)
+
+    def open_() -> fxpipe.Pipeline:
+        pipe = make().materialize(device="cpu")
+        pipe.step(x, target=x)
+        return pipe
+
+    def saving() -> fxpipe.Pipeline:
+        pipe = open_()
+        pipe.save(pathlib.Path(sys.argv[2]) / "checkpoint", async_=True)
+        concurrent.futures.thread._python_exit()  # as the interpreter begins its end: a pool's threads come first
+        return pipe
+
+    def refused() -> Exception | None:
+        with make().materialize(device="cpu") as pipe:
+            try:
+                pipe.step(batch(RANK), target=x)
+            except fxpipe.PlanError as error:
+                return error
+        return None
+
+    def stopped() -> fxpipe.Pipeline:
+        real = watch.OtherStatus
+        watch.OtherStatus = lambda path, token: real("/nowhere", token)  # type: ignore[assignment, misc]
+        pipe, pids = open_(), [0, 0]
+        dist.all_gather_object(pids, os.getpid())
+        if RANK == 1:
+            line = connections.StoreLine()
+            os.kill(pids[0], signal.SIGSTOP)  # it keeps the store
+            continued.append(pids[0])
+            assert line.ask(lambda store: store.check(["a key"])) is None
+            line.end()
+        return pipe
+
+    continued: list[int] = []
+    for way in (open_, refused, stopped, saving):
+        kept = way()
+        assert kept is not None
+        atexit._run_exitfuncs()
+        left = [t.name for t in threading.enumerate() if t.daemon and t.name.startswith("fxpipe-")]
+        print(way.__name__, _of_gloo() - own, left, flush=True)
+        del kept
+        gc.collect()
+        for pid in continued:
+            os.kill(pid, signal.SIGCONT)
+        continued.clear()
+
+
+def _of_gloo() -> int:
+    """Count the threads that carry out what gloo's groups exchange."""
+    names = []
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append((task / "comm").read_text())
+    return sum("gloo_runloop" in name for name in names)
 
 
 def kept() -> None:

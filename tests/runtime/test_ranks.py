@@ -119,6 +119,12 @@ def test_pipelines_leave_nothing_behind_and_a_process_group_of_the_users_stays()
     assert run("kept") == [["True", "2.0"]] * 2
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="nothing names a process's threads")
+def test_a_script_that_ends_leaves_no_thread_behind_that_could_abort_it(tmp_path):
+    ways = [f"{way} 0 []" for way in ("open_", "refused", "stopped", "saving")]
+    assert run("ends", str(tmp_path)) == [["True", *ways]] * 2
+
+
 def test_a_run_that_is_started_again_goes_on_with_the_losses_of_an_undisturbed_one(tmp_path):
     for name in ("disturbed", "undisturbed"):
         (tmp_path / name).mkdir()

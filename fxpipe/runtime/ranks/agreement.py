@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,29 +70,41 @@ def agree(
     raise raised
 
 
-def agree_first(error: Exception | None, plan: Mapping[str, object], same: Mapping[str, object]) -> None:
-    """Exchange verdicts over the default process group, before there is another.
+def agree_first(
+    error: Exception | None,
+    plan: Mapping[str, object],
+    same: Mapping[str, object],
+    compare: Callable[[str], list[str] | None],
+) -> None:
+    """Exchange verdicts before there are groups.
 
     Args:
         error: What is wrong on this rank, None if nothing is.
         plan: What is planned, part by part, and ``repr``.
         same: What else must be the same on all ranks, by what it is and its ``repr``.
+        compare: Gives what each rank has, or None where all have the same.
 
     Raises:
         FxpipeError: As ``agree``.
     """
     verdicts = {
-        subject: _Verdict(_spelled(error), "", tuple((name, repr(value)) for name, value in within.items()))
+        subject: _Verdict(_spelled(error), "", tuple((name, _told(value)) for name, value in within.items()))
         for subject, within in (("the plan", plan), ("", same))
     }
-    gathered = [verdicts] * dist.get_world_size()
-    dist.all_gather_object(gathered, verdicts)
+    own = json.dumps({subject: asdict(verdict) for subject, verdict in verdicts.items()})
+    gathered = compare(own) or ([own] if error is not None else [])
     if error is not None and not isinstance(error, FxpipeError):
         raise error
-    for subject, own in verdicts.items():
-        others = [each[subject] for each in gathered]
-        if any(each.error is not None or each.within != own.within for each in others):
+    for subject, verdict in verdicts.items():
+        others = [_Verdict.from_json(json.loads(each)[subject]) for each in gathered]
+        if any(each.error is not None or each.within != verdict.within for each in others):
             raise _error(range(len(others)), subject, others)
+
+
+def _told(value: object) -> str:
+    """Spell a value; of a long one the beginning, and a digest that no message shows: one store keeps all ranks'."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}{_digest(text)[0]}"
 
 
 def _spelled(error: Exception | None) -> tuple[str, str] | None:
@@ -98,6 +112,8 @@ def _spelled(error: Exception | None) -> tuple[str, str] | None:
 
 
 _NO_VOTE = -(2**63)
+_LONGEST = 200
+"""Characters of a value that a message shows."""
 
 
 class ModesChanged(FxpipeError):
@@ -114,6 +130,13 @@ class _Verdict:
     tensors: int | None = None
     trained: bool | None = None
     replica: int = 0
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> _Verdict:
+        """Read what ``asdict`` gave, of the first exchange."""
+        error = found["error"]
+        pairs = tuple((str(name), str(text)) for name, text in found["within"])
+        return cls(None if error is None else (str(error[0]), str(error[1])), str(found["parts"]), pairs)
 
 
 def _digest(value: object) -> list[int]:
@@ -207,4 +230,4 @@ def _differs(
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

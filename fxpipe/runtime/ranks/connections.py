@@ -2,7 +2,7 @@
 
 Gloo opens a connection between every two ranks of a group. Here they are found again among this process's sockets: a
 connection that two ranks both see is theirs. The kernel tells both ends at once when one of them ends, also when its
-process was killed, and shutting a connection ends every exchange that waits for it.
+process was killed, and shutting a connection ends every exchange that waits for it. So it is with the store.
 """
 
 from __future__ import annotations
@@ -12,9 +12,20 @@ import os
 import select
 import socket
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
+from torch.distributed.distributed_c10d import PrefixStore
+
+from fxpipe._torch import default_store
+
+T = TypeVar("T")
+STORE_S = 1.0
+"""How long the store may take to answer: the rank that keeps it may be the one that stands still."""
+_COMES_OUT_S = 5.0
+"""How long a call of the store may take to end, once its connection has."""
 _FOLDERS = ("/proc/self/fd", "/dev/fd")
 _ENDED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 Address = tuple[tuple[object, ...], tuple[object, ...]]
@@ -96,6 +107,67 @@ class Connections:
             connection.close()
         self._found.clear()
         self._ranks.clear()
+
+
+class StoreLine:
+    """The store that ranks share, over a connection of one's own; live, until ``end``.
+
+    A call of the store may wait for ever, where the process that keeps it is stopped. A thread that comes out of such a
+    call when the interpreter has ended aborts the process: who made the line ends it, and its calls, before that.
+
+    Attributes:
+        store: It; what waits in it raises a RuntimeError as the line ends.
+    """
+
+    def __init__(self) -> None:
+        self.store = default_store()
+        self._ends: list[socket.socket] = []
+        self._late: list[threading.Thread] = []
+        before = _open_now()
+        with suppress(RuntimeError, NotImplementedError):  # a store of the user's that cannot: it is asked as it is
+            self.store = self.store.clone()
+        port = _port(self.store)
+        for number, address in _open_now().items():
+            if address[1][1] == port and before.get(number) != address:
+                with suppress(OSError):
+                    self._ends.append(_duplicate(number))
+
+    def ask(self, call: Callable[[Any], T]) -> T | None:
+        """Call something with the store, but not for ever; None where it did not answer, or has ended."""
+        found: list[T] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError, ValueError):
+                found.append(call(self.store))
+
+        thread = threading.Thread(target=ask, name="fxpipe-ask", daemon=True)
+        thread.start()
+        thread.join(STORE_S)
+        if thread.is_alive():
+            self._late.append(thread)
+        return found[0] if found else None
+
+    def end(self, *threads: threading.Thread) -> None:
+        """End the connection, and wait for what comes out of it.
+
+        Args:
+            *threads: Who uses it, told to end.
+        """
+        for thread in threads:
+            thread.join(STORE_S)
+        for each in self._ends:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._ends.clear()
+        for thread in (*self._late, *threads):
+            thread.join(_COMES_OUT_S)
+
+
+def _port(store: Any) -> int | None:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return getattr(store, "port", None)  # a TCPStore's
 
 
 def _open_now() -> dict[int, Address]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import atexit
 import sys
+import threading
 import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from torch import nn
 
@@ -26,7 +27,10 @@ PATIENCE_S = 0.5
 SHORT_PATIENCE_S = 0.05
 """Likewise, where a stage was at work: it may exchange something itself, as sharded modules do."""
 
-LetGo = Callable[[BaseException], None]
+END_S = 5.0
+"""How long the end of a script waits for its groups to end: an exchange may be under way that nothing ends."""
+
+LetGo = Callable[[BaseException | None], None]
 _AGREED = "_fxpipe_agreed"
 
 
@@ -41,13 +45,13 @@ class Failures:
     Args:
         rank: This rank.
         watch: What it knows of the others.
-        close: Ends the groups.
+        close: Ends the groups; ``Groups.close``.
 
     Attributes:
         cause: Why the pipeline ended; None as long as it lives.
     """
 
-    def __init__(self, rank: int, watch: RankWatch, close: Callable[[], None]) -> None:
+    def __init__(self, rank: int, watch: RankWatch, close: Callable[..., None]) -> None:
         self.watch = watch
         self.cause: str | None = None
         self._rank = rank
@@ -60,12 +64,18 @@ class Failures:
         _live.add(self)
 
     def before_closing(self, let_go: LetGo) -> None:
-        """Have something called with the error when a rank failed.
+        """Have something called before the groups end.
 
         Args:
-            let_go: Drops what else refers to the groups, or to an exchange under way.
+            let_go: Drops what else refers to the groups, or to an exchange under way; gets the error of a rank that
+                failed, None where the pipeline is closed.
         """
         self._let_go.append(let_go)
+
+    def let_go(self, error: BaseException | None = None) -> None:
+        """Drop what else refers to the groups."""
+        while self._let_go:
+            self._let_go.pop()(error)
 
     def check(self) -> None:
         """Refuse to go on after a failure.
@@ -75,6 +85,10 @@ class Failures:
         """
         if self.cause is not None:
             raise RankError(f"the pipeline ended earlier: {self.cause}\n  start the script again")
+
+    def end(self) -> None:
+        """End the groups, at the end of a script."""
+        self._close(aborts=False)
 
     def leave(self, error: BaseException | None) -> None:
         """Tell the others why this rank takes part no more: its script has failed between two calls, or has ended."""
@@ -143,8 +157,7 @@ class Failures:
             text = f"rank {self._rank} ({where}) failed: {type(error).__name__}: {error}"
             record = self.watch.settle(Record(self._rank, text))
         self.cause = record.text
-        for let_go in self._let_go:
-            let_go(error)
+        self.let_go(error)
         self._close()
         if record.rank == self._rank and not record.silent:
             return error
@@ -179,11 +192,24 @@ _live: weakref.WeakSet[Failures] = weakref.WeakSet()
 
 
 def _leave() -> None:
-    """At the end of a script: say whether an error ended it, before the connections close."""
+    """At the end of a script: say whether an error ended it, before the connections close.
+
+    The groups end too: a thread of theirs lets go of the last exchange's tensors a moment after that is over. Where the
+    interpreter has ended by then, the thread cannot, and the process aborts whatever its script came to.
+    """
     atexit.unregister(_leave)
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     for failures in list(_live):
         failures.leave(error)
+    ending = threading.Thread(target=_end_all, name="fxpipe-end", daemon=True)
+    ending.start()
+    ending.join(END_S)
+
+
+def _end_all() -> None:
+    for failures in list(_live):
+        with suppress(RuntimeError, ValueError):
+            failures.end()
 
 
 def _layer_of(error: BaseException, stage: nn.Module) -> str:

@@ -7,7 +7,7 @@ import datetime
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Groups:
         everyone: For tensors on the CPU, and objects, of all of them.
         replicas: This rank's data-parallel replicas; None where there are none.
         failures: What is done when a rank fails; None for groups beside those of a pipeline.
+        made_beside: What ``beside`` made.
     """
 
     ranks: tuple[int, ...]
@@ -86,6 +87,7 @@ class Groups:
     everyone: dist.ProcessGroup
     replicas: Replicas | None = None
     failures: Failures | None = None
+    made_beside: list[Groups] = field(default_factory=list)
 
     @property
     def replica(self) -> int:
@@ -144,6 +146,7 @@ class Groups:
         group = _made(group)
         made = Groups(self.members, self.members.index(dist.get_rank()), group, group, {}, self.members, group)
         watch.adopt(made.gather, self.members)
+        self.made_beside.append(made)
         return made
 
     def all(self) -> list[dist.ProcessGroup]:
@@ -151,26 +154,42 @@ class Groups:
         across = (self.replicas.gradients, self.replicas.control) if self.replicas is not None else ()
         return [self.pipeline, self.control, *self.ties.values(), *across, self.everyone]
 
-    def close(self) -> None:
+    def close(self, *, aborts: bool = True) -> None:
         """End the groups; whoever waits for this rank in one of them learns of it at once.
 
-        A connection of gloo's closes when nothing refers to its group any more, so this object lets go of it too.
+        The connections and threads of gloo's end when nothing refers to its group any more: whatever else does lets
+        go of it first.
+
+        Args:
+            aborts: Whether to end what accelerators still exchange. The last messages of a script may be under way as
+                it ends: what accelerators have is left alone then.
         """
+        for each in self.made_beside:
+            each.close()
         if not hasattr(self, "pipeline"):
             return
         if self.failures is not None:
             self.failures.watch.close()
-        open_ones = {id(group): group for group in self.all()}
-        self.ties = {}
-        self.replicas = None
+            self.failures.let_go()
+        open_ones = list({id(group): group for group in self.all()}.values())
+        if self.replicas is not None:
+            del self.replicas.gradients, self.replicas.control
+        self.ties, self.replicas = {}, None
         del self.pipeline, self.control, self.everyone
-        while open_ones:
-            _, group = open_ones.popitem()
-            if dist.is_initialized():
-                if dist.get_backend(group) == "nccl":
-                    group.abort()  # what is under way never ends once a rank is gone
+        _end(open_ones, aborts=aborts)
+
+
+def _end(groups: list[dist.ProcessGroup], *, aborts: bool) -> None:
+    """Destroy groups, one after the other; the list is empty afterwards."""
+    while groups:
+        group = groups.pop()
+        with suppress(ValueError):  # the process group itself has ended, and with it all others
+            on_accelerators = dist.get_backend(group) == "nccl"
+            if on_accelerators and aborts:
+                group.abort()  # what is under way never ends once a rank is gone
+            if aborts or not on_accelerators:
                 dist.destroy_process_group(group)
-            del group
+        del group
 
 
 def start_process_group(device: torch.device, timeout: datetime.timedelta = TIMEOUT) -> bool:

@@ -51,7 +51,8 @@ def join_ranks(
         started = start_process_group(device, timeout)
         met.start()
         planned = {**plan.described, "its fingerprint": plan.fingerprint}
-        agree_first(error, planned, {"the versions of libraries": versions(), **same})
+        within = {"the versions of libraries": versions(), **same}
+        agree_first(error, planned, within, lambda value: met.compare(value, device))
         return _groups(mesh, plan, device, timeout), started
 
 

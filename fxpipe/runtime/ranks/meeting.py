@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -9,15 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from fxpipe._torch import default_store
 from fxpipe.errors import FxpipeError, RankError
 from fxpipe.runtime.ranks.awake import Awake
+from fxpipe.runtime.ranks.connections import StoreLine
 from fxpipe.runtime.ranks.place import key_of, machine, runs
 
 TICK_S = 0.25
@@ -41,60 +43,95 @@ class Meeting:
     """
 
     def __init__(self, call: str, timeout: timedelta) -> None:
-        self._call, self._timeout_s = call, timeout.total_seconds()
+        self._call, self._timeout, self._timeout_s = call, timeout, timeout.total_seconds()
         self._key = key_of(f"meeting/{next(_meetings)}")
         self._cause: str | None = None
         self._decided, self._over = threading.Event(), threading.Event()
         self._awake = Awake(TICK_S)
         self._heard: tuple[object, float] | None = None
         self._thread: threading.Thread | None = None
-        self._store: Any = None
+        self._line: StoreLine | None = None
         self._rank, self._world = 0, 1
 
     def start(self) -> None:
         """Begin, once there is a default process group."""
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        with suppress(RuntimeError, NotImplementedError):  # a store of the user's that cannot
-            self._store = default_store().clone()
-        if self._store is not None and self._world > 1:
-            self._thread = threading.Thread(target=self._run, name="fxpipe-meeting", daemon=True)
+        self._line = StoreLine()
+        if self._world > 1:
+            self._thread = threading.Thread(
+                target=self._run, args=(self._line.store,), name="fxpipe-meeting", daemon=True
+            )
             self._thread.start()
+
+    def compare(self, value: str, device: torch.device) -> list[str] | None:
+        """Wait until all ranks have come, and give what each of them has; None where it is the same.
+
+        What they have goes through the store: a group of the user's may still hold tensors of its last exchange as the
+        interpreter ends, which aborts the process, and here scripts end that are wrong. A barrier holds none.
+
+        Args:
+            value: What this rank has.
+            device: Where the default process group exchanges.
+        """
+        everyone = dist.group.WORLD
+        assert self._line is not None
+        assert everyone is not None
+        store, own = self._line.store, value.encode()
+        alike = f"{self._key}/alike/{hashlib.blake2b(own, digest_size=16).hexdigest()}"
+        store.set(f"{self._key}/has/{self._rank}", own)
+        store.add(alike, 1)
+        options = dist.BarrierOptions()
+        options.timeout = self._timeout
+        options.device = torch.device("cpu") if "cpu:" in dist.get_backend_config() else device
+        everyone.barrier(options).wait()
+        found = None
+        if store.add(alike, 0) != self._world:
+            found = [bytes(store.get(f"{self._key}/has/{rank}")).decode() for rank in range(self._world)]
+        everyone.barrier(options).wait()  # the rank that keeps the store may end now
+        return found
 
     def end(self, error: BaseException | None = None) -> None:
         """End the thread; the others learn of an error that is this rank's own."""
         self._over.set()
-        if self._thread is None:
+        if self._line is None:
             return
-        self._thread.join(GRACE_S)
-        with suppress(RuntimeError, ValueError):
-            if error is not None and not isinstance(error, FxpipeError | RuntimeError) and self._cause is None:
-                self._settle(f"rank {self._rank} failed in {self._call}: {type(error).__name__}: {error}")
-            self._store.set(f"{self._key}/{self._rank}", json.dumps({"left": True}))
-        self._store = None
+        if self._thread is not None:
+            self._thread.join(GRACE_S)
+        text = f"rank {self._rank} failed in {self._call}: {type(error).__name__}: {error}"
+        is_news = error is not None and not isinstance(error, FxpipeError | RuntimeError) and self._cause is None
+
+        def leave(store: Any) -> None:
+            if is_news:
+                self._settle(store, text)
+            store.set(f"{self._key}/{self._rank}", json.dumps({"left": True}))
+
+        self._line.ask(leave)
+        self._line.end(*(() if self._thread is None else (self._thread,)))
 
     def why(self) -> str | None:
         """Say which rank is gone, where that is why an exchange ended; None where nothing is known."""
-        if self._thread is None:
+        if self._thread is None or self._line is None:
             return None
         self._decided.wait(4 * TICK_S)
         if self._cause is None:
-            with suppress(RuntimeError, ValueError):
-                absent = [rank for rank in range(self._world) if not self._store.check([f"{self._key}/{rank}"])]
-                if absent:
-                    return f"rank {absent[0]} ended, or left the others, before it came to {self._call}"
+            absent = self._line.ask(
+                lambda store: [rank for rank in range(self._world) if not store.check([f"{self._key}/{rank}"])]
+            )
+            if absent:
+                return f"rank {absent[0]} ended, or left the others, before it came to {self._call}"
         return self._cause
 
     # --- in the thread ---
 
-    def _run(self) -> None:
+    def _run(self, store: Any) -> None:
         for beat in itertools.count():
             self._awake.tick()
             try:
                 shown = {"where": [machine(), os.getpid()], "beat": beat}
-                self._store.set(f"{self._key}/{self._rank}", json.dumps(shown))
-                found = self._said() or self._look()
+                store.set(f"{self._key}/{self._rank}", json.dumps(shown))
+                found = self._said(store) or self._look(store)
                 if found is not None and self._cause is None:
-                    self._cause = self._settle(found)
+                    self._cause = self._settle(store, found)
             except (RuntimeError, ValueError):  # the rank that keeps the store is gone
                 self._cause = self._cause or "the process that keeps the store, as a rule rank 0, ended"
             if self._cause is not None:
@@ -106,20 +143,20 @@ class Meeting:
             if self._over.wait(TICK_S):
                 return
 
-    def _settle(self, text: str) -> str:
-        return bytes(self._store.compare_set(f"{self._key}/cause", "", text)).decode()
+    def _settle(self, store: Any, text: str) -> str:
+        return bytes(store.compare_set(f"{self._key}/cause", "", text)).decode()
 
-    def _said(self) -> str | None:
+    def _said(self, store: Any) -> str | None:
         key = f"{self._key}/cause"
-        return bytes(self._store.get(key)).decode() if self._store.check([key]) else None
+        return bytes(store.get(key)).decode() if store.check([key]) else None
 
-    def _look(self) -> str | None:
+    def _look(self, store: Any) -> str | None:
         """Look at the next rank."""
         other = (self._rank + 1) % self._world
         key = f"{self._key}/{other}"
-        if not self._store.check([key]):  # it has not come yet: whoever waits for it knows how long
+        if not store.check([key]):  # it has not come yet: whoever waits for it knows how long
             return None
-        shown = json.loads(self._store.get(key))
+        shown = json.loads(store.get(key))
         if shown.get("left"):
             return None
         if self._heard is None or self._heard[0] != shown["beat"]:

@@ -6,7 +6,6 @@ in memory that all of them read. Only ranks of other machines are asked through 
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import re
@@ -15,28 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
-from fxpipe._torch import default_store
 from fxpipe.runtime.ranks.awake import Awake
-from fxpipe.runtime.ranks.connections import Connections
+from fxpipe.runtime.ranks.connections import STORE_S, Connections, StoreLine
 from fxpipe.runtime.ranks.place import machine, runs
 from fxpipe.runtime.ranks.record import Record
 from fxpipe.runtime.ranks.status import Doing, OtherStatus, OwnStatus, Status
 
-T = TypeVar("T")
 TICK_S = 0.5
 """How often a process shows that it runs, and looks whether others do."""
 SILENT_S = 3.0
 """After how long without such a sign a process counts as one that does not run."""
-STORE_S = 1.0
-"""How long the store may take to answer: the rank that keeps it may be the one that stands still."""
 GRACE_S = 2.0
 """How long an exchange may go on once every connection of the pipeline has ended."""
 EXIT_CODE = 70
 """Of a process that such an exchange keeps."""
-_LATE_S = 5.0
-"""How long the end of a script waits for threads that did not end in time."""
 _READ_S = 0.5
 """How long ranks of other machines have to read why the pipeline ended."""
 _STAGE = re.compile(r"(\d+)[A-Z]\d+")
@@ -71,7 +64,7 @@ class RankWatch:
         self._record: Record | None = None
         self._decided_at = 0.0
         self._awake = Awake(TICK_S)
-        self._asks_store = False
+        self._line: StoreLine | None = None  # where ranks of other machines are
         self._decided = threading.Event()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -94,8 +87,8 @@ class RankWatch:
         self.status.unlink()  # `identify` has gathered: all have mapped it
         self._thread = threading.Thread(target=self._run, name="fxpipe-watch", daemon=True)
         self._thread.start()
-        self._asks_store = not all(other.is_here for other in self._others.values())
-        if self._asks_store:
+        if not all(other.is_here for other in self._others.values()):
+            self._line = StoreLine()
             self._teller = threading.Thread(target=self._tell, name="fxpipe-tell", daemon=True)
             self._teller.start()
 
@@ -123,7 +116,7 @@ class RankWatch:
         """
         with self._lock:
             if self._record is None:
-                first = self._said() or (_bounded(lambda: _written(self._key, record)) if self._asks_store else None)
+                first = self._said() or self._asked(lambda store: _written(store, self._key, record))
                 self._record = first if first is not None else record
                 self.status.leave(self._record.to_json())
                 self._decided_at = time.monotonic()
@@ -136,8 +129,7 @@ class RankWatch:
         """Say that this rank takes part no more; to ranks of other machines too."""
         if self.status.read().doing != Doing.LEFT:
             self.status.leave(words)
-            if self._teller is not None:
-                _bounded(lambda: default_store().set(self._status_key(self._own), self.status.block()))
+            self._asked(lambda store: store.set(self._status_key(self._own), self.status.block()))
 
     def close(self) -> None:
         """End the threads and let go of the connections."""
@@ -147,10 +139,12 @@ class RankWatch:
         self.connections.wake()
         if self._record is not None and self._teller is not None and self._own == self._members[0]:
             time.sleep(_READ_S)  # this rank may keep the store
-        for thread in (self._thread, self._teller):
-            if thread is not None and thread is not threading.current_thread():
-                _join(thread)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(STORE_S)
+        if self._line is not None and self._teller is not None:
+            self._line.end(self._teller)
         self.connections.close()
+        self._interrupt = lambda: None  # it refers to the groups
 
     # --- in the thread ---
 
@@ -195,7 +189,7 @@ class RankWatch:
 
     def _gone(self, rank: int) -> Record:
         """Say why a connection ended: in the words of the rank itself, where it left any."""
-        told = self._said(rank) or (_bounded(lambda: _read(self._key)) if self._asks_store else None)
+        told = self._said(rank) or self._asked(lambda store: _read(store, self._key))
         if told is not None:
             return told
         status = self._others[rank].read()
@@ -271,8 +265,8 @@ class RankWatch:
 
     def _tell(self) -> None:
         """Exchange statuses with ranks of other machines, in a thread of its own: the store may not answer."""
-        store = default_store().clone()
-        told = -1
+        assert self._line is not None
+        store, told = self._line.store, -1
         while not self._stopped.wait(TICK_S):
             status, block = self.status.read(), self.status.block()
             is_calling = status.entered != status.finished
@@ -285,6 +279,9 @@ class RankWatch:
                     if not other.is_here and store.check([self._status_key(rank)]):
                         other.tell(store.get(self._status_key(rank)))
 
+    def _asked(self, call: Callable[[Any], Record | None]) -> Record | None:
+        return self._line.ask(call) if self._line is not None else None
+
     def _status_key(self, rank: int) -> str:
         return f"{self._key}/status/{rank}"
 
@@ -294,42 +291,10 @@ def _named(rank: int, status: Status | None) -> str:
     return f"rank {rank} (stage {found[1]})" if found else f"rank {rank}"
 
 
-def _bounded(call: Callable[[], T]) -> T | None:
-    """Ask the store, but not for ever; None where it did not answer."""
-    found: list[T] = []
-
-    def ask() -> None:
-        with suppress(RuntimeError, ValueError):
-            found.append(call())
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    _join(thread)
-    return found[0] if found else None
-
-
-_late: list[threading.Thread] = []
-"""Threads that did not end in time: one that comes out of the store as the interpreter ends aborts the process."""
-
-
-def _join(thread: threading.Thread) -> None:
-    thread.join(STORE_S)
-    if thread.is_alive():
-        _late[:] = [*(each for each in _late if each.is_alive()), thread]
-
-
-@atexit.register
-def _join_late() -> None:
-    until = time.monotonic() + _LATE_S
-    for thread in _late:
-        thread.join(max(0.0, until - time.monotonic()))
-
-
-def _written(key: str, record: Record) -> Record:
-    first = default_store().compare_set(key, "", record.to_json())
+def _written(store: Any, key: str, record: Record) -> Record:
+    first = store.compare_set(key, "", record.to_json())
     return Record.from_json(first)
 
 
-def _read(key: str) -> Record | None:
-    store = default_store()
+def _read(store: Any, key: str) -> Record | None:
     return Record.from_json(store.get(key)) if store.check([key]) else None

@@ -128,8 +128,9 @@ class DistributedEngine:
             )
         return self._schedules[num_microbatches]
 
-    def _let_go(self, error: BaseException) -> None:
-        forget_exchanges(error)
+    def _let_go(self, error: BaseException | None) -> None:
+        if error is not None:
+            forget_exchanges(error)
         for stage in self._stages:
             stage.let_go()
         self._schedules.clear()

@@ -62,11 +62,16 @@ class Gradients:
         self._is_open = False
         self._replicas = groups.replicas if groups is not None else None
         self._sum = GroupSum(self._replicas.gradients) if self._replicas is not None else None
+        if groups is not None and groups.failures is not None:
+            groups.failures.before_closing(self._let_go)
         self._is_last = False
         self._started: set[nn.Parameter] = set()
         self._done: set[int] = set()
         self._is_double: bool | None = None
         self._has_apart = True
+
+    def _let_go(self, _error: BaseException | None) -> None:
+        self._sum = self._replicas = None
 
     def begin(self, *, last: bool = False) -> None:
         """Make ready for the backward of a step.
