@@ -302,6 +302,8 @@ def ends() -> None:
             line = connections.StoreLine()
             os.kill(pids[0], signal.SIGSTOP)  # it keeps the store
             continued.append(pids[0])
+            while not all(" T " in path.read_text() for path in pathlib.Path(f"/proc/{pids[0]}/task").glob("*/stat")):
+                time.sleep(0.01)
             assert line.ask(lambda store: store.check(["a key"])) is None
             line.end()
         return pipe

@@ -7,6 +7,7 @@ import launch
 import pytest
 
 from fxpipe.runtime.ranks.connections import Connections
+from fxpipe.runtime.ranks.status import OtherStatus, OwnStatus
 
 CAUSE = "rank 1 (stage 1, microbatch 0{layer}) failed: ValueError: the weights are gone"
 
@@ -52,3 +53,16 @@ def test_connections_of_others_stay_as_they_are_under_a_default_timeout():
         with other:
             assert os.get_blocking(client.fileno())
             assert os.get_blocking(other.fileno())
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="a file has a name on this system")
+def test_what_a_rank_does_is_read_by_others_and_leaves_no_file_behind():
+    own = OwnStatus()
+    assert not any(own.token in name for name in os.listdir("/dev/shm"))
+    other = OtherStatus(own.path, own.token)
+    assert not OtherStatus(own.path, "of another machine").is_here
+    own.unlink()
+    own.enter("step")
+    assert other.is_here
+    assert other.read().call == "step"
+    assert not OtherStatus(own.path, own.token).is_here

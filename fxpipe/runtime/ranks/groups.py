@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import datetime
 import itertools
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -277,7 +278,33 @@ def make_groups(
     opened: list[dist.ProcessGroup] = []
     key = key_of(f"failure/{next(_pipelines)}")
     watch = RankWatch(members, own, timeout.total_seconds(), key, lambda: _abort(opened))
-    make = _Maker(watch.connections, device)
+    make = _Maker(watch.connections, device, [])
+    found: Groups | None = None
+    try:
+        found = _make_all(make, own, pipelines, ties, replicas, unions)
+        opened += found.all()
+        _warm_up(found, device)
+        watch.start(found.gather)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they refer to the groups, as this one does
+        found = None
+        opened.clear()
+        watch.close()
+        _end(make.made, aborts=True)
+        raise
+    make.made.clear()
+    found.failures = Failures(own, watch, found.close)
+    return found
+
+
+def _make_all(
+    make: _Maker,
+    own: int,
+    pipelines: Sequence[Sequence[int]],
+    ties: Iterable[Sequence[int]],
+    replicas: Sequence[Sequence[int]],
+    unions: Sequence[Sequence[int]],
+) -> Groups:
     sets = sorted({tuple(sorted(set(positions))) for positions in ties if len(set(positions)) > 1})
     found: Groups | None = None
     for ranks in map(tuple, pipelines):
@@ -296,10 +323,6 @@ def make_groups(
         everyone = make.group(ranks, on_cpu=True)
         if own in ranks:
             found.members, found.everyone = ranks, everyone
-    opened += found.all()
-    _warm_up(found, device)
-    watch.start(found.gather)
-    found.failures = Failures(own, watch, found.close)
     return found
 
 
@@ -313,6 +336,7 @@ class _Maker:
 
     connections: Connections
     device: torch.device
+    made: list[dist.ProcessGroup]
 
     def group(self, ranks: Sequence[int], *, on_cpu: bool = False) -> dist.ProcessGroup:
         """Make a group for tensors on the device, or on the CPU."""
@@ -322,7 +346,8 @@ class _Maker:
                 group = dist.new_group(list(ranks), timeout=_FOR_EVER, backend=backend)
         else:
             group = dist.new_group(list(ranks), timeout=_FOR_EVER)
-        return _made(group)
+        self.made.append(_made(group))
+        return self.made[-1]
 
     def pair(self, ranks: Sequence[int]) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """Make a group for tensors on the device, and one for tensors on the CPU."""

@@ -144,6 +144,7 @@ class RankWatch:
         if self._line is not None and self._teller is not None:
             self._line.end(self._teller)
         self.connections.close()
+        self.status.unlink()
         self._interrupt = lambda: None  # it refers to the groups
 
     # --- in the thread ---
