@@ -77,8 +77,7 @@ UNVIEWED = torch.ops.aten._unsafe_view.default
 
 _real_apply = vars(torch._C._FunctionBase)["apply"]
 _REGION = "_checkpoint_without_reentrant_generator"  # what runs before, between and after a region and its forward
-if hasattr(torch.utils.checkpoint, f"{_REGION}_impl"):  # from 2.14
-    _REGION = f"{_REGION}_impl"
+_REGION += "_impl" if hasattr(torch.utils.checkpoint, f"{_REGION}_impl") else ""  # from 2.14
 _KEEPS_INPUTS = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)  # until 2.11: a region's own function
 
 
@@ -90,8 +89,9 @@ def device_asked(func: Any, args: Sequence[Any]) -> torch.device | None:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Give a number that is the same for tensors that share a storage, while it lives."""
-    return int(tensor.untyped_storage()._cdata)
+    """Give a number that is the same for tensors that share a storage, while it lives; also inside of ``vmap``."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return storage_key(torch._C._functorch.get_unwrapped(tensor)) if wrapped else int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

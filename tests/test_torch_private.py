@@ -309,3 +309,14 @@ def test_sizes_may_be_symbols_of_a_source_of_ours():
     assert [part.shape[1].node.expr for part in parts] == [symbol, symbol]
     assert (size + 1).node.hint == 8
     assert env.guards == []
+
+
+def test_a_storage_is_known_also_inside_of_vmap():
+    seen, rows = [], torch.zeros(3, 2, dtype=torch.long)
+
+    def look(row):
+        seen.append(_torch.storage_key(row[:1]))
+        return row
+
+    torch.vmap(torch.vmap(look))(rows[..., None])
+    assert set(seen) == {_torch.storage_key(rows)} != {_torch.storage_key(rows.clone())}

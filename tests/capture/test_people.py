@@ -1,4 +1,6 @@
-"""What people use: flex attention, encoders with padding, losses in tuples."""
+"""What people use: flex attention, padding, blocks called by their forward, paddings kept in buffers, vmap."""
+
+import copy
 
 import pytest
 import torch
@@ -99,3 +101,120 @@ def test_flex_attention_meant_for_an_accelerator_is_planned_with_its_backward(gr
     model = nn.Sequential(*(Flexible(mask) for _ in range(3)))
     pipe = fxpipe.compile(model, 2, (x,), {"target": x}, loss_fn=F.mse_loss, microbatches=2, grain=grain)
     assert any("flex_attention" in op.name for counts in pipe.graph.counts for op in counts.ops)
+
+
+class Scaled(nn.LayerNorm):
+    """A forward that calls that of the class above it."""
+
+    def forward(self, x):
+        return 2 * nn.LayerNorm.forward(self, x)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.rest = nn.Linear(8, 8), Scaled(8), nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x):
+        return {"out": x + self.rest(self.norm.forward(self.first.forward(x)))}
+
+
+class ByForward(nn.Module):
+    """Calls its blocks by their forward, past their hooks."""
+
+    def __init__(self, blocks, hooked):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+        self.blocks = nn.ModuleList(Inner() for _ in range(blocks))
+        for index in hooked:
+            self.blocks[index].register_forward_hook(wrong)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block.forward(x)["out"]
+        return self.head(x)
+
+
+def wrong(module, args, output):
+    return {"out": torch.zeros_like(output["out"])}
+
+
+def mean_square(output):
+    return output.square().mean()
+
+
+def assert_trains_as_the_model(model, x, **options):
+    """In float64, two stages and two microbatches: the loss and every gradient of the whole batch."""
+    model = model.double()
+    expected = mean_square(copy.deepcopy(model)(x))
+    pipe = fxpipe.compile(model, 2, (x,), loss_fn=mean_square, microbatches=2, **options).materialize(device="cpu")
+    torch.testing.assert_close(pipe.step(x), expected.detach(), rtol=1e-12, atol=1e-12)
+    mean_square(model(x)).backward()
+    for name, parameter in pipe.named_parameters():
+        torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad, rtol=1e-12, atol=1e-12)
+    pipe.close()
+    return pipe
+
+
+@pytest.mark.parametrize("grain", ["block", "op", "auto"])
+@pytest.mark.parametrize(("blocks", "hooked"), [(2, ()), (4, ()), (3, (1,)), (4, (0, 3))])
+def test_a_block_called_by_its_forward_is_that_block(blocks, hooked, grain):
+    torch.manual_seed(0)
+    pipe = assert_trains_as_the_model(ByForward(blocks, hooked), torch.randint(0, 9, (4, 6)), grain=grain)
+    if not hooked and grain == "block":
+        assert {f"blocks.{index}" for index in range(blocks)} <= {
+            layer for stage in pipe.plan.stages for layer in stage.layers
+        }
+
+
+class Padded(nn.Module):
+    """Reads how much it pads, and whether it does, from buffers."""
+
+    def __init__(self, kernel, persistent):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, kernel)
+        self.register_buffer("padding", torch.tensor(kernel) - torch.tensor(1), persistent=persistent)
+        self.register_buffer("pads", torch.tensor([True]), persistent=persistent)
+
+    def forward(self, x):
+        x = F.pad(x, (self.padding, torch.ceil(self.padding / 2).long() - self.padding // 2)) if self.pads else x
+        return torch.tanh(self.conv(x))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize(("kernels", "persistent"), [((3, 5, 3), False), ((2, 2, 2), True), ((7, 3, 4), True)])
+def test_a_block_reads_numbers_from_its_buffers(kernels, persistent, deferred):
+    def build():
+        return nn.Sequential(*(Padded(kernel, persistent) for kernel in kernels))
+
+    torch.manual_seed(3)
+    real, x = build().double(), torch.randn(4, 4, 9, dtype=torch.float64)
+    if deferred:
+        with fxpipe.deferred_init(seed=3):
+            model = build().double()
+    else:
+        model = copy.deepcopy(real)
+    pipe = fxpipe.compile(model, 2, (x,), loss_fn=mean_square, microbatches=2).materialize(device="cpu")
+    torch.testing.assert_close(pipe.step(x), mean_square(real(x)).detach(), rtol=1e-12, atol=1e-12)
+    pipe.close()
+
+
+class Mapped(nn.Module):
+    """A ``vmap`` over real numbers that activations were written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(9, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        places = torch.zeros(ids.shape, dtype=torch.long)
+        places[:, 1] = (x[:, 1, 0] > 0).long()
+        return self.layers(x + torch.vmap(lambda row: 2 * row + 1)(places)[..., None])
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+def test_vmap_takes_numbers_that_an_activation_was_written_into(grain):
+    torch.manual_seed(0)
+    assert_trains_as_the_model(Mapped(), torch.randint(0, 9, (4, 6)), grain=grain)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxpipe._torch import FakeTensor, without_functions, without_modes
 from fxpipe.capture.calls.counting import LayerCounter
-from fxpipe.capture.model.skeleton import named_tensors
+from fxpipe.capture.model.skeleton import Skeleton, named_tensors
 from fxpipe.ir.cost import LayerCounts
 from fxpipe.ir.tree import map_tree
 
@@ -54,6 +54,7 @@ def on_zeros(
     kwargs: Mapping[str, Any],
     *,
     other: bool = False,
+    skeleton: Skeleton | None = None,
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Give a function and arguments in which real zeros stand for fake tensors; to be called without modes.
 
@@ -62,9 +63,10 @@ def on_zeros(
         args: Its arguments.
         kwargs: Its keyword arguments.
         other: Whether parameters and integers are ones, and other arguments rise from -1 to 1, instead.
+        skeleton: Knows the values of buffers that a module reads as numbers; those it has keep them.
     """
     if isinstance(function, nn.Module):
-        memo: dict[int, Any] = {id(tensor): _weight(tensor, other) for _, tensor in named_tensors(function)}
+        memo: dict[int, Any] = {id(tensor): _weight(tensor, other, skeleton) for _, tensor in named_tensors(function)}
         function = copy.deepcopy(function, memo)
     real_args, real_kwargs = map_tree(lambda _, leaf: _real(leaf, other), (args, dict(kwargs)))
     return function, real_args, real_kwargs
@@ -84,9 +86,10 @@ def as_fakes(value: Any, mode: Any, keeps: Callable[[torch.Tensor], bool]) -> An
         return map_tree(fake, value)
 
 
-def _weight(tensor: torch.Tensor, other: bool) -> torch.Tensor:
+def _weight(tensor: torch.Tensor, other: bool, skeleton: Skeleton | None) -> torch.Tensor:
     if not isinstance(tensor, nn.Parameter):  # buffers are written to
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        known = skeleton.number_in(tensor) if skeleton is not None else None
+        return torch.zeros(tensor.shape, dtype=tensor.dtype) if known is None else known.cpu().clone()
     value = torch.full((), int(other), dtype=tensor.dtype)
     return nn.Parameter(value.expand(tensor.shape), tensor.requires_grad)
 

@@ -128,12 +128,12 @@ def choose_leaves(
         if not fqn:
             continue
         fine = grain == "op" or id(part) in within
-        if (not fine and fqn in blocks) or (fine and _is_op(part)):
+        if (not fine and fqn in blocks) or (fine and is_op(part)):
             closed.add(fqn)
     return Leaves(frozenset(blocks), frozenset(closed), frozenset(kept))
 
 
-def _is_op(module: nn.Module) -> bool:
+def is_op(module: nn.Module) -> bool:
     """Whether op grain keeps the module whole: nothing inside, or one of torch's that computes as one operation."""
     return not any(True for _ in module.children()) or isinstance(module, nn.MultiheadAttention | nn.RNNBase)
 

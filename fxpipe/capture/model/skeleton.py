@@ -25,6 +25,8 @@ from fxpipe.recipes.deferred import is_recorded, replay
 Parts: TypeAlias = Sequence[tuple[str, nn.Module]]
 """Modules of a model, each once, with their FQNs."""
 _NUMBERS = (bool, int, float, str, type(None))
+_MOST_NUMBERS = 64
+"""Elements of the largest buffer that is taken for numbers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -93,12 +95,24 @@ class Skeleton:
             self.values[fqn] = value.detach().clone()
         return self.values.get(fqn)
 
+    def number_in(self, buffer: torch.Tensor) -> torch.Tensor | None:
+        """Give the value of a small buffer of integers or flags, which modules read as a Python number, if it has one.
+
+        A stride, a padding, whether a module was initialised: what it is before the first step.
+        """
+        fqn = self.fqn_of.get(id(buffer))
+        if fqn is None or buffer.requires_grad or buffer.is_floating_point() or buffer.is_complex():
+            return None
+        return self.value_of(fqn) if buffer.numel() <= _MOST_NUMBERS else None
+
     def release(self, model: nn.Module) -> None:
         """Let go of the user's tensors; the names of those that live on for other reasons stay known.
 
         Args:
             model: The model that this is a copy of.
         """
+        for buffer in self.module.buffers():
+            self.number_in(buffer)  # paths that are captured later read the same
         for fqn, tensor in self.originals.items():
             self.originals[fqn] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         # An identity is forgotten with what it belongs to: another object could get the same one.

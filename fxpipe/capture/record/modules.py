@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from fxpipe.capture.calls.forms import versions_of
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
 from fxpipe.capture.calls.scalars import settled
 from fxpipe.capture.calls.values import tensors_in
+from fxpipe.capture.model.blocks import is_op
 from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.preserve import python_random_state
 from fxpipe.capture.model.skeleton import named_tensors
@@ -25,6 +27,9 @@ from fxpipe.capture.record.node import info, is_derived
 from fxpipe.capture.record.repeats import Repeat, Repeats
 from fxpipe.capture.record.zero_runs import ZeroRuns
 from fxpipe.ir.tree import tree_leaves
+
+_CALL_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("ward_hooks", "ward_pre_hooks")))
+"""Where a module keeps what is called around its forward and its backward."""
 
 
 class ModuleCalls:
@@ -53,6 +58,11 @@ class ModuleCalls:
             )
             for owner in owners:
                 stack.enter_context(replaced(owner, "__call__", self._called(vars(owner)["__call__"])))
+            kinds = dict.fromkeys(cls for part in forward.skeleton.module.modules() for cls in type(part).__mro__)
+            for kind in kinds:
+                function = vars(kind).get("forward")
+                if isinstance(function, FunctionType) and kind is not nn.Module:
+                    stack.enter_context(replaced(kind, "forward", self._forwarded(function)))
             yield
 
     def _called(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,6 +92,20 @@ class ModuleCalls:
 
         return call
 
+    def _forwarded(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Take ``block.forward(x)`` for ``block(x)``, which is the same where no hook is called in between."""
+        recording = self._forward
+
+        @functools.wraps(original)
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if recording.counting or recording.frames.top.module is module or recording.fqn_of(module) is None:
+                return original(module, *args, **kwargs)
+            # A class above its own may be asked for its forward.
+            is_own = "forward" not in vars(module) and type(module).forward is forward
+            return module(*args, **kwargs) if is_own and not _has_hooks(module) else original(module, *args, **kwargs)
+
+        return forward
+
     def _note_given(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what an opened block is given: recorded whole, it reads all of that."""
         if frame.block == frame.fqn:
@@ -91,9 +115,15 @@ class ModuleCalls:
                 frame.given = tuple(dict.fromkeys(recorder.node_of(tensor, frame) for tensor in given))
 
     def _is_leaf(self, fqn: str) -> bool:
-        """Whether a module is recorded whole: also one in a closed module past whose forward it is called."""
-        around = self._forward.leaves.around(fqn)
-        return bool(around) and (around == fqn or all(frame.fqn != around for frame in self._forward.frames.stack))
+        """Whether a module is recorded whole.
+
+        One in a closed module past whose call it is reached is recorded as at op grain, where plans know its parts.
+        """
+        forward = self._forward
+        around = forward.leaves.around(fqn)
+        if not around or around == fqn:
+            return bool(around)
+        return is_op(forward.frames.top.module) and all(frame.fqn != around for frame in forward.frames.stack)
 
     def _holds_its_own(self, module: nn.Module) -> bool:
         """Whether a module holds the model's tensors: ``functional_call`` may have put others into it."""
@@ -230,3 +260,7 @@ class ModuleCalls:
         forward.blocked = blocked
         frame.clear()
         return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(vars(module).get(name) for name in _CALL_HOOKS)

@@ -6,6 +6,8 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from fxpipe._torch import FakeTensor, without_functions, without_modes
 from fxpipe.capture.calls.alike import Reads, structure_of, watched_reads
 from fxpipe.capture.calls.blocked import Blocked
@@ -38,7 +40,8 @@ class _Run:
 class ZeroRuns:
     """Runs modules that look at values which fake tensors do not have; each kind of module once.
 
-    Weights are one zero each, expanded, so they take no memory; only the module asked for is computed.
+    Weights are one zero each, expanded, so they take no memory; only the module asked for is computed. Small buffers of
+    integers have their values where those are known: a module reads its stride or its padding there.
     """
 
     def __init__(self) -> None:
@@ -64,7 +67,8 @@ class ZeroRuns:
         frame.clear()
         with without_functions():
             key = structure_of(frame.module, args, kwargs)
-        alike = self._runs.setdefault(key, []) if key is not None else []
+            numbers = _numbers(forward, frame.module)
+        alike = self._runs.setdefault((key, numbers), []) if key is not None else []
         run = next((run for run in alike if run.reads.hold_in(frame.module)), None)
         if run is None:
             run = self._run(forward, frame, args, kwargs)
@@ -77,7 +81,7 @@ class ZeroRuns:
 
     def _run(self, forward: Forward, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Run:
         with without_functions(), without_modes():
-            call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs)
+            call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs, skeleton=forward.skeleton)
         forward.on_zeros = {id(part): f"{frame.fqn}.{name}" for name, part in call.named_modules() if name}
         forward.on_zeros[id(call)] = frame.fqn
         start = len(forward.frames.all)
@@ -104,7 +108,7 @@ class ZeroRuns:
             Blocked: The shape of what it returns depends on values.
         """
         with without_functions(), without_modes():
-            call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs, other=True)
+            call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs, other=True, skeleton=forward.skeleton)
             forward.counting = True
             tensors = tensors_in(run.result)
             try:
@@ -118,6 +122,13 @@ class ZeroRuns:
             for tensor, another in zip(tensors, other, strict=True):
                 if another.requires_grad and not tensor.requires_grad:
                     tensor.requires_grad_()
+
+
+def _numbers(forward: Forward, module: nn.Module) -> tuple[Any, ...]:
+    """Give the values that buffers of a module have in its run on zeros."""
+    found = ((name, forward.skeleton.number_in(buffer)) for name, buffer in module.named_buffers())
+    with without_modes():
+        return tuple((name, repr(value.tolist())) for name, value in found if value is not None)
 
 
 def _replay(forward: Forward, frame: Frame, run: _Run) -> None:
