@@ -379,6 +379,16 @@ def bad_input() -> None:
         with pytest.raises(fxpipe.PlanError, match="where to save differs between ranks"):
             pipe.save(FOLDER / f"apart-{first()}")
         assert not list(FOLDER.glob("*apart*"))
+        with pytest.raises(fxpipe.WeightsError, match=r"^rank 0: .*street exists"):
+            pipe.save(FOLDER / ("street" if first() else "no"))
+        with pytest.raises(fxpipe.PlanError, match="the path to load differs between ranks"):
+            pipe.load(FOLDER / ("gpt2-one" if first() else "gpt2-good"))
+        optimizer, _ = trainer(pipe)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3 if dist.get_rank() == 2 else 2)
+        with pytest.raises(fxpipe.WeightsError, match=r"scheduler\S*step_size\S* .*: rank 0 has 2, rank 2 has 3"):
+            pipe.save(FOLDER / "no", optimizer=optimizer, scheduler=scheduler)
+        assert not list(FOLDER.glob("*no"))
+        torch.testing.assert_close(pipe.state_dict(), before, rtol=0, atol=0)
         pipe.load(FOLDER / "gpt2-one", rename=lambda name: name)
 
 
