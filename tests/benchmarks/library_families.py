@@ -43,7 +43,7 @@ import fxpipe
 from fxpipe.errors import FxpipeError
 
 SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
-FINDING_S = 20  # of processor time; after that no other size of a model is looked at
+FINDING_S = 10  # of processor time; after that no other size of a model is looked at
 PATIENCE = 20  # times that: when a model that waits is given up
 FORK = multiprocessing.get_context("fork")
 MEMORY_BYTES = 6 * 2**30
