@@ -56,7 +56,7 @@ WARM = {"hf": "gpt2 (", "vision": "torchvision alexnet ("}
 
 
 def squares(output: Any) -> torch.Tensor:
-    """One number of all that a model returns: means of squares, weighed so that no norm at the end makes them constant."""
+    """One number of all that a model returns: means of squares, weighed so that no norm makes them constant."""
     found = [leaf for leaf in leaves(output) if leaf.is_floating_point() and leaf.requires_grad]
     if not found:
         raise Unsuitable("nothing that it returns takes a gradient")

@@ -223,7 +223,9 @@ def find_hugging_face(model_type: str, name: str) -> Iterator[Callable[[], nn.Mo
     import transformers
     from transformers import CONFIG_MAPPING
 
-    kind, why, found = getattr(transformers, name), Unsuitable("too large"), False
+    kind, why, found = getattr(transformers, name, None), Unsuitable("too large"), False
+    if kind is None:
+        raise Unsuitable(f"the library names {name} and has it not")
     for how, most in HOW:
         try:
             config = shrunk(CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {})), how)
