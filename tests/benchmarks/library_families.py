@@ -222,7 +222,7 @@ def attempt(case: Case) -> dict[str, Any]:
         again, half = control(found)
         itself = f"the model itself by {again:.0e} when called again, by {half:.0e} with half of the batch"
         row |= {"why": f"{worst} is off by {distance:.0e}; {itself}"}
-        if max(again, half) > distance:
+        if again > CLOSE or half > distance:
             row["result"] = "as far off itself"
     elif changed:
         row |= {"result": "differs", "why": f"{changed[0]} is initialised otherwise"}
@@ -366,8 +366,10 @@ SECTION = """Written by `python -m tests.benchmarks coverage {kind}` with {versi
 float64, against the whole batch through the model itself, which was built eagerly with the same seed: initial weights
 bit by bit, loss and every gradient within 1e-5 of a tensor's largest element (many a model casts to float32 inside,
 whatever its weights are). Weights are made large enough, and the statistics of batch norms are taken from the batch,
-so that gradients do not vanish: of the exact ones {felt}. The loss is the model's own where it returns one for what it
-is given, else weighed mean squares of all that it returns. {tried} of {all} were tried:
+so that gradients do not vanish: of the exact ones
+{felt}.
+The loss is the model's own where it returns one for what it is given, else weighed mean squares of all that it returns.
+{tried} of {all} were tried:
 
 {counts}
 
@@ -379,7 +381,8 @@ is given, else weighed mean squares of all that it returns. {tried} of {all} wer
 """
 INTROS = {
     "hf": """One architecture class for each model type of the library (for language modelling, else with a head, else
-the bare model), built from its default configuration with few layers, and narrow where it would be large.""",
+the bare model), built from its default configuration with few layers, narrow where that builds. Those that need timm
+were tried with torch 2.14.1.""",
     "vision": "The smallest model of each family (a module of the library) by its name.",
 }
 
