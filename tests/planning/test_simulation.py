@@ -282,6 +282,8 @@ def test_times_that_are_none_are_refused_by_name(wrong):
     stages = (*plan.stages[:2], dataclasses.replace(plan.stages[2], forward_s=wrong), plan.stages[3])
     with pytest.raises(PlanError, match=rf"forward_s of stage 2 is {wrong}\n  "):
         fxpipe.simulate(dataclasses.replace(plan, stages=stages))
+    with pytest.raises(PlanError, match=r"simulate\(\) got str\n  pass a plan"):
+        fxpipe.simulate("plan.json")
     with pytest.raises(PlanError, match=r"adding up gradients of ranks \(0, 3\) takes"):
         fxpipe.simulate(chain(ties=(TieGroup("a", ("a", "b"), (0, 3), 8, -1.0),)))
 

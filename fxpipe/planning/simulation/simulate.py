@@ -56,7 +56,7 @@ def simulate(plan: PipelinePlan) -> Simulation:
         number of actions: 256 ranks with 1,024 microbatches take seconds.
 
     Raises:
-        PlanError: A time in the plan is negative or not finite.
+        PlanError: It is no plan, or a time in it is negative or not finite.
         ScheduleError: The plan's schedule cannot run its stages or microbatches.
 
     >>> from fxpipe.ir.plan import StagePlan
@@ -65,6 +65,10 @@ def simulate(plan: PipelinePlan) -> Simulation:
     >>> done.step_s, done.bubble[0], done.stage_peaks
     (33.0, 0.2727272727272727, (4, 3, 2, 1))
     """
+    if not isinstance(plan, PipelinePlan):
+        raise PlanError(
+            f"simulate() got {type(plan).__name__}\n  pass a plan: pipe.plan, or PipelinePlan.from_json(text)"
+        )
     times = times_of(plan)
     reductions = [
         Reduction(tuple(sorted({plan.stages[stage].rank for stage in tie.stages})), tie.seconds)
