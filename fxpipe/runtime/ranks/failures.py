@@ -147,11 +147,18 @@ class Failures:
         """Take note where this rank's own work failed."""
         self._place = place
 
+    def told(self, error: BaseException) -> BaseException:
+        """Give what to raise for an error of exchanges beside the pipeline's calls, in another thread.
+
+        Returns:
+            The error, or a RankError where it means that another rank failed.
+        """
+        record = self.watch.why(PATIENCE_S) if _may_be_lost(error) else None
+        return error if record is None else RankError(f"{record.text}\n  {_way_out(record)}")
+
     def _fail(self, error: BaseException, call: str) -> BaseException:
-        # What exchanges raise is a RuntimeError; so are some errors of a rank's own.
-        may_be_lost = isinstance(error, RuntimeError) and not isinstance(error, FxpipeError)
         patience_s = PATIENCE_S if self._place is None else SHORT_PATIENCE_S
-        record = self.watch.why(patience_s) if may_be_lost else None
+        record = self.watch.why(patience_s) if _may_be_lost(error) else None
         if record is None:
             where = self._place or f"in {call}"
             text = f"rank {self._rank} ({where}) failed: {type(error).__name__}: {error}"
@@ -210,6 +217,11 @@ def _end_all() -> None:
     for failures in list(_live):
         with suppress(RuntimeError, ValueError):
             failures.end()
+
+
+def _may_be_lost(error: BaseException) -> bool:
+    """Tell whether an error may be that of an exchange, a RuntimeError; so are some errors of a rank's own."""
+    return isinstance(error, RuntimeError) and not isinstance(error, FxpipeError)
 
 
 def _layer_of(error: BaseException, stage: nn.Module) -> str:

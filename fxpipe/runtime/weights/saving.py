@@ -208,8 +208,19 @@ class Saver:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="fxpipe-save")
         self._running = Writing()
-        self._thread.submit(self._running.run, functools.partial(_write, target, plan, manifest))
+        self._thread.submit(self._running.run, functools.partial(self._write_apart, target, plan, manifest))
         return self._running
+
+    def _write_apart(self, target: Target, plan: WritePlan, manifest: Manifest) -> None:
+        try:
+            _write(target, plan, manifest)
+        except RuntimeError as error:
+            raised = (
+                error if self._groups is None or self._groups.failures is None else self._groups.failures.told(error)
+            )
+            if raised is error:
+                raise
+            raise raised from error
 
     def _plan(
         self, snapshot: Snapshot, everyone: Everyone
