@@ -218,3 +218,33 @@ class Mapped(nn.Module):
 def test_vmap_takes_numbers_that_an_activation_was_written_into(grain):
     torch.manual_seed(0)
     assert_trains_as_the_model(Mapped(), torch.randint(0, 9, (4, 6)), grain=grain)
+
+
+class Quantized(nn.Module):
+    """Takes the nearest of some vectors: no gradient comes back through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.randn(5, 8))
+
+    def forward(self, x):
+        return F.embedding(torch.cdist(x, self.codes).argmin(-1), self.codes)
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize(("stages", "schedule"), [(4, "GPipe"), (4, "1F1B"), (2, "1F1B"), (8, "Interleaved1F1B")])
+def test_gradients_before_a_quantizer_are_none_as_the_model_leaves_them(stages, schedule, grain):
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(8)]
+    model, x = nn.Sequential(*layers[:5], Quantized(), *layers[5:]).double(), torch.randn(4, 6, 8, dtype=torch.float64)
+    options = {"loss_fn": mean_square, "microbatches": 4, "schedule": schedule, "grain": grain}
+    ranks = {"ranks": 4} if stages == 8 else {}
+    pipe = fxpipe.compile(model, stages, (x,), **options, **ranks).materialize(device="cpu")
+    pipe.step(x)
+    mean_square(model(x)).backward()
+    found = {name: parameter.grad for name, parameter in pipe.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert (found[name] is None) == (parameter.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-12)
+    pipe.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -83,6 +85,7 @@ class _Cutter:
             if node not in structure.derived and (key := layer_of(node)) is not None
         }
         self.draw_names = observation.frames.draw_names()
+        self.felt = _felt(structure)
         self.last_reader = self._last_readers()
         self.along: dict[fx.Node, list[tuple[int, int]]] = {}
         if holders:
@@ -133,14 +136,16 @@ class _Cutter:
                 copies[node] = self._copied(graph, node, copies)
         given = [copies[node] for node in sent]
         if index < self.num_stages - 1:  # one of the stage's own is sent as it is now, and as a value of its own
-            given = [each if each.op != "get_attr" else _cloned(graph, each) for each in given]
+            given = [each if each.op != "get_attr" else _made(graph, torch.clone, each) for each in given]
+            ends = [self._takes_gradient(node, False) and node not in received for node in sent]
+            given = [_made(graph, torch.detach, each) if end else each for each, end in zip(given, ends, strict=True)]
         graph.output(tuple(given))
         attributes = [str(node.target) for node in needed if node.op == "get_attr"]
         return StageProgram(
             stage_index=index,
             graph=graph,
-            received=tuple(map(_boundary, received)),
-            sent=tuple(map(_boundary, sent)) if index < self.num_stages - 1 else (),
+            received=tuple(map(self._boundary, received)),
+            sent=tuple(map(self._boundary, sent)) if index < self.num_stages - 1 else (),
             inputs=tuple(str(node.target) for node in inputs),
             modules=tuple(dict.fromkeys(str(node.target) for node in needed if node.op == "call_module")),
             attributes=tuple(name for name in attributes if not name.startswith(CONSTANT)),
@@ -170,17 +175,39 @@ class _Cutter:
         set_run_info(copy, RunInfo(known.layer, known.context, draw, scope, known.region))
         return copy
 
+    def _boundary(self, node: fx.Node) -> BoundaryTensor:
+        known = info(node)
+        assert known.tensor is not None
+        meta = replace(known.tensor, requires_grad=self._takes_gradient(node, True))
+        return BoundaryTensor(node.name, meta, known.strides)
 
-def _cloned(graph: fx.Graph, tensor: fx.Node) -> fx.Node:
-    copy = graph.call_function(torch.clone, (tensor,))
+    def _takes_gradient(self, node: fx.Node, felt: bool) -> bool:
+        """Whether a tensor would take a gradient, and one comes back to it from the results (``felt``) or none does."""
+        tensor = info(node).tensor
+        return tensor is not None and tensor.requires_grad and (node in self.felt) == felt
+
+
+def _made(graph: fx.Graph, function: Callable[..., Any], tensor: fx.Node) -> fx.Node:
+    copy = graph.call_function(function, (tensor,))
     set_run_info(copy, run_info(tensor))
     return copy
 
 
-def _boundary(node: fx.Node) -> BoundaryTensor:
-    known = info(node)
-    assert known.tensor is not None
-    return BoundaryTensor(node.name, known.tensor, known.strides)
+def _felt(structure: Structure) -> Collection[fx.Node]:
+    """Give the nodes that a gradient of the results may reach.
+
+    Where it ends on its way back (codes of a quantizer), the model leaves the gradients before None, and zeros that are
+    sent to the stages before would not.
+    """
+    nodes = structure.nodes
+    if any(info(node).writes for node in nodes):  # what a tensor holds then, its own node does not tell
+        return frozenset(nodes)
+
+    def carries(node: fx.Node) -> bool:
+        tensor = info(node).tensor
+        return tensor is None or tensor.requires_grad
+
+    return frozenset(reached(filter(carries, structure.results), lambda node: filter(carries, sources(node))))
 
 
 _READ = ("get_attr", "placeholder")
