@@ -26,14 +26,14 @@ TAKING_APART = frozenset(
 """Calls that give as many tensors as another has along a dimension."""
 
 
-class Asked(tuple[int, ...]):
+class WatchedShape(tuple[int, ...]):
     """A shape that says when Python looks at one of its sizes that values decide about."""
 
     varying: frozenset[int]
     ask: Callable[[], None]
 
     @classmethod
-    def of(cls, shape: Iterable[int], varying: Iterable[int], ask: Callable[[], None]) -> Asked:
+    def of(cls, shape: Iterable[int], varying: Iterable[int], ask: Callable[[], None]) -> WatchedShape:
         """Give a shape, the places of sizes that vary, and whom to tell."""
         found = cls(shape)
         found.varying, found.ask = frozenset(varying), ask
@@ -44,7 +44,7 @@ class Asked(tuple[int, ...]):
         found = super().__getitem__(place)
         if isinstance(place, slice):
             kept = range(len(self))[place]
-            return Asked.of(found, (at for at, old in enumerate(kept) if old in self.varying), self.ask)
+            return WatchedShape.of(found, (at for at, old in enumerate(kept) if old in self.varying), self.ask)
         if place % max(len(self), 1) in self.varying:
             self.ask()
         return found
@@ -92,12 +92,12 @@ def asked_shape(forward: Forward, tensor: torch.Tensor, shape: torch.Size) -> An
     if forward.passes or not forward.recorder.made_here(tensor):
         return shape
     varying = forward.selections.varying(forward.recorder.node_of(tensor, forward.frames.top))
-    return Asked.of(shape, varying, lambda: guard_selected(forward, tensor)) if varying else shape
+    return WatchedShape.of(shape, varying, lambda: guard_selected(forward, tensor)) if varying else shape
 
 
 def looked_into(value: Any) -> Any:
     """Give arguments with plain shapes; those that were not looked into are now."""
-    if isinstance(value, Asked):
+    if isinstance(value, WatchedShape):
         return torch.Size(tuple(value))
     if type(value) in (tuple, list):
         return type(value)(looked_into(part) for part in value)
