@@ -1,4 +1,4 @@
-"""Messages with names: posted a microbatch ahead, waited for where they are needed, let go of once they have left."""
+"""Messages with names: posted microbatches ahead, waited for where they are needed, let go of once they have left."""
 
 import torch
 
@@ -39,15 +39,16 @@ def exchange():
     return wire, Exchange(wire, 1, torch.device("cpu"))
 
 
-def test_the_receive_of_the_next_microbatch_is_posted_with_that_of_this_one_and_none_twice():
+def test_the_receives_of_the_next_microbatches_are_posted_with_that_of_this_one_and_none_twice():
     wire, stage = exchange()
     asked = []
-    for index in range(3):
-        stage.ask("forward", index, 0, 3, lambda index: asked.append(index) or message_layout(HIDDEN))
+    for index in range(4):
+        stage.ask("forward", index, 0, 4, lambda index: asked.append(index) or message_layout(HIDDEN))
         (received,) = stage.take("forward", index)
         assert received.shape == (2, 3)
-    assert wire.log == ["recv 0 rank 0", "recv 1 rank 0", "wait recv 0", "recv 2 rank 0", "wait recv 1", "wait recv 2"]
-    assert asked == [0, 1, 2]
+    posted = [f"recv {index} rank 0" for index in range(4)]
+    assert wire.log == [*posted[:3], "wait recv 0", posted[3], "wait recv 1", "wait recv 2", "wait recv 3"]
+    assert asked == [0, 1, 2, 3]
     assert stage.take("forward", 1) == ()
 
 

@@ -1,7 +1,7 @@
 """The messages of one stage where each has a name of its own, as gloo's have: no order of posting can mix them up.
 
-Gloo moves nothing before both ends have asked for it. So a receive is posted one microbatch before it is needed, and a
-stage waits for nothing but what it needs.
+Gloo moves nothing before both ends have asked for it. So a receive is posted some microbatches before it is needed, and
+a stage waits for nothing but what it needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fxpipe.runtime.build.boundary import MessageLayout, pack, receive_buffers
 from fxpipe.runtime.run.work import Tensors
 
 Kind = Literal["forward", "backward"]
-AHEAD = 1
+AHEAD = 2
 """Microbatches after the next one for which a receive is posted already; each takes its memory."""
 
 
