@@ -142,7 +142,7 @@ class Groups:
         """Make one more group of all members, for exchanges beside those of training; every rank calls this."""
         assert self.failures is not None
         watch = self.failures.watch
-        with watch.connections.made_here():
+        with watch.connections.made_here(), self.waiting():  # where a rank is gone, nothing else would end it
             group = dist.new_group(list(self.members), backend="gloo", timeout=_FOR_EVER)
         group = _made(group)
         made = Groups(self.members, self.members.index(dist.get_rank()), group, group, {}, self.members, group)
