@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,10 +53,8 @@ def agree(
     # batches: what each rank holds counts in the place of its own one.
     num_replicas = len(groups.replicas.ranks) if groups.replicas is not None else 1
     own = [*_digest(within), *_vote(tensors)]
-    votes = torch.full((5 + num_replicas * len(own),), _NO_VOTE)
-    place = 5 + len(own) * groups.replica
-    votes[:5] = torch.tensor([int(error is not None), *_digest(parts), *_vote(trained)])
-    votes[place : place + len(own)] = torch.tensor(own)
+    of_replicas = [own if replica == groups.replica else [_NO_VOTE] * len(own) for replica in range(num_replicas)]
+    votes = torch.tensor([int(error is not None), *_digest(parts), *_vote(trained), *chain.from_iterable(of_replicas)])
     with groups.waiting():
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=groups.everyone)
     failed, *pairs = votes.tolist()
