@@ -1,11 +1,14 @@
 """What people use: flex attention, padding, blocks called by their forward, paddings kept in buffers, vmap."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fxpipe
@@ -248,3 +251,27 @@ def test_gradients_before_a_quantizer_are_none_as_the_model_leaves_them(stages, 
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-12, atol=1e-12)
     pipe.close()
+
+
+@pytest.fixture
+def lone_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def stack_of(wrap_one=lambda block: block):
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), wrap_one(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize(
+    "kind", [nn.DataParallel, nn.parallel.DistributedDataParallel, partial(FullyShardedDataParallel, device_id="cpu")]
+)
+@pytest.mark.parametrize("make", [lambda kind: kind(stack_of()), stack_of])
+def test_what_exchanges_gradients_by_itself_is_refused_by_name(kind, make, lone_rank):
+    model = make(kind)
+    name = getattr(kind, "func", kind).__name__
+    where = "the model" if type(model).__name__ == name else "2"
+    with pytest.raises(fxpipe.CaptureError, match=rf"^{where} is a {name}, .*\n  compile the module inside it"):
+        fxpipe.compile(model, 2, (torch.randn(4, 4),), loss_fn=torch.mean)

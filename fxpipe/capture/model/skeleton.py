@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 import types
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -155,6 +156,7 @@ def make_skeleton(model: nn.Module, dtype: torch.dtype | None = None) -> Skeleto
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = list(named_tensors(model))
     parts = list(model.named_modules())
+    _refuse_reducers(parts)
     items = list(_plain_items(parts))
     aliases, originals = _first_names(model, named)
     fakes = {fqn: _fake(fqn, tensor, mode, dtype) for fqn, tensor in originals.items()}
@@ -348,6 +350,25 @@ def _refuse_foreign_hooks(parts: Parts) -> None:
                             "closure\n  make it a method of that module (functools.partial binds more), which goes "
                             "along when the model is copied"
                         )
+
+
+def _refuse_reducers(parts: Parts) -> None:
+    """Refuse wrappers that exchange gradients, or whole models, between ranks or devices by themselves.
+
+    A pipeline runs what they wrap, stage by stage and microbatch by microbatch: their reductions would be made at the
+    wrong time, or never.
+    """
+    kinds: tuple[type, ...] = (nn.parallel.DistributedDataParallel, nn.parallel.DataParallel)
+    sharding = sys.modules.get("torch.distributed.fsdp")  # where nobody has loaded it nothing is of its kind
+    if sharding is not None:
+        kinds += (sharding.FullyShardedDataParallel,)
+    for fqn, part in parts:
+        if isinstance(part, kinds):
+            raise CaptureError(
+                f"{fqn or 'the model'} is a {type(part).__name__}, which exchanges gradients by itself and would do so "
+                "at the wrong time in a pipeline\n"
+                "  compile the module inside it, and give compile a mesh with a data-parallel dimension"
+            )
 
 
 def _refuse_overlaps(aliases: Mapping[str, str], originals: Mapping[str, torch.Tensor]) -> None:
