@@ -136,11 +136,13 @@ class BoundaryTensor:
         name: FX node that made it.
         meta: Shape, dtype, and whether its gradient comes back.
         strides: Its strides where it is dense but not contiguous (``channels_last``); empty for contiguous.
+        ends: Whether it takes a gradient in the model, and yet none comes back.
     """
 
     name: str
     meta: TensorMeta
     strides: tuple[int, ...] = ()
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -283,6 +283,35 @@ def modes_switch() -> None:
             assert abs(pipe.step(**batch) - loss) > 1e-3  # dropout is on
 
 
+class Ended(nn.Module):
+    """Layers before and after one that gives its input no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for place, layer in enumerate(self.layers):
+            x = layer(x if place != 6 else x.detach()).tanh()
+        return x
+
+
+def gradients_that_the_model_leaves_none_are_none(schedule: str) -> None:
+    """On every rank; and no rank waits for what is not sent."""
+    torch.manual_seed(0)
+    model, x = Ended(), torch.randn(8, 6)
+    model(x).pow(2).mean().backward()
+    wanted = gradients(model.named_parameters())
+    options = {"batch": {"x": x}, "loss_fn": lambda y: y.pow(2).mean(), "microbatches": 8, "grain": "block"}
+    with compiled(copy.deepcopy(model), schedule, **options) as pipe:
+        pipe.zero_grad()
+        pipe.step(x=x)
+        found = gradients(pipe.named_parameters())
+        assert [fqn for fqn in found if found[fqn] is None] == [fqn for fqn in found if wanted[fqn] is None]
+        there = {fqn: gradient for fqn, gradient in found.items() if gradient is not None}
+        judge.assert_close(there, {fqn: wanted[fqn] for fqn in there}, "gradients")
+
+
 def few_microbatches_run_or_are_refused() -> None:
     """One, one less than stages, and as many: no schedule hangs."""
     model = street()
@@ -300,6 +329,7 @@ def cases() -> dict[str, Callable[[], None]]:
     return {
         **{f"dropout-{schedule}": bind(dropout_draws_the_same, schedule) for schedule in STAGES},
         **{f"infer-{schedule}": bind(outputs_are_the_models, schedule) for schedule in STAGES},
+        **{f"none-{schedule}": bind(gradients_that_the_model_leaves_none_are_none, schedule) for schedule in STAGES},
         **{f"accumulate-{name}": bind(accumulated_steps_add_up, name) for name in ("1F1B", "ZBVZeroBubble")},
         **{f"own-loss-{name}": bind(the_models_own_loss_is_that_of_the_batch, name) for name in ("mean", "sum")},
         **{f"verify-{whole}": bind(verify_compares_and_leaves_everything_as_it_was, whole) for whole in (True, False)},

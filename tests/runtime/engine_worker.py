@@ -355,6 +355,28 @@ def sparse_gradients_are_clipped_and_tied():
         pipe.check_gradients(wanted)
 
 
+@in_float64
+def a_tie_without_a_gradient_stays_without():
+    """What no holder has a gradient for is None everywhere; what one holder has, all have."""
+    pipe = Pipe(handmade.knot(), "1F1B")
+    pipe.step(pipe.jobs(4))
+    held = dict(named_parameters(pipe.stages))
+    for place in (None, 0, -1):
+        owners = {}
+        for tie in pipe.ties:
+            ranks = sorted({pipe.placed[stage] for stage in tie.stages})
+            owners.update((fqn, () if place is None else ranks[place]) for fqn in tie.fqns)
+        tied = {fqn: parameter for fqn, parameter in held.items() if fqn in owners}
+        pipe.gradients.zero()
+        pipe.gradients.begin(last=True)
+        for fqn, parameter in tied.items():
+            parameter.grad = torch.ones_like(parameter) if dist.get_rank() == owners[fqn] else None
+        pipe.gradients.finish(last=True)
+        for parameter in tied.values():
+            assert (parameter.grad is None) == (place is None)
+            assert place is None or torch.equal(parameter.grad, torch.ones_like(parameter))
+
+
 def state_goes_out_and_in():
     case = handmade.knot()
     pipe = Pipe(case, "ZBVZeroBubble")
@@ -447,6 +469,7 @@ def cases():
         nothing_flows_back_below_the_first_trainable_parameter,
         small_tensors_share_one_message,
         sparse_gradients_are_clipped_and_tied,
+        a_tie_without_a_gradient_stays_without,
         state_goes_out_and_in,
         ranks_agree_or_all_raise_the_same,
     ):

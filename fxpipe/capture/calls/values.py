@@ -1,14 +1,15 @@
-"""What can be told of the values of calls: the tensors in them, their shapes and storages, and who is who."""
+"""What can be told of the values of calls: the tensors in them, shapes and storages, where gradients go, who is who."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fxpipe._torch import storage_key
 from fxpipe.ir.tensor import TensorMeta
@@ -121,3 +122,50 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def storage_of(tensor: torch.Tensor) -> int | None:
     """Give the identity of a tensor's storage; None for one without (sparse)."""
     return storage_key(tensor) if tensor.layout == torch.strided else None
+
+
+Edges = Sequence[GradientEdge | None]
+"""Where the gradient of each of some tensors goes; None for one that takes none."""
+Reach = tuple[frozenset[int], ...] | None
+"""Of each tensor in a call's result, the places of the given tensors to which its gradient goes; None: not known."""
+
+
+def edges_of(tensors: Sequence[torch.Tensor]) -> Edges:
+    """Give where the gradients of tensors go, as they are now: a write may change that."""
+    return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
+
+
+def reach_of(results: Sequence[torch.Tensor], given: Edges, dead: Callable[[Node], Collection[int]]) -> Reach:
+    """Follow the gradients of what a call gave back to what it was given.
+
+    Args:
+        results: The tensors that it gave.
+        given: Where the gradients of those go that it was given, from before the call.
+        dead: Tells of a node of the autograd graph to which of its inputs it gives no gradient all the same.
+
+    >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    >>> reach_of([x * y.detach(), x + y], edges_of([x, y]), lambda node: ())
+    (frozenset({0}), frozenset({0, 1}))
+    """
+    places: dict[tuple[Node, int], list[int]] = {}
+    for place, edge in enumerate(given):
+        if edge is not None:
+            places.setdefault((edge.node, edge.output_nr), []).append(place)
+    return tuple(_reached_from(edge, places, dead) for edge in edges_of(results))
+
+
+def _reached_from(
+    start: GradientEdge | None, places: Mapping[tuple[Node, int], list[int]], dead: Callable[[Node], Collection[int]]
+) -> frozenset[int]:
+    found: set[int] = set()
+    seen: set[Node] = set()
+    todo = [(start.node, start.output_nr)] if start is not None else []
+    while todo:
+        node, output = todo.pop()
+        if (node, output) in places:  # what lies beyond was there before the call
+            found.update(places[node, output])
+        elif node not in seen:
+            seen.add(node)
+            ends = dead(node)
+            todo += [(to, nr) for at, (to, nr) in enumerate(node.next_functions) if to is not None and at not in ends]
+    return frozenset(found)

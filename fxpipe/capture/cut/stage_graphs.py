@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from fxpipe.capture.graph.layers import layer_of
 from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.model.preserve import without_collection
 from fxpipe.capture.record.frames import draw_at, scope_at
-from fxpipe.capture.record.node import CONSTANT, info, is_own, reached, sources
+from fxpipe.capture.record.node import CONSTANT, info, is_own, made_by, reached, sources
 from fxpipe.capture.record.observe import Observation
 from fxpipe.program import BoundaryTensor, LossTerm, Program, RunInfo, StageProgram, run_info, set_run_info
 
@@ -137,7 +137,7 @@ class _Cutter:
         given = [copies[node] for node in sent]
         if index < self.num_stages - 1:  # one of the stage's own is sent as it is now, and as a value of its own
             given = [each if each.op != "get_attr" else _made(graph, torch.clone, each) for each in given]
-            ends = [self._takes_gradient(node, False) and node not in received for node in sent]
+            ends = [self._takes_gradient(node, False) for node in sent]
             given = [_made(graph, torch.detach, each) if end else each for each, end in zip(given, ends, strict=True)]
         graph.output(tuple(given))
         attributes = [str(node.target) for node in needed if node.op == "get_attr"]
@@ -179,7 +179,7 @@ class _Cutter:
         known = info(node)
         assert known.tensor is not None
         meta = replace(known.tensor, requires_grad=self._takes_gradient(node, True))
-        return BoundaryTensor(node.name, meta, known.strides)
+        return BoundaryTensor(node.name, meta, known.strides, ends=self._takes_gradient(node, False))
 
     def _takes_gradient(self, node: fx.Node, felt: bool) -> bool:
         """Whether a tensor would take a gradient, and one comes back to it from the results (``felt``) or none does."""
@@ -199,15 +199,24 @@ def _felt(structure: Structure) -> Collection[fx.Node]:
     Where it ends on its way back (codes of a quantizer), the model leaves the gradients before None, and zeros that are
     sent to the stages before would not.
     """
-    nodes = structure.nodes
-    if any(info(node).writes for node in nodes):  # what a tensor holds then, its own node does not tell
-        return frozenset(nodes)
 
-    def carries(node: fx.Node) -> bool:
-        tensor = info(node).tensor
-        return tensor is None or tensor.requires_grad
+    def follow(node: fx.Node) -> Iterator[fx.Node]:
+        call = made_by(node)
+        flows = info(call).flows
+        if flows is None or (node is not call and node not in flows):
+            return filter(_carries, sources(node))
+        reads = flows[node] if node in flows else dict.fromkeys(read for each in flows.values() for read in each)
+        keys = {info(read).storage for read in reads} - {None}
+        seen = (write for write in info(call).after if keys.intersection(info(write).writes))
+        return filter(_carries, (*reads, *seen))
 
-    return frozenset(reached(filter(carries, structure.results), lambda node: filter(carries, sources(node))))
+    return frozenset(reached(filter(_carries, structure.results), follow))
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether a gradient may pass a node: on to what a tensor is computed of, or to what was written into one."""
+    known = info(node)
+    return known.tensor is None or known.tensor.requires_grad or bool(known.writes)
 
 
 _READ = ("get_attr", "placeholder")

@@ -84,7 +84,7 @@ class Symbolic:
                 return each
             shape, strides = (tuple(value_of(size, values) for size in sizes) for sizes in known)
             meta = TensorMeta(shape, each.meta.dtype, each.meta.requires_grad)
-            return BoundaryTensor(each.name, meta, strides if each.strides else ())
+            return replace(each, meta=meta, strides=strides if each.strides else ())
 
         def stage(each: StageProgram) -> StageProgram:
             return replace(each, received=tuple(map(tensor, each.received)), sent=tuple(map(tensor, each.sent)))

@@ -82,6 +82,8 @@ class Bypasses:
                 forward.watch.note("function", Same(cls), args, kwargs)
             result = real(*args, **kwargs)
             forward.side_channels.made(result)
+            if not (forward.counting or functorch_is_active() or cls is BackwardHookFunction):
+                forward.note_function(result)
             return result
         if cls is BackwardHookFunction:
             raise Blocked("it has backward hooks", frame.fqn)
@@ -89,8 +91,13 @@ class Bypasses:
         def function(*args: Any, **kwargs: Any) -> Any:
             return cls.apply(*args, **kwargs)  # type: ignore[attr-defined]
 
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = real(*args, **kwargs)
+            forward.note_function(result)
+            return result
+
         function.__name__ = function.__qualname__ = cls.__name__
-        return record_whole(forward, function, real, args, kwargs, kind=Same(cls))
+        return record_whole(forward, function, call, args, kwargs, kind=Same(cls))
 
     def _vmap(self, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of ``vmap`` as one call."""

@@ -30,7 +30,7 @@ from fxpipe.capture.calls.forms import (
 from fxpipe.capture.calls.reads import READS, SHAPED_BY_LENGTHS, SHAPED_BY_SIZES, shape_depends_on_values
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES, RealValues, is_random
 from fxpipe.capture.calls.scalars import only_computes, settled
-from fxpipe.capture.calls.values import has_tensor, tensors_in
+from fxpipe.capture.calls.values import Edges, Reach, edges_of, has_tensor, tensors_in
 from fxpipe.capture.calls.zero_inputs import on_zeros, run_on_zeros
 from fxpipe.capture.record.forward import Forward
 from fxpipe.capture.record.frames import Frame
@@ -174,6 +174,7 @@ class Calls(TorchFunctionMode):
             raise Blocked(f"{name} is called inside a transform of torch.func", frame.fqn)
         forward.check_dtype(frame)
         versions = versions_of(tensors)
+        edges = _edges_of_several(tensors)
         trace: list[Any] = []
         forward.watch.trace = trace
         forward.attention.clear()
@@ -197,6 +198,8 @@ class Calls(TorchFunctionMode):
             return result
         if not tensors and not has_tensor(result):
             return result
+        with without_functions():
+            reach = forward.reach(result, edges) if edges and not written else None
         forward.follow(func, args, kwargs, result)
         op, target, given = canonical(func, name, written_down[0])
         named = written_down[1]
@@ -207,7 +210,7 @@ class Calls(TorchFunctionMode):
         node = forward.recorder.call(op, target, given, named, frame, layer=layer, call=frame.call, written=written)
         if name == "register_hook":
             forward.hooks.append((node, result))
-        finish_call(forward, node, position, func, args, kwargs, result, tuple(trace))
+        finish_call(forward, node, position, func, args, kwargs, result, tuple(trace), reach)
         if (tensors or forward.symbols is None) and shape_depends_on_values(name, args, result):
             guard_shape(forward, node, result)
             note_selection(forward, node, args, kwargs, result)
@@ -280,7 +283,7 @@ def record_whole(
     position = len(frame.functions) - 1
     with without_functions():
         tensors = tensors_in(args, kwargs)
-        versions = versions_of(tensors)
+        edges, versions = edges_of(tensors), versions_of(tensors)
         forward.side_channels.begin(None, frame.fqn, args, kwargs)
     trace: list[Any] = [kind] if kind is not None else []
     forward.watch.drew, forward.watch.trace = False, trace
@@ -299,11 +302,12 @@ def record_whole(
     forward.follow(real, args, kwargs, result)
     with without_functions():
         written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
+        reach = None if written else forward.reach(result, edges)
         node = forward.recorder.call(
             "call_function", function, args, kwargs, frame,
             layer=frame.name(function.__name__), call=frame.call, written=written,
         )  # fmt: skip
-    finish_call(forward, node, position, real, *forward.bare(args, kwargs), result, tuple(trace))
+    finish_call(forward, node, position, real, *forward.bare(args, kwargs), result, tuple(trace), reach)
     return result
 
 
@@ -316,6 +320,7 @@ def finish_call(
     kwargs: Mapping[str, Any],
     result: Any,
     trace: tuple[Any, ...],
+    reach: Reach,
 ) -> None:
     """Note what a recorded call drew and does, and bind what it gave.
 
@@ -328,6 +333,7 @@ def finish_call(
         kwargs: Its keyword arguments.
         result: What it gave.
         trace: What it did below Python.
+        reach: To which of the tensors among its arguments the gradients of its result go.
     """
     frame, known = forward.frames.top, info(node)
     if position in frame.drew[-1:]:
@@ -336,7 +342,7 @@ def finish_call(
     forward.counts.add(node, func, args, kwargs, trace, tuple(forward.attention))
     with without_functions():
         forward.counts.note_buffers(func, args, kwargs, result)
-        forward.recorder.emit(result, node)
+        forward.recorder.emit(result, node, tensors_in(args, kwargs), reach)
 
 
 def _only_checks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -354,6 +360,13 @@ def _only_checks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
                 continue
             shapes.append(result.shape if isinstance(result, torch.Tensor) else None)
     return bool(shapes) and None not in shapes and len(set(shapes)) == 1
+
+
+def _edges_of_several(tensors: Sequence[torch.Tensor]) -> Edges:
+    """Give where the gradients of a call's arguments go, if that is more than one place: to one they do go."""
+    with without_functions():
+        several = sum(tensor.requires_grad for tensor in tensors) > 1
+        return edges_of(tensors) if several else ()
 
 
 def _dimension(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:

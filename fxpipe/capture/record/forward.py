@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from fxpipe._torch import without_functions
 from fxpipe.capture.calls.blocked import Blocked, asks_for_accelerator, user_line
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.scalars import bare
 from fxpipe.capture.calls.symbols import Symbols
-from fxpipe.capture.calls.values import tensors_in
+from fxpipe.capture.calls.values import Edges, Reach, reach_of, tensors_in
 from fxpipe.capture.calls.watch import Watch
 from fxpipe.capture.model.blocks import Leaves
 from fxpipe.capture.model.preserve import Attributes, python_random_state
@@ -77,6 +79,7 @@ class Forward:
         symbols: The same forward with symbols for sizes, where it is followed.
         floats: Inputs of floating point, fake, with their values where those are known and few.
         selections: Calls whose result has a shape that values of inputs decide about.
+        functions: What custom autograd functions gave in the call that is being made, by their nodes.
     """
 
     skeleton: Skeleton
@@ -106,6 +109,7 @@ class Forward:
     symbols: Symbols | None = None
     floats: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     selections: Selections = field(default_factory=Selections)
+    functions: dict[Node, list[tuple[GradientEdge, torch.Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -175,6 +179,50 @@ class Forward:
         if not self.on_zeros:
             self.side_channels.check(tensors)
         return tensors
+
+    def note_function(self, result: Any) -> None:
+        """Note what a custom autograd function gave: its backward may give None for what it was given."""
+        with without_functions():
+            for tensor in tensors_in(result):
+                if tensor.grad_fn is not None:
+                    self.functions.setdefault(tensor.grad_fn, []).append((get_gradient_edge(tensor), tensor))
+
+    def reach(self, result: Any, given: Edges, *, weights: bool = False) -> Reach:
+        """Give to which of the tensors that a call was given the gradients of what it gave go.
+
+        Args:
+            result: What it gave.
+            given: Where the gradients of those go that it was given, from before the call.
+            weights: Whether it has trainable weights of its own.
+        """
+        tensors = tensors_in(result)
+        reach = reach_of(tensors, given, self._dead_ends)
+        self.functions.clear()
+        lost = any(each.requires_grad and not places for each, places in zip(tensors, reach or (), strict=True))
+        return None if lost and not weights else reach
+
+    def _dead_ends(self, node: Node) -> Collection[int]:
+        """Run the backward of a custom autograd function, and give to which of its inputs it gives None."""
+        outputs = self.functions.get(node)
+        if outputs is None:
+            return ()
+        found: list[int] = []
+
+        def look(gradients: tuple[torch.Tensor | None, ...], _: object) -> None:
+            found.extend(place for place, gradient in enumerate(gradients) if gradient is None)
+
+        handle = node.register_hook(look)
+        counting, self.counting = self.counting, True
+        wanted = [GradientEdge(to, output) for to, output in node.next_functions if to is not None]
+        ones = [torch.ones_like(tensor.detach()) for _, tensor in outputs]
+        try:
+            torch.autograd.grad([edge for edge, _ in outputs], wanted, ones, retain_graph=True, allow_unused=True)
+        except Exception:  # whatever a backward raises that looks at values
+            found.clear()
+        finally:
+            handle.remove()
+            self.counting = counting
+        return found
 
     def note_device(self, asked: str) -> None:
         """Note that opened code asks where a tensor lies: in a recording all lie on the CPU."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxpipe._torch import replaced, without_functions
@@ -16,7 +17,7 @@ from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.forms import versions_of
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
 from fxpipe.capture.calls.scalars import settled
-from fxpipe.capture.calls.values import tensors_in
+from fxpipe.capture.calls.values import Edges, Reach, edges_of, tensors_in
 from fxpipe.capture.model.blocks import is_op
 from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.preserve import python_random_state
@@ -149,7 +150,8 @@ class ModuleCalls:
             repeat = self._repeats.find(key, module)
             if repeat is not None:
                 return self._repeated(original, repeat, frame, args, kwargs)
-            watched = [*tensors_in(args, kwargs), *(tensor for _, tensor in named_tensors(module))]
+            edges = edges_of(given := tensors_in(args, kwargs))
+            watched = [*given, *(tensor for _, tensor in named_tensors(module))]
             versions = versions_of(watched)
             forward.side_channels.begin(module, frame.fqn, args, kwargs)
         forward.attention.clear()
@@ -169,9 +171,9 @@ class ModuleCalls:
             forward.watch.trace = None
         with without_functions():
             forward.side_channels.end(result)
-            if forward.has_read and any(isinstance(leaf, int | float | str) for _, leaf in tree_leaves(result)):
-                raise Blocked("it returns what Python read from a tensor", frame.fqn, opens=[frame.fqn])
+            self._refuse_read(result, frame)
             written = [t for t, old, new in zip(watched, versions, versions_of(watched), strict=True) if old != new]
+            reach = self._reach(module, result, given, edges, written)
             forward.follow(functools.partial(original, module), args, kwargs, result)
             try:
                 node = forward.recorder.call(
@@ -188,13 +190,28 @@ class ModuleCalls:
         with without_functions():
             if counts is None:
                 forward.counts.note_buffers(module, *forward.bare(args, kwargs), result)
-            forward.recorder.emit(result, node)
+            forward.recorder.emit(result, node, given, reach)
             plain = not (written or counts or forward.has_read or forward.has_drawn)
             if plain and reads is not None and not any(forward.attributes.changes(frame.fqn)):
-                repeat = Repeat(result, tuple(trace), tuple(forward.attention))
+                repeat = Repeat(result, tuple(trace), tuple(forward.attention), reach)
                 self._repeats.add(key, module, reads, watched, repeat)
         forward.python_random = python_random_state()
         return result
+
+    def _refuse_read(self, result: Any, frame: Frame) -> None:
+        if self._forward.has_read and any(isinstance(leaf, int | float | str) for _, leaf in tree_leaves(result)):
+            raise Blocked("it returns what Python read from a tensor", frame.fqn, opens=[frame.fqn])
+
+    def _reach(
+        self, module: nn.Module, result: Any, given: Sequence[torch.Tensor], edges: Edges, written: Any
+    ) -> Reach:
+        """Give to which of the tensors that a module was given the gradients of what it gave go."""
+        own = {id(tensor) for tensor in given}
+        # Paths through what looks at values are not all known.
+        if self._forward.has_read or any(part.requires_grad or id(part) in own for part in written):
+            return None
+        weights = any(parameter.requires_grad for parameter in module.parameters())
+        return self._forward.reach(result, edges, weights=weights)
 
     def _repeated(
         self,
@@ -211,7 +228,7 @@ class ModuleCalls:
         node = forward.recorder.call("call_module", frame.fqn, args, kwargs, frame, layer=frame.fqn, call=frame.call)
         info(node).frame = frame
         forward.counts.add(node, frame.module, *forward.bare(args, kwargs), repeat.trace, repeat.attention)
-        forward.recorder.emit(result, node)
+        forward.recorder.emit(result, node, tensors_in(args, kwargs), repeat.reach)
         return result
 
     def _check_outside(self, frame: Frame) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class NodeInfo:
         region: Activation-checkpointing region the call was made in; read by the cut.
         reads: The activations among a call's arguments, in order; read for what a layer saves (``counts``).
         made: Node of each tensor in the call's result, in order; read likewise.
+        flows: By node of ``made``: the nodes whose values get its gradient; None: all that the call takes values of.
         after: Writes that must run before the call: it sees them in what it reads.
         before: Readers that must run before the call: they must not see what it writes.
         writes: Storages that the call writes to.
@@ -69,6 +70,7 @@ class NodeInfo:
     region: int | None = None
     reads: tuple[fx.Node, ...] = ()
     made: tuple[fx.Node, ...] = ()
+    flows: Mapping[fx.Node, Collection[fx.Node]] | None = None
     after: tuple[fx.Node, ...] = ()
     before: tuple[fx.Node, ...] = ()
     writes: tuple[int, ...] = ()

@@ -27,6 +27,7 @@ from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.blocked import Blocked, user_line
 from fxpipe.capture.calls.symbols import Sized, Symbols
 from fxpipe.capture.calls.values import (
+    Reach,
     describe,
     has_attributes,
     has_tensor,
@@ -321,10 +322,31 @@ class Recorder:
             before.pop(node, None)
             known.writes, known.before, known.where = tuple(keys), tuple(before), user_line()
 
-    def emit(self, value: Any, node: fx.Node) -> None:
-        """Bind every tensor in a call's result to the call, or to nodes that take them out."""
+    def emit(self, value: Any, node: fx.Node, given: Sequence[torch.Tensor] = (), reach: Reach = None) -> None:
+        """Bind every tensor in a call's result to the call, or to nodes that take them out.
+
+        Args:
+            value: The result.
+            node: The call.
+            given: The tensors it was given.
+            reach: To which of them the gradients of those in the result go.
+        """
+        reads = [self._node_of.get(id(tensor)) or self._attribute_of(tensor) for tensor in given]
         self._emit(value, node)
-        info(node).made = tuple(self._node_of.get(id(tensor), node) for tensor in tensors_in(value))
+        known = info(node)
+        known.made = tuple(self._node_of.get(id(tensor), node) for tensor in tensors_in(value))
+        if reach is None:
+            return
+        flows: dict[fx.Node, dict[fx.Node, None]] = {}
+        for made, places in zip(known.made, reach, strict=True):
+            found = [reads[place] for place in sorted(places)]
+            flows.setdefault(made, {}).update((read, None) for read in found if read is not None)
+            if None in found:
+                return
+        known.flows = flows
+
+    def _attribute_of(self, tensor: torch.Tensor) -> fx.Node | None:
+        return self._attributes.get(self.skeleton.fqn_of.get(id(tensor), ""))
 
     def _emit(self, value: Any, node: fx.Node) -> None:
         if isinstance(value, torch.Tensor):

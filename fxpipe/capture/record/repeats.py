@@ -10,7 +10,7 @@ from torch import nn
 
 from fxpipe._torch import FakeTensor
 from fxpipe.capture.calls.alike import Reads
-from fxpipe.capture.calls.values import storage_of
+from fxpipe.capture.calls.values import Reach, storage_of
 from fxpipe.ir.tree import map_tree, tree_leaves
 
 
@@ -22,11 +22,13 @@ class Repeat:
         result: A copy of what it returned, of which each further call gets one: the model may write into its own.
         trace: What it did below Python.
         attention: Forms of the attention calls inside.
+        reach: To which of the tensors that it was given the gradients of its result go.
     """
 
     result: Any
     trace: tuple[Any, ...]
     attention: tuple[str, ...]
+    reach: Reach
 
     def again(self) -> Any:
         """Give the result of an equal call: other tensors, alike in everything that is known of them."""
@@ -82,7 +84,8 @@ class Repeats:
             return
         for seen in self._seen.get(key, ()):
             if seen.reads.hold_in(module):
-                seen.is_confirmed = seen.is_confirmed or seen.repeat.trace == repeat.trace
+                same = (seen.repeat.trace, seen.repeat.reach) == (repeat.trace, repeat.reach)
+                seen.is_confirmed = seen.is_confirmed or same
                 return
         self._seen.setdefault(key, []).append(_Seen(reads, replace(repeat, result=_copied(repeat.result))))
 

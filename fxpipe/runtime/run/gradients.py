@@ -215,27 +215,43 @@ class Gradients:
                 yield tie, copies
 
     def _sum_ties(self) -> None:
-        """Add tied gradients up over copies, and over their holders: those of the same holders together."""
+        """Add tied gradients up over copies, and over their holders: those of the same holders together.
+
+        One that no holder has stays None. Only a rank without one looks whether another has, since a look waits for
+        the device.
+        """
         gradients: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        found: dict[tuple[int, ...], list[torch.Tensor]] = {}
         copied: list[tuple[torch.Tensor, nn.Parameter]] = []
-        for tie, (parameter, *others) in self._summed_ties():
+        absent: list[tuple[torch.Tensor, list[nn.Parameter]]] = []
+        for tie, copies in self._summed_ties():
             if not tie.trainable:
                 continue
-            gradient = self._dense(parameter)
+            parameter, *others = copies
+            gradient, has_one = self._dense(parameter), any(each.grad is not None for each in copies)
             for other in others:
                 _local(gradient).add_(_local(self._dense(other)))
                 copied.append((gradient, other))
             if parameter.requires_grad:
                 _assign(parameter, gradient)
-            gradients.setdefault(self._holders.get(tie.key, ()), []).append(_local(gradient))
+            holders = self._holders.get(tie.key, ())
+            gradients.setdefault(holders, []).append(_local(gradient))
+            found.setdefault(holders, []).append(_local(gradient).new_full((1,), float(has_one)))
+            if not has_one:
+                absent.append((found[holders][-1], copies))
         for holders, tensors in sorted(gradients.items()):
             if self._groups is not None and len(holders) > 1:
                 total = GroupSum(self._groups.ties[holders])
                 total.start(tensors)
+                total.start(found[holders])  # apart: what is large is not copied to lie beside it
                 with self._groups.waiting():
                     total.finish()
         for gradient, other in copied:
             _assign(other, gradient.clone())
+        for count, copies in absent:
+            if not count.item():
+                for each in copies:
+                    each.grad = None
 
     def _start(self, parameters: Iterable[nn.Parameter]) -> None:
         """Begin to add gradients up over replicas; one that no replica has stays None."""

@@ -108,7 +108,7 @@ def stage_arguments(
     """Give what a stage is called with; ``program`` is the job's for it, the rest as of ``run_forward``."""
     if training:
         for tensor, declared in zip(received, program.received, strict=True):
-            tensor.requires_grad_(declared.meta.requires_grad)
+            tensor.requires_grad_(declared.meta.requires_grad or declared.ends)
     return job.key, received, {name: job.inputs[name] for name in program.inputs}, job.draw_seed
 
 
@@ -281,11 +281,17 @@ def _leaves(work: Pass) -> list[torch.Tensor]:
 
 
 def _gradients(work: Pass, leaves: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None]) -> Tensors:
-    declared = [what for what in work.declared[0] if what.meta.requires_grad]
+    declared = [what for what in work.declared[0] if what.meta.requires_grad or what.ends]
     given = []
     for leaf, what, gradient in zip(leaves, declared, found, strict=True):
         leaf.grad = None
-        given.append(torch.zeros_like(leaf) if gradient is None else conform(gradient, what))
+        if not what.ends:
+            given.append(torch.zeros_like(leaf) if gradient is None else conform(gradient, what))
+        elif gradient is not None:
+            raise ScheduleError(
+                f"a gradient comes back to {what.name}, and none did when the model was captured\n"
+                "  compile the model as it is to be trained: an attribute that decides about this was set since"
+            )
     work.received = work.outputs = work.shares = ()
     return tuple(given)
 

@@ -1,0 +1,244 @@
+"""Gradients that end on their way back: what the model leaves None is None in every stage before, and nothing else."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fxpipe
+
+
+@pytest.fixture(autouse=True)
+def _in_float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x).tanh()
+
+
+class Codes(Layer):
+    """Takes the nearest of its trained codes."""
+
+    def forward(self, x):
+        return F.embedding(torch.cdist(x, self.linear.weight.detach()).argmin(-1), self.linear.weight)
+
+
+class Detached(Layer):
+    def forward(self, x):
+        return self.linear(x.detach())
+
+
+class Signs(Layer):
+    """Takes its input as a mask alone."""
+
+    def forward(self, x):
+        return torch.where(x > 0, self.linear.bias, -self.linear.bias)
+
+
+class Quiet(Layer):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.linear(x)
+        return self.linear(x)
+
+
+class Rounded(torch.autograd.Function):
+    """Gives its weight a gradient, and its input None."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        return x.round() * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return None, (gradient * x.round()).sum((0, 1))
+
+
+class Custom(Layer):
+    def forward(self, x):
+        return Rounded.apply(x * 3, self.linear.bias)
+
+
+class Checkpointed(Layer):
+    def forward(self, x):
+        return checkpoint(lambda y: self.linear(y.detach()).tanh(), x, use_reentrant=False)
+
+
+class Asking(Layer):
+    """Looks whether its input takes a gradient, as it does in the model."""
+
+    def forward(self, x):
+        x.register_hook(lambda gradient: gradient * 2)
+        return self.linear(x.detach()) * (1 if x.requires_grad else 2)
+
+
+class Force(Layer):
+    def forward(self, x):
+        (force,) = torch.autograd.grad(self.linear(x).tanh().sum(), x)
+        return self.linear(force)
+
+
+class Branches(Layer):
+    """Two streams; ``kind`` says what of them goes back where."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.other, self.kind = nn.Linear(8, 8), kind
+
+    def forward(self, x, y):
+        if self.kind == "mask":
+            return self.linear(x) * (y > 0), self.other(y)
+        if self.kind == "detached":
+            return self.linear(x) * y.detach().sigmoid(), self.other(y).detach()
+        if self.kind == "crossed":
+            return self.linear(y), self.other(x)
+        return self.linear(x), x.detach() + y
+
+
+class Streams(nn.Module):
+    def __init__(self, kind, both):
+        super().__init__()
+        self.first, self.second, self.both = Layer(), Layer(), both
+        self.blocks = nn.ModuleList(Branches(kind) for _ in range(4))
+
+    def forward(self, x):
+        x, y = self.first(x), self.second(x)
+        for block in self.blocks:
+            x, y = block(x, y)
+        return x + y if self.both else x
+
+
+class Written(nn.Module):
+    """Writes in place before, after and around where the gradient ends, or where it does not."""
+
+    def __init__(self, kind, middle):
+        super().__init__()
+        self.first, self.last = nn.Sequential(Layer(), Layer()), nn.ModuleList([Layer(), Layer()])
+        self.middle, self.kind = middle(), kind
+        self.norm, self.relu = nn.BatchNorm1d(6, momentum=0.0), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.kind == "parts":
+            parts = torch.zeros_like(x)
+            parts[..., :4], parts[..., 4:] = x[..., 4:], x.detach()[..., :4]
+            x = parts
+        x = self.relu(self.middle(x) + 0.1)
+        for layer in self.last:
+            x = layer(x) + 0
+            x.mul_(1.5)
+            if self.kind == "zeroed":
+                x[:, 0] = 0.0
+        return x
+
+
+class Tied(nn.Module):
+    """An embedding and a head of one weight; ``kind`` says through which of them gradients come."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.embedding, self.head, self.kind = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False), kind
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        weight = self.embedding.weight if self.kind == "head" else self.embedding.weight.detach()
+        return (x if self.kind == "embedding" else x.detach()) @ weight.t() + self.layers[1].linear.bias.sum()
+
+
+def mean_square(output):
+    return output.pow(2).mean()
+
+
+def between(*middle):
+    return nn.Sequential(Layer(), Layer(), *middle, Layer(), Layer())
+
+
+def check(model, inputs, stages, schedule="GPipe", **options):
+    plain = copy.deepcopy(model)
+    loss = mean_square(plain(inputs))
+    loss.backward()
+    wanted = {fqn: parameter.grad for fqn, parameter in plain.named_parameters()}
+    pipe = fxpipe.compile(model, stages, (inputs,), loss_fn=mean_square, schedule=schedule, **options)
+    with pipe.materialize(device="cpu") as pipe:
+        torch.testing.assert_close(pipe.step(inputs), loss.detach(), rtol=1e-12, atol=0)
+        for fqn, parameter in pipe.named_parameters():
+            assert (parameter.grad is None) == (wanted[fqn] is None), fqn
+            if parameter.grad is not None:
+                far = (parameter.grad - wanted[fqn]).abs().max()
+                assert far <= 1e-12 * max(wanted[fqn].abs().max(), 1e-3), fqn
+    return [fqn for fqn, gradient in wanted.items() if gradient is None]
+
+
+@pytest.mark.parametrize(("stages", "grain"), [(4, "block"), (3, "op")])
+@pytest.mark.parametrize("kind", [Codes, Detached, Signs, Quiet, Custom, Checkpointed])
+def test_before_a_block_with_weights_that_gives_no_gradient(kind, stages, grain):
+    assert len(check(between(kind()), torch.randn(4, 6, 8), stages, microbatches=2, grain=grain)) >= 4
+
+
+@pytest.mark.parametrize("kind", [Asking, Force])
+def test_a_block_finds_its_input_as_in_the_model(kind):
+    assert check(between(kind()), torch.randn(4, 6, 8), 4, microbatches=2, grain="block")
+
+
+@pytest.mark.parametrize("kind", [Layer, Detached])
+def test_equal_blocks_are_alike_in_this_too(kind):
+    ends = check(between(*(kind() for _ in range(5))), torch.randn(4, 6, 8), 4, microbatches=2, grain="block")
+    assert bool(ends) == (kind is Detached)
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("kind", ["mask", "detached", "crossed", "passed"])
+def test_each_result_has_its_own_way_back(kind, both):
+    check(Streams(kind, both), torch.randn(4, 6, 8), 4, microbatches=2, grain="block")
+
+
+@pytest.mark.parametrize("middle", [Detached, Layer])
+@pytest.mark.parametrize(("kind", "grain"), [("plain", "block"), ("parts", "op"), ("zeroed", "block")])
+def test_writes_in_place_pass_on_what_was_written(kind, middle, grain):
+    ends = check(Written(kind, middle), torch.randn(4, 6, 8), 3, microbatches=2, grain=grain)
+    assert "first.0.linear.weight" in ends or middle is Layer
+
+
+@pytest.mark.parametrize("kind", ["head", "embedding", "neither"])
+def test_a_tie_has_a_gradient_where_one_of_its_uses_has(kind):
+    check(Tied(kind), torch.randint(0, 11, (4, 6)), 3, microbatches=2)
+
+
+def test_a_gradient_that_comes_where_none_came_is_refused_and_not_lost():
+    class Switched(Layer):
+        ends = True
+
+        def forward(self, x):
+            return self.linear(x.detach() if self.ends else x)
+
+    model, x = between(Switched()), torch.randn(4, 6, 8)
+    for schedule, stages, ranks in (("1F1B", 3, 3), ("ZBVZeroBubble", 4, 2)):
+        options = {"loss_fn": mean_square, "microbatches": 4, "schedule": schedule, "grain": "block", "ranks": ranks}
+        pipe = fxpipe.compile(model, stages, (x,), **options).materialize(device="cpu")
+        pipe.step(x)
+        for module in pipe.stage_modules:
+            for part in module.modules():
+                if isinstance(part, Switched):
+                    part.ends = False
+        with pytest.raises(fxpipe.ScheduleError, match=r"a gradient comes back to .*\n  compile the model"):
+            pipe.step(x)
+        pipe.close()
