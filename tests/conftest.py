@@ -36,7 +36,7 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Begin with the files that take longest: a process takes a whole file at a time, and the last ones are short."""
     place = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
@@ -45,6 +45,7 @@ def pytest_collection_modifyitems(items):
             asked = item.obj._hypothesis_internal_use_settings
             more = hypothesis.settings(asked, max_examples=FUZZ * asked.max_examples)
             item.obj._hypothesis_internal_use_settings = more
+            item.add_marker(pytest.mark.timeout(FUZZ * float(config.getini("timeout"))))
 
 
 def pytest_collection_finish():
