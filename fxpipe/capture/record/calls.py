@@ -35,15 +35,15 @@ from fxpipe.capture.calls.zero_inputs import on_zeros, run_on_zeros
 from fxpipe.capture.record.forward import Forward
 from fxpipe.capture.record.frames import Frame
 from fxpipe.capture.record.guards import (
-    ASKING,
-    TAKING_APART,
     asked_shape,
     guard_integers,
     guard_read,
     guard_selected,
     guard_shape,
+    guard_sizes,
     looked_into,
     note_selection,
+    varies,
 )
 from fxpipe.capture.record.node import info
 
@@ -81,6 +81,8 @@ class Calls(TorchFunctionMode):
             value = func(*args, **kwargs)
             if forward.selections.made and _property(func) == "shape":
                 return asked_shape(forward, args[0], value)
+            if _property(func) == "nbytes":
+                guard_selected(forward, args[0])
             if forward.counting or not isinstance(value, torch.Tensor):
                 return value
             if forward.quiet is not None:  # ``.T`` of another module's weight is a read of it
@@ -189,10 +191,10 @@ class Calls(TorchFunctionMode):
             forward.watch.trace = None
         written = [t for t, old, new in zip(tensors, versions, versions_of(tensors), strict=True) if old != new]
         written += [tensor for tensor in targets_of(name, args, kwargs) if tensor.is_inference()]
-        if forward.selections.made and tensors and (name in ASKING or name in TAKING_APART):
+        if forward.selections.made and tensors:
             if isinstance(result, torch.Size):
                 return asked_shape(forward, tensors[0], result)
-            guard_selected(forward, tensors[0], _dimension(name, args, kwargs))
+            guard_sizes(forward, name, args, kwargs, tensors, result)
         if not has_tensor(result) and not written and name not in _KEPT:
             guard_read(forward, func, name, *written_down, result, frame)
             return result
@@ -204,7 +206,7 @@ class Calls(TorchFunctionMode):
         op, target, given = canonical(func, name, written_down[0])
         named = written_down[1]
         alone = without_source(name, *written_down, result, forward.shape_of)
-        if alone is not None:
+        if alone is not None and not varies(forward, tensors[0]):
             op, (target, given, named) = "call_function", alone
         layer = frame.name(spoken_name(func, name))
         node = forward.recorder.call(op, target, given, named, frame, layer=layer, call=frame.call, written=written)
@@ -367,14 +369,6 @@ def _edges_of_several(tensors: Sequence[torch.Tensor]) -> Edges:
     with without_functions():
         several = sum(tensor.requires_grad for tensor in tensors) > 1
         return edges_of(tensors) if several else ()
-
-
-def _dimension(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """Give the dimension whose size Python is told; None where it is told all, or will ask."""
-    if name == "__len__" or name == "__iter__":
-        return 0
-    found = kwargs.get("dim", args[-1] if len(args) > 1 and name == "size" else None)
-    return found if isinstance(found, int) else None
 
 
 _KEPT = frozenset({"register_hook", "requires_grad_", "__set__"})

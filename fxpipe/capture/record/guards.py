@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,92 +14,135 @@ from fxpipe.capture.calls.blocked import Blocked, user_line
 from fxpipe.capture.calls.forms import canonical
 from fxpipe.capture.calls.reads import READS, answer_of, is_plain
 from fxpipe.capture.calls.scalars import Scalar
-from fxpipe.capture.calls.values import tensors_in
+from fxpipe.capture.calls.values import has_tensor, tensors_in
 from fxpipe.capture.record.forward import Forward, Guard
 from fxpipe.capture.record.frames import Frame
-from fxpipe.capture.record.node import NodeInfo, info, reached, set_info
+from fxpipe.capture.record.node import NodeInfo, info, made_by, reached, set_info
 
-ASKING = frozenset({"numel", "nelement", "__len__", "size", "stride"})
+_ASKING = frozenset({"numel", "nelement", "__len__", "size", "stride"})
 """Calls that tell Python how large a tensor is."""
-TAKING_APART = frozenset(
+_TAKING_APART = frozenset(
     {"unbind", "chunk", "split", "tensor_split", "split_with_sizes", "__iter__", "hsplit", "vsplit", "dsplit"}
 )
 """Calls that give as many tensors as another has along a dimension."""
 
+_WITHOUT_SIZES = frozenset(
+    {
+        *("dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_conj", "is_neg"),
+        *("element_size", "get_device", "register_hook", "requires_grad_", "__setitem__", "__set__", "__hash__"),
+    }
+)
+"""Calls that give Python no tensor and say nothing of sizes."""
 
-class WatchedShape(tuple[int, ...]):
-    """A shape that says when Python looks at one of its sizes that values decide about."""
 
-    varying: frozenset[int]
-    ask: Callable[[], None]
+class _WatchedSize:
+    """A size that says when it is read. It is no ``int``: C would read one without a word."""
+
+    __slots__ = ("ask", "value")
+
+    def __init__(self, value: int, ask: Callable[[], None]) -> None:
+        self.value, self.ask = value, ask
+
+    def read(self) -> int:
+        """Give the size."""
+        self.ask()
+        return self.value
+
+
+def _heard(function: Callable[..., Any], *, turned: bool = False) -> Callable[..., Any]:
+    def method(size: _WatchedSize, *others: Any) -> Any:
+        numbers = (size.read(), *map(_read, others))
+        return function(*(reversed(numbers) if turned else numbers))
+
+    return method
+
+
+def _read(size: Any) -> Any:
+    return size.read() if type(size) is _WatchedSize else size
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor"):
+    setattr(_WatchedSize, f"__{_name.strip('_')}__", _heard(getattr(operator, _name)))
+    setattr(_WatchedSize, f"__r{_name.strip('_')}__", _heard(getattr(operator, _name), turned=True))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "invert", "index"):
+    setattr(_WatchedSize, f"__{_name}__", _heard(getattr(operator, _name)))
+for _function in (hash, repr, str, format, int, float, bool, complex, abs, round, divmod):
+    setattr(_WatchedSize, f"__{_function.__name__}__", _heard(_function))
+
+
+class WatchedShape(tuple[Any, ...]):
+    """A shape that says when Python looks at one of its sizes that values decide about.
+
+    Where C compares, searches, hashes or formats the tuple, it finds objects in it that say so themselves.
+    """
 
     @classmethod
     def of(cls, shape: Iterable[int], varying: Iterable[int], ask: Callable[[], None]) -> WatchedShape:
         """Give a shape, the places of sizes that vary, and whom to tell."""
-        found = cls(shape)
-        found.varying, found.ask = frozenset(varying), ask
-        return found
+        places = frozenset(varying)
+        return cls(_WatchedSize(size, ask) if place in places else size for place, size in enumerate(shape))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """It passes for a ``torch.Size``."""
+        return torch.Size
 
     def __getitem__(self, place: Any) -> Any:
         """Give one size, or some."""
         found = super().__getitem__(place)
-        if isinstance(place, slice):
-            kept = range(len(self))[place]
-            return WatchedShape.of(found, (at for at, old in enumerate(kept) if old in self.varying), self.ask)
-        if place % max(len(self), 1) in self.varying:
-            self.ask()
-        return found
+        return WatchedShape(found) if isinstance(place, slice) else _read(found)
 
     def __iter__(self) -> Iterator[int]:
         """Give all sizes."""
-        for place, size in enumerate(super().__iter__()):
-            if place in self.varying:
-                self.ask()
-            yield size
+        return map(_read, super().__iter__())
 
     def numel(self) -> int:
         """Give the product, as ``torch.Size`` does."""
         return torch.Size(self).numel()
 
-    def __eq__(self, other: object) -> bool:
-        """Compare all sizes."""
-        self._all()
-        return tuple.__eq__(self, other) if isinstance(other, tuple) else NotImplemented
+    def __repr__(self) -> str:
+        """Give what a ``torch.Size`` gives."""
+        return repr(torch.Size(self))
 
-    def __ne__(self, other: object) -> bool:
-        """Compare all sizes."""
-        return not self == other
+    __str__ = __repr__
 
-    def __hash__(self) -> int:
-        """Look at all sizes."""
-        self._all()
-        return tuple.__hash__(self)
+    def __format__(self, how: str) -> str:
+        """Give what a ``torch.Size`` gives."""
+        return format(torch.Size(self), how)
 
     def __add__(self, other: Any) -> Any:
         """Give a plain shape."""
-        return torch.Size((*self, *other))
+        return torch.Size(self) + other if isinstance(other, tuple) else NotImplemented
 
     def __radd__(self, other: Any) -> Any:
         """Give a plain shape."""
-        return torch.Size((*other, *self))
+        return other + torch.Size(self) if isinstance(other, tuple) else NotImplemented
 
-    def _all(self) -> None:
-        if self.varying:
-            self.ask()
+    def __mul__(self, times: Any) -> Any:
+        """Give a plain shape."""
+        return torch.Size(self) * times
+
+    __rmul__ = __mul__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as a plain shape."""
+        return torch.Size, (tuple(self),)
 
 
 def asked_shape(forward: Forward, tensor: torch.Tensor, shape: torch.Size) -> Any:
     """Give a tensor's shape, so that Python is noticed when it looks at a size that values decide about."""
     if forward.passes or not forward.recorder.made_here(tensor):
         return shape
-    varying = forward.selections.varying(forward.recorder.node_of(tensor, forward.frames.top))
+    varying = _varying(forward, forward.recorder.node_of(tensor, forward.frames.top))
     return WatchedShape.of(shape, varying, lambda: guard_selected(forward, tensor)) if varying else shape
 
 
 def looked_into(value: Any) -> Any:
     """Give arguments with plain shapes; those that were not looked into are now."""
-    if isinstance(value, WatchedShape):
-        return torch.Size(tuple(value))
+    if type(value) is WatchedShape:
+        return torch.Size(value)
+    if type(value) is _WatchedSize:
+        return value.read()
     if type(value) in (tuple, list):
         return type(value)(looked_into(part) for part in value)
     if type(value) is dict:
@@ -200,12 +244,11 @@ def guard_selected(forward: Forward, tensor: Any, dim: int | None = None) -> Non
     if not selections.made or forward.passes or not recorder.made_here(tensor):
         return
     node = recorder.node_of(tensor, forward.frames.top)
-    varying = selections.varying(node)
+    varying = _varying(forward, node)
     if not varying or (dim is not None and dim % tensor.dim() not in varying):
         return
-    for each in selections.above(node):
-        if each in selections.asked:
-            continue
+    above = selections.above(node)
+    for each in [each for each in selections.made if each in above and each not in selections.asked]:
         selections.asked.add(each)
         for tensor in selections.made[each]:
             source = recorder.node_of(tensor, forward.frames.top)
@@ -220,6 +263,111 @@ def guard_selected(forward: Forward, tensor: Any, dim: int | None = None) -> Non
                     _add(forward, _reading(forward, "call_method", "item", (total,)), int(tensor.sum()))
                 else:
                     _add(forward, _reading(forward, "call_method", "tolist", (source,)), answer_of(tensor.tolist()))
+
+
+def guard_sizes(
+    forward: Forward,
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tensors: Sequence[torch.Tensor],
+    result: Any,
+) -> None:
+    """Make guards of the sizes that a call tells Python, where values decide about them.
+
+    Args:
+        forward: The forward.
+        name: Name of the call.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        tensors: The tensors among those.
+        result: What it gave.
+    """
+    if name in _ASKING or name in _TAKING_APART:
+        guard_selected(forward, tensors[0], _dimension(name, args, kwargs))
+    elif not has_tensor(result) and name not in _WITHOUT_SIZES:
+        for tensor in tensors:
+            guard_selected(forward, tensor)
+
+
+def _dimension(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Give the dimension whose size Python is told; None where it is told all, or will ask."""
+    if name == "__len__" or name == "__iter__":
+        return 0
+    found = kwargs.get("dim", args[-1] if len(args) > 1 and name == "size" else None)
+    return found if isinstance(found, int) else None
+
+
+def varies(forward: Forward, tensor: torch.Tensor) -> bool:
+    """Whether values decide about a size of a tensor, and no guard holds it yet."""
+    known = forward.selections.made and not forward.passes and forward.recorder.made_here(tensor)
+    return bool(known and _varying(forward, forward.recorder.node_of(tensor, forward.frames.top)))
+
+
+_TRIED: tuple[Callable[[int], int], ...] = (lambda n: n + 1, lambda n: 2 * n + 3, lambda n: 1, lambda n: 0)
+"""Other numbers of selected elements: one more, many, one (where at most some are kept), and none."""
+
+
+def _varying(forward: Forward, node: fx.Node) -> tuple[int, ...]:
+    """Give the dimensions of a node's value whose size values decide about, and no guard holds yet.
+
+    The calls between the selection and the node are made again with other numbers of selected elements.
+    """
+    selections, meta = forward.selections, info(node).tensor
+    if meta is None or selections.above(node) <= selections.asked:
+        return ()
+    selections.tried = selections.tried or tuple({} for _ in _TRIED)
+    if node not in selections.dims:
+        found: set[int] = set()
+        for size, values in zip(_TRIED, selections.tried, strict=True):
+            shape = _tried_shape(forward, node, values, size)
+            if shape is not None:
+                found.update(place for place, extent in enumerate(meta.shape) if shape[place] != extent)
+            elif size is not _TRIED[-1]:  # much that is right refuses to work on nothing
+                found.update(range(len(meta.shape)))
+        selections.dims[node] = tuple(sorted(found))
+    return selections.dims[node]
+
+
+def _tried_shape(
+    forward: Forward, node: fx.Node, values: dict[fx.Node, Any], size: Callable[[int], int]
+) -> tuple[int, ...] | None:
+    """Give the shape of a node's value for another number of selected elements; None where it cannot be told."""
+    counting, forward.counting = forward.counting, True
+    try:
+        with without_functions(), forward.skeleton.mode, torch.no_grad():
+            missing = reached([node], lambda each: [read for read in each.all_input_nodes if read not in values])
+            for each in forward.recorder.graph.nodes:
+                if each in missing and each not in values:
+                    values[each] = _tried_value(forward, each, values, size)
+            shape = tuple(values[node].shape)
+    except Exception:  # whatever calls raise that are given what they never get
+        return None
+    finally:
+        forward.counting = counting
+    meta = info(node).tensor
+    return shape if meta is not None and len(shape) == len(meta.shape) else None
+
+
+def _tried_value(forward: Forward, node: fx.Node, values: dict[fx.Node, Any], size: Callable[[int], int]) -> Any:
+    """Give what stands for a node's value: of a shape of its own only, or made of others that stand for theirs."""
+    selections, known = forward.selections, info(node)
+    if not selections.above(node) or made_by(node) in selections.made:
+        if known.tensor is None:
+            return known.number if known.number is not None else forward.recorder.constants.get(str(node.target))
+        one = node in selections.made and (len(node.args) < 2 or isinstance(node.args[1], fx.Node))
+        places = () if not selections.above(node) else (0,) if one else range(len(known.tensor.shape))
+        shape = [size(extent) if place in places else extent for place, extent in enumerate(known.tensor.shape)]
+        return torch.empty(shape, dtype=getattr(torch, known.tensor.dtype))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "call_module":
+        module = forward.skeleton.module.get_submodule(str(node.target))
+        if next(module.buffers(), None) is not None:
+            raise LookupError(f"{node.target} may write to its buffers")
+        return module(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _reading(forward: Forward, op: str, target: Any, args: tuple[Any, ...]) -> fx.Node:

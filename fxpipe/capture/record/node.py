@@ -192,67 +192,28 @@ class Selections:
         made: Those calls, each with tensors whose values are known: of the result, else of what selects.
         known: Those of which they are the result's.
         asked: Those whose size Python knows.
+        dims: By node: the dimensions of its value whose size values decide about.
+        tried: What nodes give where another number is selected, one mapping for each number that is tried.
     """
 
     made: dict[fx.Node, list[torch.Tensor]] = field(default_factory=dict)
     known: set[fx.Node] = field(default_factory=set)
     asked: set[fx.Node] = field(default_factory=set)
-    _sizes: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+    dims: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    tried: tuple[dict[fx.Node, Any], ...] = ()
+    _above: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
 
-    def varying(self, node: fx.Node) -> tuple[int, ...]:
-        """Give the dimensions of a node's value whose size values decide about, or that may depend on such a size."""
-        meta = info(node).tensor
-        if meta is None:
-            return ()
-        sizes = self._of(node)
-        return tuple(place for place, size in enumerate(meta.shape) if size in sizes) if sizes else ()
-
-    def above(self, node: fx.Node) -> list[fx.Node]:
-        """Give the selections that a node depends on."""
-        return [each for each in self.made if each in set(reached([node]))]
-
-    def _of(self, node: fx.Node) -> frozenset[int]:
-        """Give the sizes in a node's value that vary: any that no argument has, or that one has which varies."""
+    def above(self, node: fx.Node) -> frozenset[fx.Node]:
+        """Give the selections that a node's value depends on."""
         waiting = [node]
         while waiting:
             each = waiting[-1]
-            missing = [before for before in each.all_input_nodes if before not in self._sizes]
-            if missing and each not in self._sizes:
+            missing = [before for before in sources(each) if before not in self._above]
+            if missing and each not in self._above:
                 waiting += missing
                 continue
             waiting.pop()
-            if each not in self._sizes:
-                self._sizes[each] = self._derived(each)
-        return self._sizes[node]
-
-    def _derived(self, node: fx.Node) -> frozenset[int]:
-        meta = info(node).tensor
-        if node in self.made and meta is None:
-            return frozenset(size for part in self.made[node] for size in part.shape)
-        if node in self.made and meta is not None:
-            return frozenset(_selected_sizes(node, meta.shape))
-        given = frozenset().union(*(self._sizes[before] for before in node.all_input_nodes))
-        if not given or meta is None:
-            return given
-        same = {1, *_numbers(node.args), *_numbers(node.kwargs)}
-        for before in node.all_input_nodes:
-            of_before = info(before).tensor
-            same.update(() if of_before is None else of_before.shape)
-        return frozenset(size for size in meta.shape if size in given or size not in same)
-
-
-def _selected_sizes(node: fx.Node, shape: Sequence[int]) -> Sequence[int]:
-    """Give the sizes of a selection that vary: the first where one mask is all of the index, else any."""
-    one = len(node.args) < 2 or isinstance(node.args[1], fx.Node)
-    return shape[:1] if one else shape
-
-
-def _numbers(value: Any) -> Iterator[int]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _numbers(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _numbers(part)
+            if each not in self._above:
+                own = frozenset([each] if each in self.made else ())
+                self._above[each] = own.union(*(self._above[before] for before in sources(each)))
+        return self._above[node]
