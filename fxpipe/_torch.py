@@ -70,8 +70,8 @@ def attention_kernels() -> tuple[Any, ...]:
     return tuple(_cur_sdpa_kernel_backends(with_priority=True))
 
 
-GROUPED_MM = torch.ops.aten._grouped_mm.default
-"""A matrix product per group of rows: what mixtures of experts compute with."""
+GROUPED_MM, READ_NUMBER = torch.ops.aten._grouped_mm.default, torch.ops.aten._local_scalar_dense.default
+"""A matrix product per group of rows, of experts; what each call dispatches that takes a tensor for its number."""
 UNVIEWED = torch.ops.aten._unsafe_view.default
 """``UNVIEWED(tensor, tensor.shape)`` has a contiguous tensor's memory, a graph's node of its own, and is no view."""
 

@@ -212,7 +212,7 @@ class Trainer:
             what: The method that was called.
             **arguments: What else must be the same on all ranks.
         """
-        step = self._agreed(running, lambda: self._for_training(running, batch, ready), what, **arguments)
+        step = self._agreed(running, lambda: self._for_training(running, batch, ready, what), what, **arguments)
         return step.weighed(running.groups)
 
     def evaluate(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> torch.Tensor:
@@ -269,8 +269,8 @@ class Trainer:
                 stage.keep_programs({*self.variants.programs, *(variant.runs for variant in step.variants)})
         return step
 
-    def _for_training(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None) -> Step:
-        """Cut a batch into microbatches and weigh them.
+    def _for_training(self, running: Running, batch: Microbatch, ready: Sequence[Any] | None, what: str) -> Step:
+        """Cut a batch into microbatches and weigh them, for a call of ``what``.
 
         Raises:
             MaterializeError: A tensor has no values yet.
@@ -283,7 +283,8 @@ class Trainer:
         parts, layouts = order.split(batch, ready)
         sizes = tuple(layout.size for layout in layouts)
         inputs = name_parts(self.variants.capture.parameter_names, parts, layouts)
-        found = self.variants.find_all(inputs, with_loss=True)
+        with torch.set_grad_enabled(what != "evaluate"):
+            found = self.variants.find_all(inputs, with_loss=True)
         for variant in dict.fromkeys(found) if len(parts) > 1 else ():
             variant.captured.check_separates()
             if running.groups is not None and running.plan.num_ranks > 1:

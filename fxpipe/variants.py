@@ -178,9 +178,10 @@ class Variants:
 
     def add(self, captured: Captured, *, with_loss: bool) -> None:
         """Remember what ``compile`` captured already."""
-        if captured.inputs.numbers:
-            self._times(captured.inputs, with_loss)
-        self._add(captured, captured.inputs, with_loss)
+        with replace(Ambient.now(), grad_enabled=True).entered():  # as it was recorded
+            if captured.inputs.numbers:
+                self._times(captured.inputs, with_loss)
+            self._add(captured, captured.inputs, with_loss)
 
     @property
     def keys(self) -> Collection[str]:
@@ -198,7 +199,10 @@ class Variants:
         self._mode = hashlib.sha256(flags).hexdigest()[:16]
 
     def find_all(self, microbatches: Sequence[Inputs], *, with_loss: bool) -> tuple[Variant, ...]:
-        """Give the variant of each microbatch of a step; as ``find``."""
+        """Give the variant of each microbatch of a step; as ``find``.
+
+        What is found is for the mode that gradients are in: a model may ask for it, and take another path.
+        """
         around = self._around(with_loss)
         found: list[Variant] = []
         before: Inputs | None = None
@@ -233,7 +237,8 @@ class Variants:
             if member is not None:
                 return self._remember(each, member)
         self.num_captures += 1
-        options: dict[str, Any] = {"opened": self._opened, "with_loss": with_loss, "grad_enabled": with_loss}
+        grad_enabled = with_loss and Ambient.now().grad_enabled
+        options: dict[str, Any] = {"opened": self._opened, "with_loss": with_loss, "grad_enabled": grad_enabled}
         captured = self.capture.capture(inputs, **options)
         if with_loss and not captured.structure.is_loss:
             raise CaptureError(
@@ -340,7 +345,8 @@ class Variants:
         if not self._mode:
             self.mode_changed()
         now = Ambient.now()
-        return with_loss, self._mode, now.autocast, now.attention, self.capture.dtype
+        grad_enabled = with_loss and now.grad_enabled
+        return with_loss, grad_enabled, self._mode, now.autocast, now.attention, self.capture.dtype
 
     def _program(self, captured: Captured) -> Program:
         return captured.program(self._stage_of_layer, self._num_stages, self._holders)

@@ -158,6 +158,23 @@ def test_a_wide_gradient_is_allowed_where_grad_dtype_says_so():
 # --- capture ---
 
 
+def test_a_call_that_takes_a_tensor_for_a_number_dispatches_this_with_the_tensor():
+    seen = []
+
+    class Sees(_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.extend(args[:1] if func is _torch.READ_NUMBER else ())
+            return func(*args, **(kwargs or {}))
+
+    x, number = torch.zeros(4, 4), torch.tensor(2)
+    for call in (lambda: x[:number], lambda: x.narrow(0, 0, number), lambda: torch.zeros(number), number.item):
+        seen.clear()
+        with Sees():
+            call()
+        assert seen
+        assert all(each is number for each in seen)
+
+
 def test_distributions_take_any_values_for_a_while(monkeypatch):
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # torch.compile switches it off
     with _torch.unvalidated_distributions():

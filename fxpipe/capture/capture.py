@@ -224,7 +224,7 @@ class Capture:
             if criterion is not None:
                 self._opened[criterion] = None
                 continue
-            loss = self._loss(leaves, inputs, observation, structure)
+            loss = self._loss(leaves, inputs, observation, structure, grad_enabled)
             structure = make_structure(observation, training=True, summands=[term.node for term in loss.terms])
             return self._finished(inputs, observation, structure, loss)
         raise CaptureError(
@@ -400,14 +400,15 @@ class Capture:
 
     def _closed_criterion(self, structure: Structure) -> str | None:
         """Give the module that computes the loss as a whole, if what it does must be seen and it can be opened."""
-        (node,) = structure.results
-        node = made_by(node)
+        node = made_by(structure.results[0])
         if node.op != "call_module" or str(node.target) in self._closed:
             return None
         module = self.skeleton.module.get_submodule(str(node.target))
         return None if is_builtin(module) else str(node.target)
 
-    def _loss(self, leaves: Leaves, inputs: Inputs, observation: Observation, structure: Structure) -> Loss:
+    def _loss(
+        self, leaves: Leaves, inputs: Inputs, observation: Observation, structure: Structure, grad_enabled: bool
+    ) -> Loss:
         """Find how the losses of microbatches add up: recorded once more with twice the samples, and tried."""
         if self.loss_weight is not None:
             return given_terms(structure, self.loss_weight)
@@ -417,12 +418,11 @@ class Capture:
             if doubled is None:
                 raise Unsuited("no input has a dimension of samples")
             try:
-                return self._observe(leaves, doubled, True, True, None)
+                return self._observe(leaves, doubled, True, grad_enabled, None)
             except (Blocked, CaptureError) as error:
                 raise Unsuited(f"it does not run on twice as many samples: {error}".split("\n")[0]) from error
 
-        by_model = self.loss_fn is None
-        return find_loss_terms(self.skeleton, observation, structure, inputs, twice, by_model=by_model)
+        return find_loss_terms(self.skeleton, observation, structure, inputs, twice, by_model=self.loss_fn is None)
 
     def _finished(self, inputs: Inputs, observation: Observation, structure: Structure, loss: Loss) -> Captured:
         notes = list(observation.notes)

@@ -164,6 +164,23 @@ def test_outputs_without_samples_that_differ_are_refused() -> None:
         merge_outputs([{"norm": torch.ones(3)}, {"norm": torch.zeros(3)}], (3, 3), {"output['norm']": None})
 
 
+class Counting(nn.Linear):
+    """Says beside its output how many samples and features there are."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        return {"y": super().forward(x), "rows": x.shape[0], "size": (x.shape[1], "wide")}
+
+
+def test_numbers_that_a_model_returns_are_those_of_the_batch() -> None:
+    model = Counting(6, 2)
+    with fxpipe.compile(model, 1, (torch.zeros(4, 6),), schedule="GPipe").materialize(device="cpu") as pipe:
+        for rows in (4, 6, 8, 12):
+            found = pipe.infer(torch.randn(rows, 6))
+            assert (type(found["rows"]), found["rows"], found["size"]) == (int, rows, (6, "wide"))
+        with pytest.raises(fxpipe.CaptureError, match=r"output\['rows'\] is 6 for 6 samples and 12 for 12"):
+            pipe.infer(torch.randn(12, 6), microbatches=2)
+
+
 def test_the_outputs_dimensions_of_samples_are_found_once_for_each_kind_of_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

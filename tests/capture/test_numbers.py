@@ -262,3 +262,56 @@ def test_dropout_of_another_rate_is_seeded_alike():
         with pipe.materialize(device="cpu"):
             losses.append([float(pipe.step(x, rate, target=x)) for rate in (0.0, 0.1, 0.3, 0.5)])
     assert losses[0] == losses[1]
+
+
+LENGTHS = {  # tensors in the place of numbers: what they hold decides about a shape
+    "slice": lambda x, n: x[:, :n],
+    "rest": lambda x, n: x[:, n - 1 :],
+    "narrow": lambda x, n: x.narrow(1, 0, n),
+    "expand": lambda x, n: x[:, :1].expand(-1, n, -1),
+    "repeat": lambda x, n: x.repeat(1, n, 1),
+    "pad": lambda x, n: F.pad(x, (0, 0, 0, n)),
+    "topk": lambda x, n: x.topk(n, 1)[0],
+    "chunks": lambda x, n: x.chunk(n, 1)[0],
+    "zeros": lambda x, n: torch.cat([x, torch.zeros(len(x), n, 6)], 1),
+    "full": lambda x, n: x[:, :1] * torch.full((n,), 2.0)[:, None],
+    "one hot": lambda x, n: F.one_hot(torch.ones(len(x), dtype=torch.int64), n).to(x)[..., None] * x[:, :1],
+    "item": lambda x, n: x[:, : n.item()],
+    "mask": lambda x, n: x[:, torch.arange(x.shape[1]) < n],
+    "a place": lambda x, n: x[:, n],
+    "turned": lambda x, n: x.roll(n, 1),
+}
+
+
+class Trimmed(nn.Module):
+    """Takes of each sample what the longest is said to have, after its second block or in it."""
+
+    def __init__(self, use, inside):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(lambda x, _: x), Block(use if inside else lambda x, _: x), nn.Linear(6, 6)])
+        self.use, self.head = (lambda x, _: x) if inside else use, nn.Linear(6, 2)
+
+    def forward(self, x, lengths):
+        longest = lengths.max()
+        x = self.blocks[1](self.blocks[0](x, longest), longest)
+        x = self.blocks[2](self.use(x, longest))
+        return self.head(x.reshape(len(x), -1, 6).sum(1) / x.shape[1])
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["between", "inside"])
+@pytest.mark.parametrize("use", LENGTHS)
+def test_a_tensor_in_the_place_of_a_number_is_that_number(use, inside):
+    torch.manual_seed(0)
+    model, target = Trimmed(LENGTHS[use], inside), torch.randn(4, 2)
+    x, lengths = torch.randn(4, 5, 6), torch.tensor([3, 1, 3, 2])
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "grain": "block" if inside else "op"}
+    pipe = fxpipe.compile(model, 2, (x, lengths), {"target": target}, **options)
+    with pipe.materialize(device="cpu"):
+        for longest in (3, 4, 2, 3):
+            compare(model, pipe, x, torch.tensor([longest, 1, longest, 2]), target)
+
+
+def test_a_drawn_number_that_decides_about_a_shape_is_refused():
+    model, x = Model(lambda x, _: x, lambda x, _: x[:, : torch.randint(1, 5, ())]), torch.randn(4, 6)
+    with pytest.raises(fxpipe.CaptureError, match="reads a random number: the path changes by chance"):
+        fxpipe.compile(model, 2, (x, 1.0), {"target": x[:, :1]}, loss_fn=lambda output, y: (output - y).mean())

@@ -83,3 +83,23 @@ def test_a_flag_that_did_not_change_costs_no_capture():
         pipe.step(modes.X, target=modes.TARGET)
         assert len(pipe._trainer.variants.keys) == 1
         assert torch.is_grad_enabled()
+
+
+class Asks(nn.Linear):
+    """Does something else where no gradient is wanted, as the fast path of torch's encoder does."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if torch.is_grad_enabled() and y.requires_grad else 2 * y
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+def test_evaluate_does_what_the_model_does_without_gradients(grain):
+    model, x = nn.Sequential(*(Asks(4, 4) for _ in range(3))), torch.randn(4, 4)
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "GPipe", "grain": grain}
+    with fxpipe.compile(model, 2, (x,), {"target": x}, **options).materialize(device="cpu") as pipe:
+        for _ in range(2):
+            torch.testing.assert_close(pipe.step(x, target=x), F.mse_loss(model(x), x).detach())
+            with torch.no_grad():
+                torch.testing.assert_close(pipe.evaluate(x, target=x), F.mse_loss(model(x), x))
+                torch.testing.assert_close(pipe.infer(x), model(x))

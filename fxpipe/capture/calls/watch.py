@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from fxpipe._torch import GROUPED_MM, TorchDispatchMode, device_asked, is_higher_order
+from fxpipe._torch import (
+    GROUPED_MM,
+    READ_NUMBER,
+    FakeTensor,
+    TorchDispatchMode,
+    device_asked,
+    is_higher_order,
+    without_modes,
+)
 
 RANDOM = frozenset(
     {
@@ -25,16 +33,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         drew: Whether a random number was drawn since it was last set to False.
         trace: Operations with the shapes and dtypes of their tensors, while it is a list.
+        looked: Whether an operation took a tensor for the number that it holds since it was last set to False.
+        instead: The number that one tensor, by ``id``, is said to hold.
     """
 
     supports_higher_order_operators = True
     drew: bool
     trace: list[Any] | None
+    looked: bool
+    instead: tuple[int, int] | None
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.drew = False
-        self.trace = None
+        self.drew = self.looked = False
+        self.trace = self.instead = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -44,6 +56,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if device is not None:
             return device
         kwargs = kwargs or {}
+        if func is READ_NUMBER and not isinstance(args[0], FakeTensor):
+            return self._number(args[0])
         if is_higher_order(func):
             self.note(func, torch.is_grad_enabled(), args, kwargs)
             return func(*args, **kwargs)
@@ -56,6 +70,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if shape is not None:
             return args[0].new_empty(shape, dtype=kwargs.get("out_dtype") or args[0].dtype)
         return func(*args, **kwargs)
+
+    def _number(self, tensor: torch.Tensor) -> Any:
+        """Give the number in a real tensor, which fake tensors around it do not hide."""
+        if self.instead is not None and self.instead[0] == id(tensor):
+            self.looked = True
+            return self.instead[1]
+        self.looked = self.looked or self.instead is None
+        with without_modes():
+            return tensor.item()
 
     def note(self, *what: Any) -> None:
         """Put something into the trace that is no operation and yet decides what is kept for the backward."""

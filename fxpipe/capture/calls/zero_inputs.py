@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +86,36 @@ def as_fakes(value: Any, mode: Any, keeps: Callable[[torch.Tensor], bool]) -> An
         return map_tree(fake, value)
 
 
+def with_other_integers(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], chosen: Callable[[torch.Tensor], bool]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield arguments whose chosen real integers and booleans hold other values: lengths, masks, numbers of anything.
+
+    They are all the least, all the greatest, one less and one more; not all of that suits every function.
+    """
+
+    def constant(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.expand(tensor.shape).clone()
+
+    makers: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+        lambda tensor: constant(tensor, tensor.amin()),
+        lambda tensor: constant(tensor, tensor.amax()),
+        lambda tensor: torch.zeros_like(tensor) if tensor.dtype == torch.bool else (tensor - 1).clamp(min=0),
+        lambda tensor: torch.ones_like(tensor) if tensor.dtype == torch.bool else tensor + 1,
+    )
+    for make in makers:
+
+        def other(_: str, leaf: Any, make: Callable[[torch.Tensor], torch.Tensor] = make) -> Any:
+            if not isinstance(leaf, torch.Tensor) or not leaf.numel() or not chosen(leaf):
+                return leaf
+            with without_modes():
+                return make(leaf)
+
+        with without_functions():
+            found = map_tree(other, (args, dict(kwargs)))
+        yield found
+
+
 def _weight(tensor: torch.Tensor, other: bool, skeleton: Skeleton | None) -> torch.Tensor:
     if not isinstance(tensor, nn.Parameter):  # buffers are written to
         known = skeleton.number_in(tensor) if skeleton is not None else None
@@ -95,6 +125,8 @@ def _weight(tensor: torch.Tensor, other: bool, skeleton: Skeleton | None) -> tor
 
 
 def _real(leaf: Any, other: bool) -> Any:
+    if isinstance(leaf, slice):
+        return slice(*(_real(part, other) for part in (leaf.start, leaf.stop, leaf.step)))
     if not isinstance(leaf, FakeTensor):
         return leaf
     values = torch.full(leaf.shape, int(other), dtype=leaf.dtype)

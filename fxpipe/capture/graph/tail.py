@@ -19,12 +19,17 @@ from fxpipe.capture.graph.sizes import WIDE, Read, Sizes, Unsuited, Varying, fil
 from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.skeleton import Skeleton
+from fxpipe.capture.record.forward import Guard
 from fxpipe.capture.record.node import CONSTANT, info, made_by, reached, sources
 from fxpipe.capture.record.observe import Observation
 from fxpipe.ir.tensor import TensorMeta
 
 COMPARING = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "masked_fill", "masked_fill_", "pad", "where", "fill_"})
 ENTROPIES = frozenset({"cross_entropy", "nll_loss"})
+_READ = (
+    "Python reads a number from an input, or the number of selected elements from a shape, on the way to the loss; "
+    "keep it a tensor (the mask's sum(), no .item())"
+)
 _NARROWING = frozenset({"float", "half", "bfloat16", "double"})
 _ARITHMETIC = frozenset(
     {"mul", "div", "truediv", "add", "sub", "pow", "mul_", "div_", "imul", "itruediv", "true_divide"}
@@ -78,14 +83,9 @@ class Twins:
             raise Unsuited("twice as many samples take another path")
         pairs = dict(zip(structure.nodes, twice.nodes, strict=True))
         reads = []
-        if len(one.guards) == len(other.guards):
-            reads = [
-                (left.node, left.answer, right.answer) for left, right in zip(one.guards, other.guards, strict=True)
-            ]
-            for left, right in zip(one.guards, other.guards, strict=True):
-                _pair_reads(left.node, right.node, pairs)
-        elif one.guards:
-            raise Unsuited("Python reads other values of twice as many samples")
+        for left, right in _paired_guards(one.guards, other.guards):
+            _pair_reads(left.node, right.node, pairs)
+            reads.append((left.node, left.answer, right.answer))
         reads = [read for read in reads if info(read[0]).number is None]  # numbers are not split
         return cls(skeleton, one, structure, pairs, other.recorder.constants, samples, tuple(reads))
 
@@ -191,10 +191,7 @@ def _check_reads(tail: Tail, related: Sequence[tuple[fx.Node, Any, Any]]) -> Non
     followed, others = TailProgram(tail).followed()
     read = [node for node, one, _ in related if not isinstance(one, bool) and node.target is not getattr]
     if any(node not in followed for node in read) or (read and others):
-        raise Unsuited(
-            "Python reads a number from an input, or the number of selected elements from a shape, on the way to the "
-            "loss; keep it a tensor (the mask's sum(), no .item())"
-        )
+        raise Unsuited(_READ)
 
 
 def _is_handed_out(twins: Twins, node: fx.Node) -> bool:
@@ -221,6 +218,23 @@ def _draws(node: fx.Node) -> bool:
 
 def _inputs_of(node: fx.Node) -> set[fx.Node]:
     return {each for each in reached([node]) if each.op == "placeholder"}
+
+
+def _paired_guards(one: Sequence[Guard], other: Sequence[Guard]) -> list[tuple[Guard, Guard]]:
+    """Pair what Python read in two recordings.
+
+    Whether a size is asked for may hang on which sizes happen to be equal: one that only one recording asks for is
+    left out.
+
+    Raises:
+        Unsuited: They read something else.
+    """
+    if len(one) == len(other):
+        return list(zip(one, other, strict=True))
+    mine, theirs = ([guard for guard in guards if spoken(guard.node) != "size"] for guards in (one, other))
+    if len(mine) != len(theirs):
+        raise Unsuited("Python reads other values of twice as many samples")
+    return list(zip(mine, theirs, strict=True))
 
 
 def _pair_reads(one: fx.Node, other: fx.Node, pairs: dict[fx.Node, fx.Node]) -> None:
@@ -365,6 +379,8 @@ class TailProgram:
             if isinstance(leaf, fx.Node):
                 return env[leaf]
             if isinstance(leaf, Read):
+                if leaf.node not in env:  # of an input that the loss is not computed of
+                    raise Unsuited(_READ)
                 return env[leaf.node]
             if isinstance(leaf, torch.dtype):
                 return torch.float64 if leaf in WIDE else leaf

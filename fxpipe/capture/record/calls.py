@@ -27,7 +27,13 @@ from fxpipe.capture.calls.forms import (
     versions_of,
     without_source,
 )
-from fxpipe.capture.calls.reads import READS, SHAPED_BY_LENGTHS, SHAPED_BY_SIZES, shape_depends_on_values
+from fxpipe.capture.calls.reads import (
+    READS,
+    SHAPED_BY_LENGTHS,
+    SHAPED_BY_SIZES,
+    shape_depends_on_values,
+    shaping_numbers,
+)
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES, RealValues, is_random
 from fxpipe.capture.calls.scalars import only_computes, settled
 from fxpipe.capture.calls.values import Edges, Reach, edges_of, has_tensor, tensors_in
@@ -115,16 +121,27 @@ class Calls(TorchFunctionMode):
         tensors = forward.reads_quietly(args, kwargs)
         result = self._run(func, name, args, kwargs, tensors, frame)
         forward.side_channels.made(result)
-        if name in READS and not isinstance(result, torch.Tensor):
-            forward.has_read = True
+        looked = forward.watch.looked or (name in READS and not isinstance(result, torch.Tensor))
+        forward.has_read = forward.has_read or looked or self._selects(func, name, args, kwargs, tensors, result)
         return result
+
+    def _selects(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], result: Any
+    ) -> bool:
+        """Whether values that are known decide about the shape of what a call gave."""
+        fakes = sum(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if fakes == len(tensors):
+            return False
+        writes = name.endswith("_") or "out" in kwargs
+        numbers = () if fakes or writes else shaping_numbers(self._forward.watch, func, args, kwargs, tensors, result)
+        return shape_depends_on_values(name, args, result) or next(iter(numbers), None) is not None
 
     def _run(
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], frame: Frame
     ) -> Any:
         """Run a call and note whether it drew random numbers."""
         forward = self._forward
-        forward.watch.drew = False
+        forward.watch.drew = forward.watch.looked = False
         for tensor in tensors:
             if not isinstance(tensor, FakeTensor) and tensor.is_meta:
                 forward.recorder.refuse_unfilled(tensor, frame.fqn)
@@ -203,8 +220,7 @@ class Calls(TorchFunctionMode):
         with without_functions():
             reach = forward.reach(result, edges) if edges and not written else None
         forward.follow(func, args, kwargs, result)
-        op, target, given = canonical(func, name, written_down[0])
-        named = written_down[1]
+        (op, target, given), named = canonical(func, name, written_down[0]), written_down[1]
         alone = without_source(name, *written_down, result, forward.shape_of)
         if alone is not None and not varies(forward, tensors[0]):
             op, (target, given, named) = "call_function", alone
@@ -216,11 +232,28 @@ class Calls(TorchFunctionMode):
         if (tensors or forward.symbols is None) and shape_depends_on_values(name, args, result):
             guard_shape(forward, node, result)
             note_selection(forward, node, args, kwargs, result)
+        self._guard_numbers(func, args, kwargs, [] if written else tensors, result, frame)
         if name in SHAPED_BY_LENGTHS:
             for tensor in tensors_in(result):
                 if not isinstance(tensor, FakeTensor):  # it depends on nothing but integers that are guarded
                     info(forward.recorder.node_of(tensor, frame)).from_input = False
         return result
+
+    def _guard_numbers(
+        self, func: Any, args: Any, kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], result: Any, frame: Frame
+    ) -> None:
+        """Guard the numbers that a call was given as tensors, where they decide about the shape of its result.
+
+        Raises:
+            Blocked: One was drawn at random.
+        """
+        forward = self._forward
+        for tensor in shaping_numbers(forward.watch, func, args, kwargs, tensors, result):
+            if not forward.recorder.knows(tensor):
+                continue
+            if info(forward.recorder.node_of(tensor, frame)).random:
+                raise Blocked("a random number decides about a shape: the path changes by chance", frame.fqn)
+            guard_integers(forward, [tensor], frame)
 
     def _is_alike(self, own: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether other data could be copied into a parameter or buffer of the model."""

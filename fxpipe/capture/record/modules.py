@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxpipe._torch import replaced, without_functions
+from fxpipe._torch import FakeTensor, replaced, without_functions
 from fxpipe.capture.calls.alike import Reads, structure_of, watched_reads
 from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.forms import versions_of
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
 from fxpipe.capture.calls.scalars import settled
 from fxpipe.capture.calls.values import Edges, Reach, edges_of, tensors_in
+from fxpipe.capture.calls.zero_inputs import with_other_integers
 from fxpipe.capture.model.blocks import is_op
 from fxpipe.capture.model.builtin import is_builtin
-from fxpipe.capture.model.preserve import python_random_state
+from fxpipe.capture.model.preserve import Attributes, python_random_state
 from fxpipe.capture.model.skeleton import named_tensors
 from fxpipe.capture.record.forward import Forward
 from fxpipe.capture.record.frames import Frame
@@ -169,9 +170,9 @@ class ModuleCalls:
         finally:
             forward.quiet = None
             forward.watch.trace = None
+        self._check_reads(original, frame, args, kwargs, result)
         with without_functions():
             forward.side_channels.end(result)
-            self._refuse_read(result, frame)
             written = [t for t, old, new in zip(watched, versions, versions_of(watched), strict=True) if old != new]
             reach = self._reach(module, result, given, edges, written)
             forward.follow(functools.partial(original, module), args, kwargs, result)
@@ -198,10 +199,6 @@ class ModuleCalls:
         forward.python_random = python_random_state()
         return result
 
-    def _refuse_read(self, result: Any, frame: Frame) -> None:
-        if self._forward.has_read and any(isinstance(leaf, int | float | str) for _, leaf in tree_leaves(result)):
-            raise Blocked("it returns what Python read from a tensor", frame.fqn, opens=[frame.fqn])
-
     def _reach(
         self, module: nn.Module, result: Any, given: Sequence[torch.Tensor], edges: Edges, written: Any
     ) -> Reach:
@@ -212,6 +209,44 @@ class ModuleCalls:
             return None
         weights = any(parameter.requires_grad for parameter in module.parameters())
         return self._forward.reach(result, edges, weights=weights)
+
+    def _check_reads(
+        self, original: Callable[..., Any], frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Have a module opened that returns what it looked at, or another shape for other integers of the inputs.
+
+        Raises:
+            Blocked: It does.
+        """
+        forward, recorder = self._forward, self._forward.recorder
+        if not forward.has_read:
+            return
+        if any(isinstance(leaf, int | float | str) for _, leaf in tree_leaves(result)):
+            raise Blocked("it returns what Python read from a tensor", frame.fqn, opens=[frame.fqn])
+
+        def varies(tensor: torch.Tensor) -> bool:
+            real = not (isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.is_floating_point())
+            return real and recorder.knows(tensor) and info(recorder.node_of(tensor, frame)).from_input
+
+        with without_functions():
+            if not any(map(varies, tensors_in(args, kwargs))):
+                return
+            shapes = [tensor.shape for tensor in tensors_in(result)]
+        kept, attributes = (forward.watch.drew, forward.has_read), Attributes(frame.module)
+        forward.counting = True
+        try:
+            for other_args, other_kwargs in with_other_integers(args, kwargs, varies):
+                try:
+                    other = original(frame.module, *other_args, **other_kwargs)
+                except (Exception, Blocked):  # whatever a module raises for values that do not suit it
+                    continue
+                if [tensor.shape for tensor in tensors_in(other)] != shapes:
+                    reason = "the shape of what it returns depends on integers of the inputs"
+                    raise Blocked(reason, frame.fqn, opens=[frame.fqn])
+        finally:
+            forward.counting = False
+            forward.watch.drew, forward.has_read = kept
+            attributes.restore()
 
     def _repeated(
         self,
