@@ -1,5 +1,6 @@
 """Several paths through a model run on one plan: every parameter has its stage from the start, and one name."""
 
+import judge
 import pytest
 import torch
 import torch.nn.functional as F
@@ -449,3 +450,48 @@ def test_what_a_later_stage_holds_is_refused_with_a_way_out_that_works():
         for training in (False, True):
             pipe.train(training), model.train(training)
             torch.testing.assert_close(pipe.step(x, target=x), error(model(x), x).detach(), rtol=1e-12, atol=0)
+
+
+class Borrowing(nn.Module):
+    """A block that calls, or reads, what belongs to a module beside it, on something that came before."""
+
+    def __init__(self, beside, how):
+        super().__init__()
+        self.beside, self.how = (beside,), how  # a tuple: not registered here
+
+    def forward(self, x):
+        (layer,) = self.beside
+        return (layer(x) if self.how == "call" else F.linear(x, layer.weight, layer.bias)).tanh()
+
+
+class Lending(nn.Module):
+    """Blocks of which some borrow the module of another, and what both are given was made long before."""
+
+    def __init__(self, how, lenders):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.own = nn.ModuleList(nn.Linear(6, 6) for _ in lenders)
+        self.blocks = nn.ModuleList(Borrowing(self.own[lender], how) for lender in lenders)
+
+    def forward(self, x):
+        x = first = self.first(x)
+        for layer, block in zip(self.own, self.blocks, strict=True):
+            x = layer(x).tanh() + block(first)
+        return self.last(x) + first
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("grain", ["block", "op", "auto"])
+@pytest.mark.parametrize("how", ["call", "read"])
+@pytest.mark.parametrize("lenders", [(0,), (0, 1, 2), (2, 0, 1)])
+def test_a_block_borrows_the_module_of_another(lenders, how, grain, stages):
+    torch.manual_seed(0)
+    model, x = Lending(how, lenders).double(), torch.randn(8, 6, dtype=torch.float64)
+    pipe = fxpipe.compile(
+        model, stages, (x,), {"target": x}, loss_fn=error, microbatches=2, schedule="GPipe", grain=grain, cost="flops"
+    ).materialize(device="cpu")
+    loss = error(model(x), x)
+    loss.backward()
+    judge.assert_close({"loss": pipe.step(x, target=x)}, {"loss": loss.detach()}, "loss")
+    found = {fqn: parameter.grad for fqn, parameter in pipe.named_parameters()}
+    judge.assert_close(found, {fqn: parameter.grad for fqn, parameter in model.named_parameters()}, "gradients")

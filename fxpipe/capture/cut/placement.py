@@ -54,8 +54,7 @@ class _Placement:
         self.holders = holders
         self.layers: Layers = find_layers(structure)
         self.structure = structure
-        several = (name for name, stages in holders.items() if len(stages) > 1)
-        self.shared = {name[:place] for name in several for place, letter in enumerate(name) if letter == "."}
+        self.whole = _held_whole(holders)
         self.planned = [
             self._planned(layer_name(*key), nodes, stage_of_layer)
             for key, nodes in zip(self.layers.keys, self.layers.nodes, strict=True)
@@ -154,16 +153,16 @@ class _Placement:
         return low, high
 
     def _choices(self) -> dict[int, tuple[int, ...]]:
-        """Give the stages of calls of modules that several stages hold, each whole."""
+        """Give the stages of calls of modules that several stages hold whole, or others than the plan has a call on.
+
+        A plan may not have one at all: a block that was one of its layers is opened, and calls a module of another.
+        """
         found = {}
         for index, nodes in enumerate(self.layers.nodes):
             fqns = {str(node.target) for node in nodes if node.op == "call_module"}
-            if len(fqns) == 1 and not fqns.isdisjoint(self.shared):
-                start = f"{fqns.pop()}."
-                held = [set(stages) for name, stages in self.holders.items() if name.startswith(start)]
-                stages = tuple(sorted(set.intersection(*held)))
-                if len(stages) > 1:
-                    found[index] = stages
+            stages = self.whole.get(fqns.pop(), frozenset()) if len(fqns) == 1 else ()
+            if len(stages) > 1 or (stages and self.planned[index] not in stages):
+                found[index] = tuple(sorted(stages))
         return found
 
     def _first_holder(self, nodes: Sequence[fx.Node]) -> int | None:
@@ -182,6 +181,15 @@ class _Placement:
             f"the model no longer follows its plan: {name} of stage {stage} reads what {other} of stage {late} makes\n"
             "  compile with an example (or in the mode) that takes this path: that plan serves the other one too"
         )
+
+
+def _held_whole(holders: Holders) -> dict[str, frozenset[int]]:
+    """Give the stages that hold every tensor of a module, by its name."""
+    found: dict[str, frozenset[int]] = {}
+    for name, stages in holders.items():
+        for fqn in (name[:place] for place, letter in enumerate(name) if letter == "."):
+            found[fqn] = found.get(fqn, frozenset(stages)).intersection(stages)
+    return found
 
 
 def _written(nodes: Sequence[fx.Node], own: Sequence[fx.Node]) -> bool:
