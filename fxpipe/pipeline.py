@@ -287,7 +287,7 @@ class Pipeline:
             *args: Positional arguments of the model, of any batch size; what has a default (labels) may be left out.
             gather: Whether every rank gets the output; else only the ranks of the last stage do, the others None.
             microbatches: Parts that follow each other through the stages. With one, the output is the model's own
-                whatever the model does; with several, samples must not depend on each other.
+                whatever it does; with several, samples must not depend on each other: a few are tried at first.
             **kwargs: Keyword arguments of the model.
 
         Returns:
@@ -295,6 +295,7 @@ class Pipeline:
 
         Raises:
             CaptureError: The model does something for this batch that cannot be recorded.
+            ScheduleError: The batch cannot be cut so, or samples depend on each other.
         """
         running = self._materialized()
         with running.guard("infer"):

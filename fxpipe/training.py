@@ -6,7 +6,7 @@ engines take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
-from fxpipe.batch.dims import Microbatch
+from fxpipe.batch.dims import BatchDims, Microbatch
 from fxpipe.batch.example import with_own_target
 from fxpipe.batch.inputs import Inputs, name_parts
-from fxpipe.batch.merge import merge_outputs
+from fxpipe.batch.merge import check_apart, differ, few_samples, merge_outputs
 from fxpipe.batch.moving import OnDevice
 from fxpipe.batch.order import Order, check_call
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
 from fxpipe.errors import FxpipeError, ScheduleError
 from fxpipe.materialize import Origin, Running
+from fxpipe.runtime.build.extra_state import kept_buffers
 from fxpipe.runtime.build.randomness import microbatch_seed
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.agreement import CALL, ModesChanged, agree
@@ -134,6 +135,7 @@ class Trainer:
         self._trained = Trained()
         self._source = source
         self._modes: Modes | None = None
+        self._apart: set[Hashable] = set()  # kinds of batches whose samples were seen not to depend on each other
 
     def step(
         self,
@@ -183,12 +185,43 @@ class Trainer:
         """Run the model forward; see ``Pipeline.infer``."""
         make = partial(self._for_inference, running, batch, num_microbatches)
         step = self._agreed(running, make, "infer", gather=gather)
+        if num_microbatches > 1:
+            self._check_apart(running, batch, step)
+        outputs = self._outputs(running, step, gather=gather)
+        return None if outputs is None else merge_outputs(outputs, step.sizes, step.output_dims)
+
+    def _outputs(self, running: Running, step: Step, *, gather: bool) -> list[Any] | None:
         jobs = self.jobs(running, step)
         flat = running.engine.infer(jobs, gather=gather)
         if flat is None:
             return None
-        outputs = [job.program.rebuild(tensors) for job, tensors in zip(jobs, flat, strict=True)]
-        return merge_outputs(outputs, step.sizes, step.output_dims)
+        return [job.program.rebuild(tensors) for job, tensors in zip(jobs, flat, strict=True)]
+
+    def _check_apart(self, running: Running, batch: Microbatch, step: Step) -> None:
+        """Run a few samples at once and in microbatches, the first time that a batch of a kind is cut for a forward.
+
+        Where random numbers are drawn, the two differ by those, and nothing is checked.
+
+        Raises:
+            ScheduleError: A sample's output depends on other samples.
+        """
+        kind = self.variants.kind_of(step.inputs[0], False)
+        if kind in self._apart or any(part.draws for each in step.variants for part in each.program.stages):
+            return
+        size, parts = few_samples(sum(step.sizes), len(step.sizes))
+        layout = self._source.dims.layout(batch, split=False)
+        dims = self._source.dims.learned(layout)
+        few = cut(batch, layout, layout.size // size, dims)[0]
+        with kept_buffers(running.stages):
+            together = self._agreed(running, partial(self._for_inference, running, few, 1, dims), "infer", gather=True)
+            whole = self._outputs(running, together, gather=True)
+            apart = self._agreed(running, partial(self._for_inference, running, few, parts, dims), "infer", gather=True)
+            outputs = self._outputs(running, apart, gather=True)
+        assert whole is not None
+        assert outputs is not None
+        check_apart(merge_outputs(outputs, apart.sizes, apart.output_dims), whole[0], (size, size // parts))
+        if differ(outputs):  # of samples that are all the same nothing can be told
+            self._apart.add(kind)
 
     def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Microbatch:
         """Put together what a call was given; ``target`` is the model's own where no loss function takes one."""
@@ -300,10 +333,12 @@ class Trainer:
             return given_counts(self._source.loss_weight, parts, terms)
         return count_terms(terms, [each.values for each in inputs], sizes)
 
-    def _for_inference(self, running: Running, batch: Microbatch, num_microbatches: int) -> Step:
+    def _for_inference(
+        self, running: Running, batch: Microbatch, num_microbatches: int, dims: BatchDims | None = None
+    ) -> Step:
         """Cut a batch for a forward alone; every output is the model's own where it is one microbatch."""
         running.check_filled()
-        dims = self._source.dims
+        dims = dims or self._source.dims
         layout = dims.layout(batch, split=False)
         size = layout.size
         if not 1 <= num_microbatches <= size:

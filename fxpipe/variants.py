@@ -309,7 +309,7 @@ class Variants:
             kind.tries += 1
             return None
         program = self._program(captured)
-        number = self._kind_key(inputs, with_loss), len(kind.families)
+        number = self.kind_of(inputs, with_loss), len(kind.families)
         family = _Family.of(_without_values(captured), program, number)
         kind.families = [*kind.families, family][-MOST_FAMILIES:]
         alike = captured.symbolic.guards if captured.symbolic is not None else ()
@@ -330,13 +330,14 @@ class Variants:
 
     def _kind(self, inputs: Inputs, with_loss: bool) -> _Kind:
         """Give what is known of batches like this one, and let go of the kind that was not used for longest."""
-        key = self._kind_key(inputs, with_loss)
+        key = self.kind_of(inputs, with_loss)
         self._kinds[key] = found = self._kinds.pop(key, None) or _Kind()
         if len(self._kinds) > MOST_GENERAL:
             del self._kinds[next(iter(self._kinds))]
         return found
 
-    def _kind_key(self, inputs: Inputs, with_loss: bool) -> Any:
+    def kind_of(self, inputs: Inputs, with_loss: bool) -> Any:
+        """Give what is equal for microbatches that differ by no more than sizes."""
         signature = inputs.open_without_sizes if inputs.follows else inputs.without_sizes
         return (inputs.follows, signature, *self._around(with_loss))
 

@@ -34,6 +34,7 @@ from fxpipe.runtime.build.extra_state import (
     extra_modules,
     full_extra_states,
     held_extra_modules,
+    kept_buffers,
     spelled_states,
 )
 from fxpipe.runtime.build.stage import StageParts, build_stages, build_whole
@@ -375,22 +376,6 @@ def _moved(batch: Microbatch, device: torch.device) -> Microbatch:
 
     args, kwargs, target = batch
     return tuple(map_tree(move, each) for each in args), map_tree(move, dict(kwargs)), map_tree(move, target)
-
-
-@contextmanager
-def kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Give buffers, and what modules save besides, the values that they had."""
-    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
-    saving = [part for module in modules for part in extra_modules(module).values()]
-    states = [(part, copy.deepcopy(part.get_extra_state())) for part in saving]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
-        for part, state in states:
-            part.set_extra_state(state)
 
 
 @contextmanager

@@ -28,11 +28,12 @@ from torch import fx, nn
 from fxpipe._torch import FakeTensor, without_modes
 from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.calls.ambient import mirrored_ambient
+from fxpipe.capture.calls.blocked import Untold
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.objects import Objects
 from fxpipe.capture.calls.real_values import LARGEST
 from fxpipe.capture.calls.scalars import followed_math, settled
-from fxpipe.capture.calls.symbols import SizeReads, Symbols
+from fxpipe.capture.calls.symbols import Sized, SizeReads, Symbols
 from fxpipe.capture.model.blocks import Leaves
 from fxpipe.capture.model.preserve import AttributeChange, Attributes, apply_changes, random_states, without_collection
 from fxpipe.capture.model.skeleton import Skeleton
@@ -44,7 +45,7 @@ from fxpipe.capture.record.guards import Numbers
 from fxpipe.capture.record.modules import ModuleCalls
 from fxpipe.capture.record.outcome import finish, loss_of
 from fxpipe.capture.record.recorder import Recorder
-from fxpipe.ir.tree import map_tree
+from fxpipe.ir.tree import map_tree, tree_leaves
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +131,7 @@ def observe(
         loss = loss_of(forward, output, target, loss_fn)
         if loss is None or not grad_enabled:  # it is handed out
             (output,) = settled(output)
+            _refuse_sizes(output)
         objects.check()
         outcome = finish(forward, loss if loss is not None else output)
     return Observation(
@@ -142,6 +144,18 @@ def observe(
         *(outcome.results, outcome.left, outcome.notes, outcome.overwritten),
         symbols=forward.symbols,
     )
+
+
+def _refuse_sizes(output: Any) -> None:
+    """Refuse what a model returns that is another number for other sizes.
+
+    Raises:
+        Untold: There is such a number.
+    """
+    for path, leaf in tree_leaves(output, "output"):
+        number = Sized.of(leaf) if isinstance(leaf, torch.SymInt) else leaf
+        if isinstance(number, Sized | torch.SymFloat | torch.SymBool):
+            raise Untold(f"{path} is a size")
 
 
 def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any], Any, Objects]:

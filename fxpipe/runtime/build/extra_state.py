@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxpipe.errors import SpecError
@@ -95,3 +97,19 @@ def spelled_states(modules: Mapping[str, nn.Module]) -> dict[str, str]:
         with contextlib.suppress(SpecError):
             found[key] = digest(spell(part.get_extra_state(), key))
     return found
+
+
+@contextlib.contextmanager
+def kept_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Give buffers, and what modules save besides, the values that they had."""
+    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    saving = [part for module in modules for part in extra_modules(module).values()]
+    states = [(part, copy.deepcopy(part.get_extra_state())) for part in saving]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+        for part, state in states:
+            part.set_extra_state(state)
