@@ -9,6 +9,7 @@ rank after rank adds a stage to either pass, and a bound ``T`` is kept where som
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from fxpipe.planning.search.chains import OrderCosts
 from fxpipe.planning.search.instance import Ints
-from fxpipe.planning.search.request import Request
+from fxpipe.planning.search.request import FREE, Request
 
+ANYWHERE = math.inf  # a width: cuts are looked for everywhere, as long as they are worth it
 WIDTHS = (0.6, 1.5, 4.0)  # how far from even cuts are looked for, in mean stages; the evenest first
 MOST_CUTS = 160  # cuts looked at per state; of more in reach, those where least crosses
 MOST_MIDDLES = 60  # ends of the first pass that are tried
@@ -59,7 +61,9 @@ def passes_of(ranks: Sequence[int]) -> tuple[bool, ...] | None:
     return tuple(run == up for run in runs) if all(run in (up, up[::-1]) for run in runs) else None
 
 
-def cut_passes(costs: OrderCosts, request: Request, lower: int, start: Sequence[int]) -> list[int] | None:
+def cut_passes(
+    costs: OrderCosts, request: Request, lower: int, start: Sequence[int], below: int | None = None
+) -> list[int] | None:
     """Cut an order for ranks that are visited in passes, memory and ties aside.
 
     Args:
@@ -67,6 +71,7 @@ def cut_passes(costs: OrderCosts, request: Request, lower: int, start: Sequence[
         request: Stages and ranks.
         lower: A rank load that is good enough: the search stops there.
         start: Cuts to begin with, both ends included; with two passes only their number matters.
+        below: With two passes, only a rank load below this is of interest; None for any.
 
     Returns:
         The cuts, both ends included; None where the stages visit the ranks in no passes, or none were found.
@@ -74,7 +79,7 @@ def cut_passes(costs: OrderCosts, request: Request, lower: int, start: Sequence[
     passes = passes_of(request.ranks)
     if passes is None or costs.size < request.stages:
         return None
-    work = _Passes(costs, request, passes)
+    work = _Passes(costs, request, passes, below)
     best: tuple[int, list[int]] | None = (work.bottleneck(start), list(start)) if len(passes) > 2 else None
     for _ in range(SWEEPS if len(passes) > 2 else 1):
         before = best
@@ -86,15 +91,38 @@ def cut_passes(costs: OrderCosts, request: Request, lower: int, start: Sequence[
 
 
 class _Passes:
-    def __init__(self, costs: OrderCosts, request: Request, passes: tuple[bool, ...]) -> None:
+    def __init__(self, costs: OrderCosts, request: Request, passes: tuple[bool, ...], below: int | None) -> None:
         self._passes, self._ranks, self._stages = passes, len(set(request.ranks)), request.stages
         self._rank_of = np.asarray(request.ranks)
+        self._below = 4 * int(costs.load[-1]) if below is None else below
         crossing = [costs.cross_load(kind) for kind in request.kinds]
         self._load, self._cross = costs.load, crossing
         anchors = costs.anchors if request.exactly else np.arange(costs.size + 1)
         self._latest = np.searchsorted(anchors, anchors, side="left") - 1  # the last cut that an anchor lies behind
         self._earliest = np.searchsorted(anchors, anchors, side="right")  # the first one that has an anchor before it
         self._mean = int(costs.load[-1]) // request.stages
+        self._worth = self._worth_looking_at(request)
+        self._widths = WIDTHS if self._worth is None else (ANYWHERE,)
+
+    def _worth_looking_at(self, request: Request) -> Ints | None:
+        """Give the cuts that no other one can stand for, and those where least crosses; None where they are too many.
+
+        A cut can stand for another that costs no less on either side. Of stages that hold next to nothing there may be
+        several in a row: so the cheapest cuts are kept too, beside those that could stand for them.
+        """
+        paid = next((index for index, kind in enumerate(request.kinds[1:-1], 1) if kind != FREE), None)
+        if paid is None:
+            return None
+        crossing = self._cross[paid]
+        begins = self._load - crossing
+        order = np.lexsort((-begins, self._load + crossing))
+        most = np.maximum.accumulate(begins[order])
+        best = order[np.concatenate([[True], begins[order][1:] > most[:-1]])]
+        if len(best) > MOST_CUTS:
+            return None
+        cheapest = np.argsort(crossing, kind="stable")
+        rest = cheapest[~np.isin(cheapest, best)][: MOST_CUTS - len(best)]
+        return np.sort(np.concatenate([best, rest]))
 
     def bottleneck(self, cuts: Sequence[int]) -> int:
         """Give the largest rank load of some cuts."""
@@ -117,7 +145,7 @@ class _Passes:
         bounds = (0, size) if best is None else (best[1][first * self._ranks], best[1][(second + 1) * self._ranks])
         if best is not None and count > 2:
             others = self._others(best[1], first, second)
-        for width in WIDTHS:
+        for width in self._widths:
             if second != first + 1:
                 assert best is not None
                 meets = [(best[1][(first + 1) * self._ranks], best[1][second * self._ranks])]
@@ -125,9 +153,11 @@ class _Passes:
                 meets = [(-1, -1)]
             else:
                 middle = (self._load[bounds[0]] + self._load[bounds[1]]) // 2
-                reach = min(width, self._ranks / 2) * self._mean
-                near = self._within(int(middle), int(reach), (first + 1) * self._ranks, bounds)
-                nearest = np.argsort(np.abs(self._load[near] - middle), kind="stable")[:MOST_MIDDLES]
+                near = self._within(
+                    int(middle), self._reach(min(width, self._ranks / 2)), (first + 1) * self._ranks, bounds
+                )
+                nearest = np.argsort(np.abs(self._load[near] - middle), kind="stable")
+                nearest = nearest if self._worth is not None else nearest[:MOST_MIDDLES]
                 meets = [(cut, cut) for cut in near[nearest].tolist()]
             for ends in meets:
                 lines = self._lines(first, second, bounds, ends, width)
@@ -151,8 +181,14 @@ class _Passes:
         np.add.at(sums, self._rank_of, loads)
         return sums if self._passes[first] else sums[::-1]
 
+    def _reach(self, width: float) -> int:
+        """Give a width in units of load."""
+        return int(min(width, self._stages) * self._mean)
+
     def _within(self, target: int, reach: int, boundary: int, bounds: tuple[int, int]) -> Ints:
-        """Give the cuts about a load; of too many, those where least crosses at this boundary."""
+        """Give the cuts about a load, or all worth it; of too many, those where least crosses at this boundary."""
+        if self._worth is not None:
+            return self._worth[slice(*np.searchsorted(self._worth, (bounds[0] + 1, bounds[1])))]
         low = max(int(np.searchsorted(self._load, target - reach, side="left")), bounds[0] + 1)
         high = min(int(np.searchsorted(self._load, target + reach, side="right")), bounds[1])
         cuts = np.arange(low, high)
@@ -181,7 +217,7 @@ class _Passes:
                 target = low + (high - low) * place // self._ranks
                 boundary = index * self._ranks + place
                 inside = (max(begin, bounds[0]), bounds[1] if end < 0 else end)
-                cuts.append(self._within(target, int(width * self._mean), boundary, inside))
+                cuts.append(self._within(target, self._reach(width), boundary, inside))
             if not all(len(part) for part in cuts):
                 return None
             found.append(self._line(index, cuts, alike=alike))
@@ -206,9 +242,9 @@ class _Passes:
         self, lines: tuple[_Line, _Line], others: Ints, best: tuple[int, list[int]] | None, lower: int, *, meets: bool
     ) -> tuple[Ints, Ints] | None:
         """Look for a smaller and smaller bottleneck, until no smaller one is worth the search."""
-        high = 2 * int(others.max()) + 4 * int(self._load[-1]) if best is None else best[0]
+        high = 2 * int(others.max()) + self._below if best is None else best[0]
         step = max(1, lower // FINE)
-        bound = high - (step if best is not None else 0)
+        bound = high - step
         found = self._kept(lines, others, bound, meets=meets)
         low = lower - 1
         while found is not None and low + step < bound:

@@ -18,11 +18,13 @@ from fxpipe.planning.search.problem import PartitionProblem
 from fxpipe.planning.search.reductions import Reduced, reduced
 from fxpipe.planning.search.request import Request
 from fxpipe.planning.search.several.frontier import frontier_bound
+from fxpipe.planning.search.several.lines import line_bound
 from fxpipe.planning.search.several.pairs import MOST_PAIRED, Paired, search_pairs
 from fxpipe.planning.search.several.passes import cut_passes, passes_of
 from fxpipe.planning.search.several.ranks import search_ranks
 from fxpipe.planning.search.stages import Answer, Hints, infeasible, search_stages
 
+NEARLY = 1_000  # a rank load so small a part above its bound is not bounded in another way
 ENOUGH = 400  # a rank load so small a part above its bound is not looked for in other orders
 
 
@@ -54,11 +56,7 @@ def search_several(
     if hints.goal and best is not None and best.value <= hints.goal:
         return Answer(best, min(lower, best.value), best.value <= lower, "pool")
     if best is not None:
-        lower = min(max(lower, crossing_bound(instance, request, best.value)), best.value)
-        # A stage may have nothing but nodes that cost nothing: what crosses next to them then counts.
-        whole = request.exactly and bool(instance.anchors.all())
-        small = instance if whole else reduced(without_memory(instance)).instance
-        lower = frontier_bound(without_memory(small), request, lower, best.value, hints.learned)
+        lower = _bound(instance, request, lower, best.value, hints)
         paired = _paired(instance, request, lower, best.value)
         lower = paired.lower
         if paired.stage_of is not None:
@@ -70,6 +68,18 @@ def search_several(
     lower = min(searched.lower, value)
     proven = value <= lower or (searched.exact and not hints.slack)
     return Answer(Found(value, found.stage_of), lower, proven, "downsets" if searched.exact else "pool")
+
+
+def _bound(instance: Instance, request: Request, lower: int, upper: int, hints: Hints) -> int:
+    """Bound the largest rank load, in one way after the other while the bound is far below the best one known."""
+    # A stage may have nothing but nodes that cost nothing: what crosses next to them then counts.
+    whole = request.exactly and bool(instance.anchors.all())
+    small = without_memory(instance if whole else reduced(without_memory(instance)).instance)
+    lower = line_bound(small, request, lower, upper)
+    if upper - lower > upper // NEARLY:
+        lower = min(max(lower, crossing_bound(instance, request, upper)), upper)
+        lower = frontier_bound(small, request, lower, upper, hints.learned)
+    return lower
 
 
 def _best(instance: Instance, request: Request, starts: list[Ints]) -> Found | None:
@@ -97,12 +107,15 @@ def _in_passes(instance: Instance, request: Request, lower: int, stage_of: Ints)
     if request.routing == "direct" or passes_of(request.ranks) is None:
         return []
     found: list[Ints] = []
+    below: int | None = None
     for make_order in (lambda: by_priority(instance, stage_of.tolist()), *orders(instance)):
         costs = order_costs(instance, make_order(), request.routing)
         start = np.searchsorted(stage_of[list(costs.order)], np.arange(request.stages + 1), side="left").tolist()
-        cuts = cut_passes(costs, request, lower, start)
+        cuts = cut_passes(costs, request, lower, start, below)
         if cuts is not None:
             found.append(stages_of_cuts(costs, cuts))
-            if evaluate(instance, request, found[-1]).bottleneck <= lower + lower // ENOUGH:
+            reached = evaluate(instance, request, found[-1]).bottleneck
+            below = reached if below is None else min(below, reached)
+            if reached <= lower + lower // ENOUGH:
                 break
     return found
