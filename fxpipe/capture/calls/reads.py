@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxpipe._torch import FakeTensor, without_functions, without_modes
+from fxpipe._torch import FakeTensor, functorch_is_active, without_functions, without_modes
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.calls.watch import Watch
 
@@ -95,7 +95,7 @@ def shaping_numbers(
         tensors: The tensors among them.
         result: What it gave.
     """
-    single = [each for each in tensors if _may_be_number(each)]
+    single = [] if functorch_is_active() else [each for each in tensors if _may_be_number(each)]
     shapes = [part.shape for part in tensors_in(result)] if single else []
     kept = watch.drew, watch.trace, watch.looked
     try:

@@ -165,8 +165,8 @@ class ModuleCalls:
             with watched_reads(module) if key is not None else nullcontext() as reads:
                 result = original(module, *args, **kwargs)
         except UNKNOWN_VALUES:
-            forward.has_read = True
             result, counts = self._zero_runs.run_module(forward, frame, *settled(args, kwargs))
+            forward.has_read = True
         finally:
             forward.quiet = None
             forward.watch.trace = None
@@ -228,6 +228,9 @@ class ModuleCalls:
             real = not (isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.is_floating_point())
             return real and recorder.knows(tensor) and info(recorder.node_of(tensor, frame)).from_input
 
+        # What is kept by a hook of one call would be kept of all.
+        if any(_has_hooks(part) or "forward" in vars(part) for part in frame.module.modules()):
+            return
         with without_functions():
             if not any(map(varies, tensors_in(args, kwargs))):
                 return
