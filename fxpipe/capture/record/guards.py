@@ -362,8 +362,11 @@ def _tried_value(forward: Forward, node: fx.Node, values: dict[fx.Node, Any], si
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     if node.op == "call_module":
         module = forward.skeleton.module.get_submodule(str(node.target))
-        if next(module.buffers(), None) is not None:
-            raise LookupError(f"{node.target} may write to its buffers")
+        hooked = any(
+            value for part in module.modules() for name, value in vars(part).items() if name.endswith("_hooks")
+        )
+        if next(module.buffers(), None) is not None or hooked:
+            raise LookupError(f"{node.target} may write to its buffers, and its hooks may keep what it gives")
         return module(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
