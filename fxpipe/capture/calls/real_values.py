@@ -33,20 +33,18 @@ FACTORIES = frozenset(
         *("range", "scalar_tensor", "tril_indices", "triu_indices", "meshgrid", "cartesian_prod", "combinations"),
     }
 )
-_COMPARING = frozenset(
+_EXACT = frozenset(
     {
         *("eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
-        *("not_equal", "less", "less_equal", "greater", "greater_equal", "bool", "to", "type", "logical_not"),
-        *("isnan", "isfinite", "isinf"),
+        *("not_equal", "less", "less_equal", "greater", "greater_equal", "logical_not", "isnan", "isfinite", "isinf"),
+        *("bool", "to", "type", "float", "double", "detach", "clone", "contiguous", "__getitem__", "narrow", "select"),
+        *("view", "reshape", "flatten", "squeeze", "unsqueeze", "expand", "transpose", "permute"),
     }
 )
-_ARRANGING = frozenset(
-    {
-        *("__getitem__", "to", "type", "float", "double", "detach", "view", "reshape", "flatten", "squeeze"),
-        *("unsqueeze", "contiguous", "expand", "transpose", "permute", "narrow", "select", "clone"),
-    }
-)
-"""What is compared of a float that is given: itself, or its parts in another order."""
+"""What gives the same bits of floats on every device, so that a mask may be known: comparing and arranging them.
+
+Arithmetic does not: where it rounds differently, the stage would select other elements than were counted.
+"""
 _AS_OTHERS = frozenset({"expand_as", "view_as", "reshape_as"})
 
 
@@ -134,7 +132,7 @@ class RealValues:
     def _compared(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """Give the value of what compares floats that are given, or puts them in another order; None for all else."""
         known = self._floats.get(id(args[0])) if args and self._floats else None
-        if known is None or name not in _COMPARING | _ARRANGING or self._kept + known[2].numel() > BUDGET:
+        if known is None or name not in _EXACT or self._kept + known[2].numel() > BUDGET:
             return None
         others = tensors_in(args[1:], kwargs)
         if versions_of([known[0]]) != known[1] or any(isinstance(each, FakeTensor) for each in others):
