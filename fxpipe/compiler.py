@@ -23,12 +23,12 @@ from fxpipe.ir.files.hardware_file import resolve_hardware
 from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.mesh import num_replicas
-from fxpipe.ir.plan import Baseline, PipelinePlan
+from fxpipe.ir.plan import Baseline, PipelinePlan, layers_by_name
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.schedule import default_ranks, least_microbatches, placement, schedule_named
 from fxpipe.ir.spec import LayerSpec
 from fxpipe.logs import log
-from fxpipe.materialize import Origin, layers_by_name
+from fxpipe.materialize import Origin
 from fxpipe.pipeline import Pipeline
 from fxpipe.planning.costs.estimate import Estimate, estimate_costs
 from fxpipe.planning.layout import make_layout
@@ -322,7 +322,7 @@ class _Compiler:
 
 def _holders(capture: Capture, graph: LayerGraph, plan: PipelinePlan) -> dict[str, tuple[int, ...]]:
     """Give the stages that hold each tensor of the model, by every name it has."""
-    layers, aliases = layers_by_name(graph), capture.skeleton.aliases
+    layers, aliases = layers_by_name(graph, plan), capture.skeleton.aliases
     found: dict[str, dict[int, None]] = {}
     for stage in plan.stages:
         for spec in (spec for name in (*stage.layers, *stage.duplicated) for spec in layers.get(name, ())):

@@ -22,7 +22,7 @@ from fxpipe.capture.model.sequence import SpecSequential
 from fxpipe.errors import FxpipeError, MaterializeError
 from fxpipe.ir.canonical import import_path
 from fxpipe.ir.graph import LayerGraph
-from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan
+from fxpipe.ir.plan import Baseline, PipelinePlan, StagePlan, layers_by_name
 from fxpipe.ir.profile import Profile
 from fxpipe.ir.source import WeightSource
 from fxpipe.ir.spec import LayerSpec
@@ -244,7 +244,7 @@ def materialize(
         ScheduleError: There are more or fewer processes than ranks.
     """
     capture = source.capture
-    layers = layers_by_name(graph)
+    layers = layers_by_name(graph, plan)
     where, error = _where(source, plan, device, options)
     same = {"the seed": seed, "the kind of device": where.type, "dtype": dtype, "init": spelled(init), **options.same}
     groups, started = join_ranks(source.mesh, plan, where, options.patience, same, error)
@@ -342,7 +342,7 @@ def weight_sources(
         All parameters and buffers of the model, in its order.
     """
     skeleton = source.capture.skeleton
-    layers = layers_by_name(graph)
+    layers = layers_by_name(graph, plan)
     stages: dict[str, dict[int, None]] = {}
     for stage in plan.stages:
         for fqn in _wanted(skeleton.aliases, [_parts(source.capture, plan, layers, stage)]):
@@ -379,16 +379,6 @@ def tied_names(capture: Capture) -> dict[str, str]:
         return {}
     names = {id(part): fqn for fqn, part in model.named_modules()}
     return {key: names[id(module)] for key, module in model.tied_modules.items()}
-
-
-def layers_by_name(graph: LayerGraph) -> dict[str, list[LayerSpec]]:
-    """Give the layers that a plan means by each name: one, or those of a block that lies whole in a stage."""
-    blocks = graph.blocks or ("",) * len(graph.specs)
-    found: dict[str, list[LayerSpec]] = {}
-    for layer, block, spec in zip(graph.layer_names, blocks, graph.specs, strict=True):
-        for name in dict.fromkeys((layer, block)):
-            found.setdefault(name, []).append(spec)
-    return found
 
 
 def _stage_of_tensor(plan: PipelinePlan, layers: Mapping[str, Sequence[LayerSpec]]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from typing import Any
 
 from fxpipe.errors import PlanError, ScheduleError
 from fxpipe.ir.files.reading import check_dtype, read_fields, read_json
+from fxpipe.ir.graph import LayerGraph
 from fxpipe.ir.hardware import Hardware, Training
 from fxpipe.ir.schedule import placement
+from fxpipe.ir.spec import LayerSpec
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.ir.units import folded
 
@@ -310,3 +313,22 @@ def _check_numbers(plan: PipelinePlan) -> None:
                 raise PlanError(
                     f"stages[{place}].sends[{number}].shape is {list(meta.shape)}\n  give sizes of at least 0"
                 )
+
+
+def layers_by_name(graph: LayerGraph, plan: PipelinePlan) -> dict[str, list[LayerSpec]]:
+    """Give the layers that a plan means by each name: one, or those of a block that lies whole in a stage.
+
+    A module that the graph does not call lies with the first layer of the plan's inside it: a plan of opened blocks
+    calls what another path leaves out.
+    """
+    blocks = graph.blocks or ("",) * len(graph.specs)
+    planned = dict.fromkeys(name for stage in plan.stages for name in (*stage.layers, *stage.duplicated))
+    found: dict[str, list[LayerSpec]] = {}
+    for layer, block, spec in zip(graph.layer_names, blocks, graph.specs, strict=True):
+        names = dict.fromkeys((layer, block))
+        if planned.keys().isdisjoint(names):
+            inside = (name for name in planned if name.startswith(f"{spec.fqn}."))
+            names.update(dict.fromkeys(itertools.islice(inside, 1)))
+        for name in names:
+            found.setdefault(name, []).append(spec)
+    return found

@@ -164,6 +164,37 @@ class Tied(nn.Module):
         return (x if self.kind == "embedding" else x.detach()) @ weight.t() + self.layers[1].linear.bias.sum()
 
 
+class Rescaled(torch.autograd.Function):
+    """Its backward looks at values of its weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return (gradient * weight if weight.sum() < 1e9 else None), gradient.sum((0, 1))
+
+
+class Looking(Layer):
+    def forward(self, x):
+        return self.linear(Rescaled.apply(x, self.linear.bias))
+
+
+class Differentiated(Layer):
+    def forward(self, x):
+        return self.linear(torch.func.grad(lambda y: (y.tanh() * self.linear.bias).sum())(x))
+
+
+class Alone(Layer):
+    """Takes nothing of its input: what stands before is called for nothing."""
+
+    def forward(self, x):
+        return self.linear.weight[0].expand(*x.shape[:2], 8) * 1.0
+
+
 def mean_square(output):
     return output.pow(2).mean()
 
@@ -180,6 +211,7 @@ def check(model, inputs, stages, schedule="GPipe", **options):
     pipe = fxpipe.compile(model, stages, (inputs,), loss_fn=mean_square, schedule=schedule, **options)
     with pipe.materialize(device="cpu") as pipe:
         torch.testing.assert_close(pipe.step(inputs), loss.detach(), rtol=1e-12, atol=0)
+        assert {fqn for fqn, _ in pipe.named_parameters()} == set(wanted)
         for fqn, parameter in pipe.named_parameters():
             assert (parameter.grad is None) == (wanted[fqn] is None), fqn
             if parameter.grad is not None:
@@ -192,6 +224,12 @@ def check(model, inputs, stages, schedule="GPipe", **options):
 @pytest.mark.parametrize("kind", [Codes, Detached, Signs, Quiet, Custom, Checkpointed])
 def test_before_a_block_with_weights_that_gives_no_gradient(kind, stages, grain):
     assert len(check(between(kind()), torch.randn(4, 6, 8), stages, microbatches=2, grain=grain)) >= 4
+
+
+@pytest.mark.parametrize("kind", [Looking, Differentiated, Alone])
+def test_other_ways_to_a_gradient(kind):
+    ends = check(between(kind(), kind()), torch.randn(4, 6, 8), 3, microbatches=2, grain="op")
+    assert bool(ends) == (kind is Alone)
 
 
 @pytest.mark.parametrize("kind", [Asking, Force])

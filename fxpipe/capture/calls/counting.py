@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -58,6 +58,8 @@ class LayerCounter:
         kwargs: Mapping[str, Any],
         trace: tuple[Any, ...],
         attention: tuple[str, ...],
+        *,
+        own: Collection[int] = (),
     ) -> LayerCounts:
         """Count one call.
 
@@ -67,12 +69,17 @@ class LayerCounter:
             kwargs: Its keyword arguments.
             trace: What the call did below Python; calls that did the same count the same.
             attention: Forms of the attention calls inside.
+            own: ``id`` of arguments that stand for the model's own tensors.
         """
         key = self.key(function, args, kwargs, trace, attention)
         known = self.known.get(key)
         if known is None:
-            known = self.known[key] = replace(self._measure(function, args, kwargs), attention=attention)
+            known = self.known[key] = replace(self._measure(function, args, kwargs, own), attention=attention)
         return known
+
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer of the model."""
+        return id(tensor) in self._skeleton.fqn_of
 
     def key(
         self,
@@ -96,6 +103,7 @@ class LayerCounter:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        standing: Collection[int],
     ) -> LayerCounts:
         inputs: list[torch.Tensor] = []
         own = [tensor for _, tensor in named_tensors(function)] if isinstance(function, nn.Module) else []
@@ -103,7 +111,7 @@ class LayerCounter:
         def given(_: str, leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            if id(leaf) in self._skeleton.fqn_of:
+            if id(leaf) in self._skeleton.fqn_of or id(leaf) in standing:
                 own.append(leaf)
                 return leaf
             fresh = leaf.detach().clone()  # a call may write to what it is given
@@ -120,8 +128,8 @@ class LayerCounter:
                 self.mode.kept.append(tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.mode.phase("forward"):
-            result = function(*args, **kwargs)
+        with self.mode.phase("forward"):
+            result = self._called(function, args, kwargs, pack)
         outputs = tensors_in(result)
         forward = self.mode.take()
         input_grad, weight_grad, largest = self._backward(inputs, own, outputs)
@@ -130,6 +138,17 @@ class LayerCounter:
         ops = (*forward, *input_grad, *weight_grad)
         uncounted = tuple(sorted({op.name for op in ops if not is_counted(op)}))
         return LayerCounts(ops, saved_bytes, saved_values, uncounted, gradient_bytes=largest)
+
+    def _called(self, function: Callable[..., Any], args: Any, kwargs: Any, pack: Callable[..., Any]) -> Any:
+        """Make a call and hear what it keeps for its backward, where nothing inside of it refuses to be heard."""
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # of torch.func.grad and its like
+                raise
+        self.mode.take()
+        return function(*args, **kwargs)
 
     def _backward(
         self, inputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxpipe._torch import FakeTensor, without_functions, without_modes
 from fxpipe.capture.calls.counting import LayerCounter
+from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.model.skeleton import Skeleton, named_tensors
 from fxpipe.ir.cost import LayerCounts
 from fxpipe.ir.tree import map_tree
@@ -45,7 +46,9 @@ def counts_on_zeros(
     """Count a call on zeros; arguments as of ``LayerCounter.counts``."""
     with without_functions(), without_modes():
         call, real_args, real_kwargs = on_zeros(function, args, kwargs)
-        return counter.counts(call, real_args, real_kwargs, trace, attention)
+        pairs = zip(tensors_in(args, kwargs), tensors_in(real_args, real_kwargs), strict=True)
+        own = [id(real) for tensor, real in pairs if counter.is_own(tensor)]
+        return counter.counts(call, real_args, real_kwargs, trace, attention, own=own)
 
 
 def on_zeros(
