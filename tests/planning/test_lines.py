@@ -7,6 +7,7 @@ or take turns in another way.
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -21,23 +22,26 @@ from fxpipe.planning.search.reductions import reduced
 from fxpipe.planning.search.request import Request
 from fxpipe.planning.search.several.lines import line_bound
 from fxpipe.planning.search.spine import cuts, parts
-from fxpipe.planning.search.spine.cuts import spine_line
+from fxpipe.planning.search.spine.cuts import spine_marks
+from fxpipe.planning.search.spine.line import Line, thinned
 
 RANKS = st.sampled_from([(0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 0, 1, 0, 1), (0, 1, 1, 0, 0, 1), (0, 0, 1, 1)])
 
 
 def marks_in_a_row(line, chain, costs):
-    """Tell whether each cut of a chain, one within the next, has a mark that may stand for it, the first one taken."""
-    place, again = 0, True
+    """Tell whether each cut of a chain, one within the next, has a mark that may stand for it, by the line's rules."""
+    reached = None
     for cut in chain:
         load, crossed = costs[cut]
         fits = (line.ends <= load + crossed) & (line.begins >= load - crossed)
-        fits[: place if again else place + 1] = False
-        if not fits.any():
-            return False
-        place = int(fits.argmax())
-        again = bool(line.shared[place])
-    return True
+        if reached is not None:
+            for mark in np.flatnonzero(fits).tolist():
+                before = reached[: mark + 1].copy()
+                before[mark] &= line.shared[mark]
+                before[list(line.apart.get(mark, ()))] = False
+                fits[mark] = before.any()
+        reached = fits
+    return reached is None or bool(reached.any())
 
 
 def check_rows(problem, exactly, numbers, count):
@@ -46,8 +50,8 @@ def check_rows(problem, exactly, numbers, count):
     if exactly and not instance.anchors.all():
         instance = reduced(instance).instance
     crossing = instance.values.column(0)
-    line = spine_line(instance, crossing, exactly=exactly)
-    assume(line is not None)
+    marks = spine_marks(instance, crossing, exactly=exactly)
+    assume(marks)
     masks = enumerate_downsets(instance, 1000)
     loads, crossed, _ = downset_costs(instance, masks, crossing)
     costs = dict(zip(masks, zip(loads.tolist(), crossed.tolist(), strict=True), strict=True))
@@ -58,8 +62,8 @@ def check_rows(problem, exactly, numbers, count):
         chain = [cut for cut in chain if not exactly or cut not in (0, whole)]
         if not exactly:
             chain = [cut for cut in chain for _ in range(2)]  # stages may be left out
-        for kept in (line, line.thinned(count)):
-            assert marks_in_a_row(kept, chain, costs)
+        for kept in (marks, thinned(marks, count)):
+            assert marks_in_a_row(Line.of(kept), chain, costs)
 
 
 SHUFFLES = st.randoms(use_true_random=False)

@@ -7,6 +7,8 @@ hold next to nothing then cost what they must.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,13 +16,15 @@ from fxpipe.planning.search.bounds import MOST_NODES, least_crossing
 from fxpipe.planning.search.instance import Instance, Ints
 from fxpipe.planning.search.request import FREE, Request
 from fxpipe.planning.search.several.passes import FINE, NOWHERE, passes_of
-from fxpipe.planning.search.spine.cuts import spine_line
-from fxpipe.planning.search.spine.line import Line
+from fxpipe.planning.search.spine.cuts import spine_marks
+from fxpipe.planning.search.spine.line import Line, thinned
 
 MOST_MARKS = 224  # of a line with more, neighbours are joined; one of more than twice as many says too little then
 TOGETHER = 400_000  # states of several ends of the first pass that are looked at together
 WORK = 120_000_000  # states looked at, before the search is given up
 PROBE = 300  # the share below a known partition that is asked for first
+
+Apart = Mapping[int, tuple[int, ...]]
 
 
 def line_bound(instance: Instance, request: Request, lower: int, upper: int) -> int:
@@ -39,10 +43,10 @@ def line_bound(instance: Instance, request: Request, lower: int, upper: int) -> 
     if request.routing == "direct" or upper - lower <= step or instance.size > MOST_NODES:
         return lower
     kinds = sorted({kind for kind in request.kinds[1:-1] if kind != FREE})
-    line = spine_line(instance, least_crossing(instance, kinds), exactly=request.exactly)
-    if line is None or not 0 < len(line) <= 2 * MOST_MARKS:
+    marks = spine_marks(instance, least_crossing(instance, kinds), exactly=request.exactly)
+    if not 0 < len(marks) <= 2 * MOST_MARKS:
         return lower
-    line = line.thinned(MOST_MARKS)
+    line = Line.of(thinned(marks, MOST_MARKS))
     passes = passes_of(request.ranks)
     # The turn of a V costs nothing and lies anywhere; other free boundaries are not known there.
     free = [boundary for boundary, kind in enumerate(request.kinds) if kind == FREE]
@@ -69,7 +73,7 @@ class _Walks:
     """Whether ranks may keep a bound, by the marks of a line."""
 
     def __init__(self, line: Line, instance: Instance, request: Request) -> None:
-        self.ends, self.begins, self.shared = line.ends, line.begins, line.shared
+        self.ends, self.begins, self.shared, self.apart = line.ends, line.begins, line.shared, line.apart
         self.total, self.ranks = int(instance.load.sum()), len(set(request.ranks))
         self.work = WORK
 
@@ -110,11 +114,12 @@ class _Turning(_Walks):
     def may_keep(self, bound: int) -> bool:
         """Tell whether the bound may be kept."""
         ends, begins = self.ends, self.begins
+        down = _turned(self.apart, len(ends))
         states = np.where(ends[:, None] + self.total - begins <= bound, begins[:, None] - ends, NOWHERE)
         for _ in range(2, self.ranks):
             self.work -= states.size
-            most = _before(states, self.shared)
-            most = _before(most[:, ::-1].T, self.shared[::-1]).T[:, ::-1]
+            most = _before(states, self.shared, self.apart)
+            most = _before(most[:, ::-1].T, self.shared[::-1], down).T[:, ::-1]
             kept = most >= np.maximum(ends[:, None] - begins - bound, NOWHERE + 1)
             if not kept.any():
                 return False
@@ -156,20 +161,39 @@ class _Again(_Walks):
         begun = (begins[up, None] + begins[None, on])[:, None, :]
         kept = (used[:, None, :] - begins[here][:, None] <= bound) & allowed
         need = np.maximum(used - bound, NOWHERE + 1)[:, None, :]
+        later_apart = {
+            row - first: tuple(other - first for other in others if other >= first)
+            for row, others in self.apart.items()
+        }
         for _ in range(2, self.ranks):
             self.work -= kept.size
             if self.is_spent or not kept.any():
                 return False
-            most = _before(np.where(kept, begun, NOWHERE), shared[up])
-            most = _before(most.transpose(2, 0, 1), shared[on]).transpose(1, 2, 0)
+            most = _before(np.where(kept, begun, NOWHERE), shared[up], self.apart)
+            most = _before(most.transpose(2, 0, 1), shared[on], later_apart).transpose(1, 2, 0)
             kept = (most >= need) & allowed
         most = np.where(kept, begun, NOWHERE).max(axis=(0, 2))
         return bool((most >= np.maximum(ends[here] + self.total - bound, NOWHERE + 1)).any())
 
 
-def _before(states: Ints, shared: NDArray[np.bool_]) -> Ints:
-    """Give for each row the most of all rows before it, and of its own where its mark is shared."""
+def _before(states: Ints, shared: NDArray[np.bool_], apart: Apart) -> Ints:
+    """Give for each row the most of all rows that may come before it, and of its own where its mark is shared."""
     most = np.maximum.accumulate(states, axis=0)
     for row in np.flatnonzero(~shared)[::-1].tolist():
-        most[row] = most[row - 1] if row else NOWHERE
+        others = apart.get(row)
+        if others:
+            kept = np.ones(row, dtype=bool)
+            kept[list(others)] = False
+            most[row] = states[:row][kept].max(axis=0, initial=NOWHERE)
+        else:
+            most[row] = most[row - 1] if row else NOWHERE
     return most
+
+
+def _turned(apart: Apart, size: int) -> Apart:
+    """Give which rows may not come before which where rows are counted from the last one."""
+    found: dict[int, list[int]] = {}
+    for row, others in apart.items():
+        for other in others:
+            found.setdefault(size - 1 - other, []).append(size - 1 - row)
+    return {row: tuple(others) for row, others in found.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fxpipe.planning.search.instance import Instance, Ints
+from fxpipe.planning.search.instance import NEAR_LOAD, Instance, Ints, merged
 from fxpipe.planning.search.orders import given_order
-from fxpipe.planning.search.spine.line import Line, Mark
+from fxpipe.planning.search.spine.line import Mark, distinct
 from fxpipe.planning.search.spine.parts import (
     NOTHING_KNOWN,
     SOME_INSIDE,
@@ -20,6 +20,8 @@ from fxpipe.planning.search.spine.parts import (
 
 MOST_FREE = 100_000  # free nodes over all places, before the others are only counted
 OWN_MARKS = 16  # cuts that have a mark of their own: those where least crosses
+FEW_OWN_MARKS = 6  # the same among those that no node of the path lies before
+MOST_DEPTH = 2  # paths of the nodes that are free before a path, and before that
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,8 @@ class Spine:
         return len(self.path) + 1
 
 
-def spine_line(instance: Instance, crossing: Ints, *, exactly: bool) -> Line | None:
-    """Give marks that stand for all cuts of a graph.
+def spine_marks(instance: Instance, crossing: Ints, *, exactly: bool) -> list[Mark]:
+    """Give marks that stand for all cuts of a graph, in a row.
 
     Args:
         instance: The merged graph. Where every stage has an anchor, no free nodes with anchors may have been merged.
@@ -79,16 +81,25 @@ def spine_line(instance: Instance, crossing: Ints, *, exactly: bool) -> Line | N
         exactly: Whether every stage has a node of its own.
 
     Returns:
-        The marks; None where nothing costs anything to cross.
+        The marks; none where nothing costs anything to cross.
     """
     if not crossing.any():
-        return None
-    cuts = _Cuts(instance, crossing)
+        return []
+    cuts = _Cuts(_with_crossing(instance, crossing))
     total = int(instance.load.sum())
     if exactly:
-        return Line.of(cuts.marks())
-    shared = [(end, begin, True) for end, begin in zip(cuts.ends.tolist(), cuts.begins.tolist(), strict=True)]
-    return Line.of([(0, 0, True), *shared, (total, total, True)])
+        return distinct(cuts.marks())
+    shared: list[Mark] = [
+        (end, begin, None) for end, begin in zip(cuts.ends.tolist(), cuts.begins.tolist(), strict=True)
+    ]
+    return distinct([(0, 0, None), *shared, (total, total, None)])
+
+
+def _with_crossing(instance: Instance, crossing: Ints) -> Instance:
+    """Give the instance with what values cost at least in the place of what they cost on a near link."""
+    amounts = np.zeros_like(instance.values.amounts)
+    amounts[:, NEAR_LOAD] = crossing
+    return replace(instance, values=replace(instance.values, amounts=amounts))
 
 
 class _Cuts:
@@ -99,8 +110,9 @@ class _Cuts:
         begins: ``P - x`` of any cut at each place, at most.
     """
 
-    def __init__(self, instance: Instance, crossing: Ints) -> None:
-        self._instance, self._spine = instance, Spine.of(instance)
+    def __init__(self, instance: Instance, depth: int = 0) -> None:
+        self._instance, self._spine, self._depth = instance, Spine.of(instance), depth
+        crossing = instance.values.column(NEAR_LOAD)
         self._parts = FreeParts(instance, crossing.tolist())
         places = self._spine.places
         starts, nodes = instance.values.start[:-1], instance.values.nodes
@@ -111,7 +123,6 @@ class _Cuts:
         certain = _steps(self._first, self._last + 1, crossing, places)
         self.load = _steps(self._spine.inside, np.full(instance.size, places), instance.load, places)
         self.crossed = _steps(self._first, self._whole, crossing, places)  # with no free node before the cut
-        self._crossing = crossing
         self._at: list[tuple[Part, ...] | None] = list(self._parts_at_places())
         self.ends, self.begins = self.load + certain, self.load - certain
         free = _steps(self._spine.outside + 1, self._spine.inside, instance.load, places)
@@ -125,23 +136,43 @@ class _Cuts:
 
     def marks(self) -> list[Mark]:
         """Give marks in a row for the cuts between two stages that both have a node."""
-        places = self._spine.places
-        last = places - 1
-        full = not self._free(last)
-        cheapest = np.argsort(self.crossed[1 : last if full else places], kind="stable")[:OWN_MARKS] + 1
+        last = self._spine.places - 1
+        return self._before_the_path() + self._from(1, last, OWN_MARKS) + self._others(last, nothing=True)
+
+    def _from(self, start: int, stop: int, count: int) -> list[Mark]:
+        """Give marks for the cuts at some places, some of them of one cut alone: those where least crosses."""
+        cheapest = np.argsort(self.crossed[start:stop], kind="stable")[:count] + start
         own = set(cheapest.tolist())
         found: list[Mark] = []
-        for place in range(places):
+        for place in range(start, stop):
             if place in own:
                 load, crossed = int(self.load[place]), int(self.crossed[place])
-                found.append((load + crossed, load - crossed, False))
-            if place in own or place == 0:
+                inside = np.flatnonzero(self._spine.inside <= place).tolist()
+                found.append((load + crossed, load - crossed, sum(1 << node for node in inside)))
                 found += self._others(place, nothing=False)
-            elif place == last:
-                found += self._others(place, nothing=True)
             else:
-                found.append((int(self.ends[place]), int(self.begins[place]), True))
+                found.append((int(self.ends[place]), int(self.begins[place]), None))
         return found
+
+    def _before_the_path(self) -> list[Mark]:
+        """Give marks for the cuts that no node of the path lies before: along a path of the nodes that are free there.
+
+        All that comes after the first node of the path is one node of the smaller graph, behind all of these cuts.
+        """
+        behind = self._spine.outside >= 0
+        if behind.all():
+            return []
+        node_of = np.cumsum(~behind) - 1
+        node_of[behind] = int(node_of[-1]) + 1
+        rest = int(node_of.max())
+        if self._depth < MOST_DEPTH:
+            inner = _Cuts(merged(self._instance, node_of, rest + 1), self._depth + 1)
+            path = inner._spine.path
+            if len(path) > 1 and path[-1] == rest:
+                found = inner._before_the_path() + inner._from(1, len(path), FEW_OWN_MARKS)
+                nodes = np.flatnonzero(~behind).tolist()
+                return [(end, begin, None if cut is None else _bits(cut, nodes)) for end, begin, cut in found]
+        return self._others(0, nothing=False)
 
     def _free(self, place: int) -> bool:
         """Tell whether any node is free at a place."""
@@ -161,14 +192,14 @@ class _Cuts:
                 changes.append((other.end - base.end, other.begin - base.begin))
             end += min(change for change, _ in changes)
             begin += max(change for _, change in changes)
-        return [(end, begin, True)]
+        return [(end, begin, None)]
 
     def _parts_at_places(self) -> Iterator[tuple[Part, ...] | None]:
         """Give the parts of the free nodes at every place; None where there are too many to look at."""
         spine = self._spine
         values_of: list[list[int]] = [[] for _ in range(self._instance.size)]
         sets = self._instance.values.sets()
-        paying = self._crossing > 0
+        paying = self._instance.values.column(NEAR_LOAD) > 0
         for value in np.flatnonzero(paying).tolist():
             for node in sets[value]:
                 values_of[node].append(value)
@@ -227,6 +258,11 @@ class _Cuts:
                         del left[other]
                         waiting.append(other)
             yield Part(tuple(sorted(nodes)), tuple(sorted(own)))
+
+
+def _bits(cut: int, nodes: Sequence[int]) -> int:
+    """Give the bits of other numbers of the nodes of a cut."""
+    return sum(1 << node for index, node in enumerate(nodes) if cut >> index & 1)
 
 
 def _status(*, inside: bool, outside: bool) -> int:

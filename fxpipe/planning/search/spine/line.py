@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fxpipe.planning.search.instance import Ints
 
-Mark = tuple[int, int, bool]
+Mark = tuple[int, int, int | None]  # ``P + x``, ``P - x``, and of one cut alone the nodes before it, as bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,57 +26,67 @@ class Line:
         ends: ``P + x`` of each mark.
         begins: ``P - x`` of each mark.
         shared: Whether it stands for several cuts, so that two in a row may have it.
+        apart: For each mark of one cut alone, the earlier ones of those marks whose cuts do not lie within it.
     """
 
     ends: Ints
     begins: Ints
     shared: NDArray[np.bool_]
+    apart: dict[int, tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.ends)
 
     @classmethod
     def of(cls, marks: Sequence[Mark]) -> Line:
-        """Make a line of marks, without those that a neighbour can stand for."""
-        kept: list[Mark] = []
-        for mark in marks:
-            while kept and _stands_for(mark, kept[-1]):
-                kept.pop()
-            if not (kept and _stands_for(kept[-1], mark)):
-                kept.append(mark)
-        ends, begins = np.asarray([mark[:2] for mark in kept], dtype=np.int64).reshape(-1, 2).T
-        return cls(ends, begins, np.asarray([mark[2] for mark in kept], dtype=np.bool_))
+        """Make a line of marks."""
+        ends, begins = np.asarray([mark[:2] for mark in marks], dtype=np.int64).reshape(-1, 2).T
+        own = [(place, mark[2]) for place, mark in enumerate(marks) if mark[2] is not None]
+        apart = {
+            place: tuple(before for before, inner in own[:index] if inner & ~cut)
+            for index, (place, cut) in enumerate(own)
+        }
+        return cls(ends, begins, np.asarray([mark[2] is None for mark in marks], dtype=np.bool_), apart)
 
-    def thinned(self, count: int) -> Line:
-        """Let shared marks stand for shared neighbours too, so that about ``count`` marks are left.
 
-        Those are joined first that lose least by it.
-        """
-        marks = list(zip(self.ends.tolist(), self.begins.tolist(), self.shared.tolist(), strict=True))
-        while len(marks) > count:
-            pairs = list(pairwise(marks))
-            lost = {
-                place: abs(one[0] - other[0]) + abs(one[1] - other[1])
-                for place, (one, other) in enumerate(pairs)
-                if one[2] and other[2]
-            }
-            if not lost:
-                break
-            chosen = set(sorted(lost, key=lost.__getitem__)[: max(1, (len(marks) - count) // 2)])
-            left: list[Mark] = []
-            place = 0
-            while place < len(marks):
-                joins = place in chosen
-                left.append(_joined(*pairs[place]) if joins else marks[place])
-                place += 1 + joins
-            marks = left
-        return Line.of(marks)
+def distinct(marks: Sequence[Mark]) -> list[Mark]:
+    """Leave out marks that a neighbour can stand for."""
+    kept: list[Mark] = []
+    for mark in marks:
+        while kept and _stands_for(mark, kept[-1]):
+            kept.pop()
+        if not (kept and _stands_for(kept[-1], mark)):
+            kept.append(mark)
+    return kept
+
+
+def thinned(marks: Sequence[Mark], count: int) -> list[Mark]:
+    """Let shared marks stand for shared neighbours too, so that about ``count`` are left; first where least is lost."""
+    marks = list(marks)
+    while len(marks) > count:
+        pairs = list(pairwise(marks))
+        lost = {
+            place: abs(one[0] - other[0]) + abs(one[1] - other[1])
+            for place, (one, other) in enumerate(pairs)
+            if one[2] is None and other[2] is None
+        }
+        if not lost:
+            break
+        chosen = set(sorted(lost, key=lost.__getitem__)[: max(1, (len(marks) - count) // 2)])
+        left: list[Mark] = []
+        place = 0
+        while place < len(marks):
+            joins = place in chosen
+            left.append(_joined(*pairs[place]) if joins else marks[place])
+            place += 1 + joins
+        marks = distinct(left)
+    return marks
 
 
 def _joined(one: Mark, other: Mark) -> Mark:
-    return min(one[0], other[0]), max(one[1], other[1]), True
+    return min(one[0], other[0]), max(one[1], other[1]), None
 
 
 def _stands_for(one: Mark, other: Mark) -> bool:
     """Tell whether a mark can stand for its neighbour too: both are shared, and it costs no more on either side."""
-    return one[2] and other[2] and one[0] <= other[0] and one[1] >= other[1]
+    return one[2] is None and other[2] is None and one[0] <= other[0] and one[1] >= other[1]
