@@ -16,6 +16,8 @@ from fxpipe.planning.search.instance import (
 )
 from fxpipe.planning.search.orders import given_order
 from fxpipe.planning.search.request import FAR, FREE, NEAR, Request
+from fxpipe.planning.search.spine.cuts import spine_marks
+from fxpipe.planning.search.spine.line import Line
 
 MOST_NODES = 12_000  # larger graphs get the simple bound alone
 ROWS = 512  # nodes whose predecessors are added up together
@@ -24,6 +26,8 @@ MOST_PAIRS = 12  # pairs of a first and a last node of which all are tried
 WINDOWS = 512  # loads in a row of which each has its own least crossing
 MOST_ENTRIES = 600_000  # nodes times windows; of larger graphs fewer windows are looked at
 FINE = 4096  # a bound is looked for to so small a part of it
+MOST_MARKS = 448  # along the heaviest path; more say too little
+NEARLY = 4  # such parts below a known partition a bound is good enough
 PARTS = 8  # cuts that stand for all of one window
 INFINITE = int(np.iinfo(np.int64).max // 4)
 
@@ -82,8 +86,18 @@ def _spaced_bound(instance: Instance, request: Request, lower: int, upper: int) 
 
     By cuts that stand for all cuts the furthest way is greedy, as in ``chains.fast_cuts``.
     """
-    frontier = window_frontier(instance, request, least_crossing(instance, sorted(set(request.kinds[1:-1]))))
+    crossing = least_crossing(instance, sorted(set(request.kinds[1:-1])))
     step = max(1, upper // FINE)
+    marks = spine_marks(instance, crossing, exactly=request.exactly)
+    if 0 < len(marks) <= MOST_MARKS:
+        line, high = Line.of(marks), upper
+        while high - lower > step:
+            middle = (lower + high) // 2
+            kept = line.may_keep(middle, request.stages, int(instance.load.sum()))
+            lower, high = (lower, middle) if kept else (middle + 1, high)
+        if upper - lower <= NEARLY * step:
+            return lower
+    frontier = window_frontier(instance, request, crossing)
     while frontier is not None and upper - lower > step:
         middle = (lower + upper) // 2
         begin, total = 0, int(instance.load.sum())

@@ -31,6 +31,7 @@ class Hints:
         slack: Share of the best rank load that ranks may have more, for the sake of the largest stage.
         even: Whether to even out, with one stage per rank.
         learned: What searches before this one learned.
+        apart: Whether it stands for stages that share ranks, whose bound another search finds.
     """
 
     start: Ints | None = None
@@ -38,6 +39,7 @@ class Hints:
     slack: float = 0.0
     even: bool = False
     learned: Learned = field(default_factory=Learned)
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,8 @@ def search_stages(
     single = single or has_one_order(small.instance)
     whole = len(small.node_of) == small.instance.size or not instance.anchors.all()
     searched = _search_small(problem, small, request, memory_limit, hints, single=single, whole=whole)
-    if searched.method == "pool" and not hints.goal:  # what merged nodes would cross may be less where one stands alone
+    if searched.method == "pool" and not hints.goal and not hints.apart:
+        # What merged nodes would cross may be less where one stands alone.
         lower = crossing_bound(small.instance if whole else instance, request, searched.found.value)
         lower = min(max(lower, searched.lower), searched.found.value)
         searched = dataclasses.replace(searched, lower=lower, proven=searched.found.value <= lower)

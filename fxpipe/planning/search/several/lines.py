@@ -7,24 +7,19 @@ hold next to nothing then cost what they must.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from numpy.typing import NDArray
 
-from fxpipe.planning.search.bounds import MOST_NODES, least_crossing
-from fxpipe.planning.search.instance import Instance, Ints
+from fxpipe.planning.search.bounds import MOST_MARKS, MOST_NODES, least_crossing
+from fxpipe.planning.search.instance import Instance
 from fxpipe.planning.search.request import FREE, Request
-from fxpipe.planning.search.several.passes import FINE, NOWHERE, passes_of
+from fxpipe.planning.search.several.passes import FINE, passes_of
 from fxpipe.planning.search.spine.cuts import spine_marks
-from fxpipe.planning.search.spine.line import Line, thinned
+from fxpipe.planning.search.spine.line import NOWHERE, Apart, Line, before, thinned
 
-MOST_MARKS = 224  # of a line with more, neighbours are joined; one of more than twice as many says too little then
+FEW_MARKS = 224  # of a line with more, neighbours are joined
 TOGETHER = 400_000  # states of several ends of the first pass that are looked at together
 WORK = 120_000_000  # states looked at, before the search is given up
 PROBE = 300  # the share below a known partition that is asked for first
-
-Apart = Mapping[int, tuple[int, ...]]
 
 
 def line_bound(instance: Instance, request: Request, lower: int, upper: int) -> int:
@@ -44,9 +39,9 @@ def line_bound(instance: Instance, request: Request, lower: int, upper: int) -> 
         return lower
     kinds = sorted({kind for kind in request.kinds[1:-1] if kind != FREE})
     marks = spine_marks(instance, least_crossing(instance, kinds), exactly=request.exactly)
-    if not 0 < len(marks) <= 2 * MOST_MARKS:
+    if not 0 < len(marks) <= MOST_MARKS:
         return lower
-    line = Line.of(thinned(marks, MOST_MARKS))
+    line = Line.of(thinned(marks, FEW_MARKS))
     passes = passes_of(request.ranks)
     # The turn of a V costs nothing and lies anywhere; other free boundaries are not known there.
     free = [boundary for boundary, kind in enumerate(request.kinds) if kind == FREE]
@@ -118,8 +113,8 @@ class _Turning(_Walks):
         states = np.where(ends[:, None] + self.total - begins <= bound, begins[:, None] - ends, NOWHERE)
         for _ in range(2, self.ranks):
             self.work -= states.size
-            most = _before(states, self.shared, self.apart)
-            most = _before(most[:, ::-1].T, self.shared[::-1], down).T[:, ::-1]
+            most = before(states, self.shared, self.apart)
+            most = before(most[:, ::-1].T, self.shared[::-1], down).T[:, ::-1]
             kept = most >= np.maximum(ends[:, None] - begins - bound, NOWHERE + 1)
             if not kept.any():
                 return False
@@ -169,25 +164,11 @@ class _Again(_Walks):
             self.work -= kept.size
             if self.is_spent or not kept.any():
                 return False
-            most = _before(np.where(kept, begun, NOWHERE), shared[up], self.apart)
-            most = _before(most.transpose(2, 0, 1), shared[on], later_apart).transpose(1, 2, 0)
+            most = before(np.where(kept, begun, NOWHERE), shared[up], self.apart)
+            most = before(most.transpose(2, 0, 1), shared[on], later_apart).transpose(1, 2, 0)
             kept = (most >= need) & allowed
         most = np.where(kept, begun, NOWHERE).max(axis=(0, 2))
         return bool((most >= np.maximum(ends[here] + self.total - bound, NOWHERE + 1)).any())
-
-
-def _before(states: Ints, shared: NDArray[np.bool_], apart: Apart) -> Ints:
-    """Give for each row the most of all rows that may come before it, and of its own where its mark is shared."""
-    most = np.maximum.accumulate(states, axis=0)
-    for row in np.flatnonzero(~shared)[::-1].tolist():
-        others = apart.get(row)
-        if others:
-            kept = np.ones(row, dtype=bool)
-            kept[list(others)] = False
-            most[row] = states[:row][kept].max(axis=0, initial=NOWHERE)
-        else:
-            most[row] = most[row - 1] if row else NOWHERE
-    return most
 
 
 def _turned(apart: Apart, size: int) -> Apart:

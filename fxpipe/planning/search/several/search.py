@@ -32,7 +32,7 @@ def search_several(
     problem: PartitionProblem, instance: Instance, request: Request, memory_limit: float | None, hints: Hints
 ) -> Answer:
     """Search where ranks have several stages: first as if they had one each, which bounds what a rank can reach."""
-    relaxed_hints = Hints(goal=hints.goal, learned=hints.learned)
+    relaxed_hints = Hints(goal=hints.goal, learned=hints.learned, apart=True)
     relaxed = without_tie_loads(instance), request.apart()
     try:
         answer = search_stages(problem, *relaxed, memory_limit, relaxed_hints)

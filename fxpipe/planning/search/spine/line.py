@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from fxpipe.planning.search.instance import Ints
 
+NOWHERE = int(np.iinfo(np.int64).min // 2)
+Apart = Mapping[int, tuple[int, ...]]
 Mark = tuple[int, int, int | None]  # ``P + x``, ``P - x``, and of one cut alone the nodes before it, as bits
 
 
@@ -32,7 +34,7 @@ class Line:
     ends: Ints
     begins: Ints
     shared: NDArray[np.bool_]
-    apart: dict[int, tuple[int, ...]]
+    apart: Apart
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -47,6 +49,28 @@ class Line:
             for index, (place, cut) in enumerate(own)
         }
         return cls(ends, begins, np.asarray([mark[2] is None for mark in marks], dtype=np.bool_), apart)
+
+    def may_keep(self, bound: int, stages: int, total: int) -> bool:
+        """Tell whether stages in a row may keep a bound, each by itself."""
+        states = np.where(self.ends <= bound, self.begins, NOWHERE)
+        for _ in range(2, stages):
+            kept = before(states, self.shared, self.apart) >= np.maximum(self.ends - bound, NOWHERE + 1)
+            states = np.where(kept, self.begins, NOWHERE)
+        return bool((states >= total - bound).any())
+
+
+def before(states: Ints, shared: NDArray[np.bool_], apart: Apart) -> Ints:
+    """Give for each mark, a row, the most of all rows that may come before it, and of its own where it is shared."""
+    most = np.maximum.accumulate(states, axis=0)
+    for row in np.flatnonzero(~shared)[::-1].tolist():
+        others = apart.get(row)
+        if others:
+            kept = np.ones(row, dtype=bool)
+            kept[list(others)] = False
+            most[row] = states[:row][kept].max(axis=0, initial=NOWHERE)
+        else:
+            most[row] = most[row - 1] if row else NOWHERE
+    return most
 
 
 def distinct(marks: Sequence[Mark]) -> list[Mark]:
