@@ -65,6 +65,9 @@ def make_shares(
 ) -> tuple[tuple[float, ...], ...]:
     """Turn counts into the weights under which the microbatches' losses add up to the batch's.
 
+    Where nothing at all is counted, each microbatch gives what the batch does (NaN for a mean over no targets, 0 where
+    the divisor is kept from 0), and all weigh the same.
+
     Args:
         terms: The loss terms of each microbatch.
         counts: Of ``count_terms``.
@@ -74,7 +77,7 @@ def make_shares(
     ((0.75, 1.0), (0.25, 1.0))
     """
     return tuple(
-        tuple(_share(*each) for each in zip(own, row, totals, strict=False))
+        tuple(_share(*each, len(terms)) for each in zip(own, row, totals, strict=False))
         for own, row in zip(terms, counts, strict=True)
     )
 
@@ -85,9 +88,11 @@ def _count(term: LossTerm, tensors: Mapping[str, Any], size: int) -> float:
     return term.count(tensors) if term.kind == "tokens" and term.count is not None else float(size)
 
 
-def _share(term: LossTerm, count: float, total: float) -> float:
+def _share(term: LossTerm, count: float, total: float, num_microbatches: int) -> float:
     if term.kind == "sum":
         return 1.0
+    if not total:
+        return 1 / num_microbatches
     if not count:
         return 0.0
     return term.finish(count) / term.finish(total) if term.finish is not None else count / total

@@ -75,6 +75,8 @@ def without_source(
     >>> without_source("ones_like", (torch.zeros(2, 3),), {}, torch.ones(2, 3), lambda tensor: tuple(tensor.shape))[1]
     ((2, 3),)
     """
+    if name == "new_tensor" and len(args) == 2 and len(tensors_in(args, kwargs)) == 1 and not result.requires_grad:
+        return torch.tensor, (args[1],), {"dtype": result.dtype, "device": result.device}
     factory = SHAPED_LIKE.get(name)
     if factory is None or not isinstance(result, torch.Tensor) or not result.is_contiguous() or result.requires_grad:
         return None

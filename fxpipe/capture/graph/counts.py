@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from fxpipe.capture.graph.sizes import WIDE, Unsuited
 from fxpipe.capture.graph.tail import Tail, Twins, spoken, tensor_of
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import info, is_own, reached
-from fxpipe.capture.record.recorder import Recorder
+from fxpipe.capture.record.recorder import Recorder, find_storage
 from fxpipe.program import LossKind
 
 MOST = 48
@@ -36,6 +36,7 @@ class Candidate:
         nodes: For ``"tokens"``: what is counted from; depends on inputs and constants alone.
         count: Their values to what adds up over microbatches; the second argument renames classes.
         chain: Calls between the count and what the sum is divided by (a guard against 0, say), in order.
+        writes: Calls that write to what ``nodes`` hold: it is counted from that as it is in the end.
     """
 
     kind: LossKind
@@ -43,6 +44,7 @@ class Candidate:
     nodes: tuple[fx.Node, ...] = ()
     count: Callable[[Sequence[Any], Rename], float] | None = None
     chain: tuple[fx.Node, ...] = ()
+    writes: tuple[fx.Node, ...] = ()
 
     def finish(self, counted: float) -> float:
         """Give what the sum is divided by for a count.
@@ -72,7 +74,14 @@ def candidates(tail: Tail) -> list[Candidate]:
     found.append(Candidate("samples", "a mean over samples"))
     given = [node for node in tail.sources if node.op == "placeholder"]
     found += [each for node in (*derived, *given) for each in _masks(twins, node)]
-    return found[:MOST]
+    storages, made = twins.one.recorder.storages, set(tail.nodes)
+
+    def with_writes(candidate: Candidate) -> Candidate:
+        held = (find_storage(storages, node) for node in candidate.nodes)
+        writes = (writer for storage in held if storage is not None for writer in storage.writers if writer in made)
+        return replace(candidate, writes=tuple(dict.fromkeys(writes)))
+
+    return list(map(with_writes, found[:MOST]))
 
 
 def _is_read(tail: Tail, node: fx.Node) -> bool:
@@ -90,6 +99,8 @@ def _entropies(tail: Tail) -> Iterator[Candidate]:
         if not isinstance(target, fx.Node) or "float" in tensor_of(target).dtype:
             continue
         if target not in twins.structure.derived:
+            continue
+        if isinstance(weight, fx.Node) and weight not in twins.structure.derived:
             continue
         fixed = weight if isinstance(weight, torch.Tensor) else None
         nodes = (target, weight) if isinstance(weight, fx.Node) else (target,)
@@ -193,8 +204,8 @@ def counter_of(
     count = candidate.count
     if count is None:
         return None
-    constants = dict(recorder.constants)
-    for node in reached(candidate.nodes):
+    constants, needed = dict(recorder.constants), reached([*candidate.nodes, *candidate.writes])
+    for node in needed:
         if is_own(node):
             original = skeleton.value_of(skeleton.aliases.get(str(node.target), ""))
             if original is None:
@@ -202,8 +213,8 @@ def counter_of(
                     f"{node.target}, which its microbatches are weighed by, has no values when the model is compiled"
                 )
             constants[str(node.target)] = original.detach().cpu()
-    read = reader_of(recorder.graph, list(candidate.nodes), constants)
-    names = sorted(str(node.target) for node in reached(candidate.nodes) if node.op == "placeholder")
+    read = reader_of(recorder.graph, list(candidate.nodes), constants, also=candidate.writes)
+    names = sorted(str(node.target) for node in needed if node.op == "placeholder")
 
     def counted(inputs: Mapping[str, Any]) -> float:
         return count(read({name: _on_host(inputs[name]) for name in names}), int)

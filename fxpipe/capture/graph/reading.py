@@ -15,18 +15,21 @@ Read: TypeAlias = Callable[[Mapping[str, Any]], Sequence[Any]]
 """Gives what Python read, from inputs by name."""
 
 
-def reader_of(graph: fx.Graph, nodes: Sequence[fx.Node], constants: Mapping[str, Any]) -> Callable[..., Any]:
+def reader_of(
+    graph: fx.Graph, nodes: Sequence[fx.Node], constants: Mapping[str, Any], *, also: Sequence[fx.Node] = ()
+) -> Callable[..., Any]:
     """Compile the calls that compute ``nodes`` from inputs and constants into one function of the named inputs.
 
     Args:
         graph: A recorded graph.
         nodes: What is asked for.
         constants: The graph's constants.
+        also: Calls that are made for what they write.
 
     Returns:
         ``function(tensors) -> tuple`` of the nodes' values; ``tensors`` holds the inputs by name.
     """
-    needed = reached(nodes)
+    needed = reached([*nodes, *also])
     small = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     names = []

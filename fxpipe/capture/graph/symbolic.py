@@ -236,12 +236,13 @@ def paired_terms(
             raise Untold("the loss has several summands that are scaled together")
         count = term.count
         if candidate is not None and count is not None:
-            if not {*candidate.nodes, *candidate.chain} <= pairs.keys():
+            parts = candidate.nodes, candidate.chain, candidate.writes
+            if not {node for part in parts for node in part} <= pairs.keys():
                 raise Untold("what weighs the microbatches is not in the graph")
-            nodes, chain = (tuple(pairs[node] for node in part) for part in (candidate.nodes, candidate.chain))
+            nodes, chain, writes = (tuple(pairs[node] for node in part) for part in parts)
             if any(info(source).size is not None for node in chain for source in node.all_input_nodes):
                 raise Untold("the weights of microbatches are computed of sizes")
-            candidate = replace(candidate, nodes=nodes, chain=chain)
+            candidate = replace(candidate, nodes=nodes, chain=chain, writes=writes)
             count = counter_of(skeleton, observation.recorder, candidate)
         elif count is not None or term.finish is not None:
             raise Untold("what weighs the microbatches is not known")
