@@ -98,7 +98,7 @@ class _Family:
         """Make the family of a graph for batches of one kind."""
         symbolic = captured.symbolic
         assert symbolic is not None
-        read, guards = captured.guards()
+        read, guards = captured.guards(program)
         read_sizes = read_again(captured.observation.recorder, symbolic.conditions)
         answers = tuple(guard.answer for guard in guards)
         size_answers = tuple(guard.answer for guard in symbolic.conditions)
@@ -281,10 +281,10 @@ class Variants:
         return variant
 
     def _variant(self, captured: Captured, spec: Any) -> Variant:
-        read, guards = captured.guards()
+        program = self._program(captured)
+        read, guards = captured.guards(program)
         answers = tuple(guard.answer for guard in guards)
         key = _digest(spec, answers)
-        program = self._program(captured)
         captured = _without_values(captured)
         return Variant(key, key, program, answers, read, lambda: captured.program({}, 1), captured)
 
@@ -309,6 +309,9 @@ class Variants:
             kind.tries += 1
             return None
         program = self._program(captured)
+        if captured.observation.sizes_sent(program):
+            kind.tries += 1
+            return None
         number = self.kind_of(inputs, with_loss), len(kind.families)
         family = _Family.of(_without_values(captured), program, number)
         kind.families = [*kind.families, family][-MOST_FAMILIES:]

@@ -74,9 +74,9 @@ class Captured:
         root = _Root(self.observation.recorder.skeleton.module, self.observation.recorder.constants)
         return fx.GraphModule(root, graph, class_name=type(self.observation.recorder.skeleton.module).__name__)
 
-    def guards(self) -> tuple[Read | None, tuple[Guard, ...]]:
-        """Give a function that reads again, from named inputs, what Python read, and the answers it got."""
-        guards = self.observation.guards if self.symbolic is None else self.symbolic.guards
+    def guards(self, program: Program) -> tuple[Read | None, tuple[Guard, ...]]:
+        """Give a function that reads again, from named inputs, what decides about a program, and the answers it got."""
+        guards = (*(self.symbolic or self.observation).guards, *self.observation.sizes_sent(program))
         return read_again(self.observation.recorder, guards), guards
 
     def check_separates(self) -> None:

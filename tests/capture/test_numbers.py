@@ -315,3 +315,40 @@ def test_a_drawn_number_that_decides_about_a_shape_is_refused():
     model, x = Model(lambda x, _: x, lambda x, _: x[:, : torch.randint(1, 5, ())]), torch.randn(4, 6)
     with pytest.raises(fxpipe.CaptureError, match="reads a random number: the path changes by chance"):
         fxpipe.compile(model, 2, (x, 1.0), {"target": x[:, :1]}, loss_fn=lambda output, y: (output - y).mean())
+
+
+SELECTIONS = {
+    "mask": (lambda x, m: x[m], lambda x, v, m: torch.zeros_like(x).masked_scatter(m[..., None], v)),
+    "places": (lambda x, m: x[m.nonzero(as_tuple=True)], lambda x, v, m: x.index_put(m.nonzero(as_tuple=True), v)),
+    "one by one": (
+        lambda x, m: x.masked_select(m[..., None]).view(-1, 6),
+        lambda x, v, m: x.masked_scatter(m[..., None], v),
+    ),
+}
+
+
+class Selecting(nn.Module):
+    """Blocks that see no more than what is selected: packed sequences, masked patches."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.select, self.put_back = SELECTIONS[how]
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x, mask):
+        selected = self.select(x, mask)
+        for block in self.blocks:
+            selected = torch.tanh(block(selected))
+        return self.head(self.put_back(x, selected, mask).sum(1))
+
+
+@pytest.mark.parametrize("how", SELECTIONS)
+def test_what_is_selected_crosses_stages_whatever_its_number(how):
+    model, x, target = Selecting(how), torch.randn(4, 5, 6), torch.randn(4, 2)
+    mask = torch.rand(4, 5) < 0.5
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "GPipe"}
+    with fxpipe.compile(model, 3, (x, mask), {"target": target}, **options).materialize(device="cpu") as pipe:
+        for seed in range(4):
+            torch.manual_seed(seed)
+            compare(model, pipe, torch.randn(4, 5, 6), torch.rand(4, 5) < 0.3 + seed / 5, target)

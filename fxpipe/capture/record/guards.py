@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from fxpipe._torch import FakeTensor, without_functions, without_modes
 from fxpipe.capture.calls.blocked import Blocked, user_line
 from fxpipe.capture.calls.forms import canonical
 from fxpipe.capture.calls.reads import READS, answer_of, is_plain
-from fxpipe.capture.calls.scalars import Scalar
 from fxpipe.capture.calls.values import has_tensor, tensors_in
 from fxpipe.capture.record.forward import Forward, Guard
 from fxpipe.capture.record.frames import Frame
@@ -250,19 +250,48 @@ def guard_selected(forward: Forward, tensor: Any, dim: int | None = None) -> Non
     above = selections.above(node)
     for each in [each for each in selections.made if each in above and each not in selections.asked]:
         selections.asked.add(each)
-        for tensor in selections.made[each]:
-            source = recorder.node_of(tensor, forward.frames.top)
-            if not info(source).from_input:
-                continue
-            _refuse_unread([source])
-            with without_modes(), without_functions():
-                if each in selections.known:
-                    _add(forward, _reading(forward, "call_method", "size", (source, 0)), tensor.shape[0])
-                elif tensor.dtype == torch.bool:
-                    total = _reading(forward, "call_method", "sum", (source,))
-                    _add(forward, _reading(forward, "call_method", "item", (total,)), int(tensor.sum()))
-                else:
-                    _add(forward, _reading(forward, "call_method", "tolist", (source,)), answer_of(tensor.tolist()))
+        for node, answer in _sizes_read(forward, each):
+            _add(forward, node, answer)
+
+
+def guards_of_sizes(forward: Forward) -> dict[fx.Node, tuple[Guard, ...]]:
+    """Give, for each value whose size values of inputs decide about unknown to Python, the guards of that size.
+
+    They are needed where it passes from one stage to the next.
+    """
+    selections = forward.selections
+    if not selections.made.keys() - selections.asked:
+        return {}
+    made: dict[fx.Node, tuple[Guard, ...]] = {}
+    for each in [each for each in selections.made if each not in selections.asked]:
+        with suppress(Blocked):  # computed in a module called as a whole: nothing tells its size before it runs
+            made[each] = tuple(Guard(node, answer) for node, answer in _sizes_read(forward, each))
+    for guard in (guard for guards in made.values() for guard in guards):
+        info(guard.node).is_guard = True
+    found = {}
+    for node in [node for node in forward.recorder.graph.nodes if not info(node).is_guard]:
+        above = selections.above(node)
+        if any(each in above for each in made) and _varying(forward, node):
+            found[node] = tuple(guard for each, guards in made.items() if each in above for guard in guards)
+    return found
+
+
+def _sizes_read(forward: Forward, selection: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
+    """Yield reads that tell how much a call selects, with the answers."""
+    selections = forward.selections
+    for tensor in selections.made[selection]:
+        source = forward.recorder.node_of(tensor, forward.frames.top)
+        if not info(source).from_input:
+            continue
+        _refuse_unread([source])
+        with without_modes(), without_functions():
+            if selection in selections.known:
+                yield _reading(forward, "call_method", "size", (source, 0)), tensor.shape[0]
+            elif tensor.dtype == torch.bool:
+                total = _reading(forward, "call_method", "sum", (source,))
+                yield _reading(forward, "call_method", "item", (total,)), int(tensor.sum())
+            else:
+                yield _reading(forward, "call_method", "tolist", (source,)), answer_of(tensor.tolist())
 
 
 def guard_sizes(
@@ -390,44 +419,3 @@ def _refuse_unread(nodes: Sequence[fx.Node]) -> None:
         if node.op == "call_module":
             fqn = str(node.target)
             raise Blocked("the forward reads a value that it computes", fqn, opens=[fqn])
-
-
-class Numbers:
-    """Writes down what a forward does with the Python numbers among its inputs.
-
-    Args:
-        forward: The forward.
-    """
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-
-    def inputs(self, numbers: Mapping[str, float]) -> dict[str, Scalar]:
-        """Add an input for each number."""
-        graph = self._forward.recorder.graph
-        found = {}
-        for name, value in numbers.items():
-            node = graph.create_node("placeholder", name)
-            set_info(node, NodeInfo(from_input=True, number=value))
-            found[name] = Scalar(value, node, self)
-        return found
-
-    def made(self, function: Callable[..., Any], args: tuple[Any, ...], value: float) -> Any:
-        """Note that a number was computed of others."""
-        if self._forward.counting:
-            return value
-        return Scalar(value, self._noted(function, args, value), self)
-
-    def read(self, function: Callable[..., Any], args: tuple[Any, ...], answer: Any) -> None:
-        """Make what Python saw of a number a guard."""
-        forward = self._forward
-        nodes = tuple(arg.node if type(arg) is Scalar else arg for arg in args)
-        known = any(guard.node.target is function and guard.node.args == nodes for guard in forward.guards)
-        if not forward.counting and not known:
-            _add(forward, self._noted(function, args, answer), answer)
-
-    def _noted(self, function: Callable[..., Any], args: tuple[Any, ...], value: float) -> fx.Node:
-        nodes = tuple(arg.node if type(arg) is Scalar else arg for arg in args)
-        node = self._forward.recorder.graph.create_node("call_function", function, nodes)
-        set_info(node, NodeInfo(from_input=True, number=value))
-        return node

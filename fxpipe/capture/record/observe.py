@@ -19,7 +19,7 @@ import logging
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,11 +28,11 @@ from torch import fx, nn
 from fxpipe._torch import FakeTensor, without_modes
 from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.calls.ambient import mirrored_ambient
-from fxpipe.capture.calls.blocked import Untold
+from fxpipe.capture.calls.blocked import Untold, user_line
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.objects import Objects
 from fxpipe.capture.calls.real_values import LARGEST
-from fxpipe.capture.calls.scalars import followed_math, settled
+from fxpipe.capture.calls.scalars import Scalar, followed_math, settled
 from fxpipe.capture.calls.symbols import Sized, SizeReads, Symbols
 from fxpipe.capture.model.blocks import Leaves
 from fxpipe.capture.model.preserve import AttributeChange, Attributes, apply_changes, random_states, without_collection
@@ -41,11 +41,12 @@ from fxpipe.capture.record.bypass import Bypasses
 from fxpipe.capture.record.calls import Calls
 from fxpipe.capture.record.forward import Forward, Guard
 from fxpipe.capture.record.frames import Frames
-from fxpipe.capture.record.guards import Numbers
 from fxpipe.capture.record.modules import ModuleCalls
+from fxpipe.capture.record.node import NodeInfo, info, set_info
 from fxpipe.capture.record.outcome import finish, loss_of
 from fxpipe.capture.record.recorder import Recorder
 from fxpipe.ir.tree import map_tree, tree_leaves
+from fxpipe.program import Program
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +65,7 @@ class Observation:
         notes: What the report should say.
         overwritten: Buffers that it writes to and whose value its backward needs.
         symbols: The same forward with symbols for sizes; None where it was not followed.
+        sized: Nodes whose size values of inputs decide about, with the guards of that size, which are no guards yet.
     """
 
     leaves: Leaves
@@ -77,10 +79,17 @@ class Observation:
     notes: tuple[str, ...]
     overwritten: tuple[str, ...]
     symbols: Symbols | None = None
+    sized: Mapping[fx.Node, tuple[Guard, ...]] = field(default_factory=dict)
 
     def result_node(self, tensor: torch.Tensor) -> fx.Node:
         """Give the node whose value a returned tensor is."""
         return self.results.get(id(tensor)) or self.recorder.node_of(tensor, self.frames.all[0])
+
+    def sizes_sent(self, program: Program) -> tuple[Guard, ...]:
+        """Give the guards of the sizes that values decide about, of what a stage sends to the next."""
+        sent = {each.name for stage in program.stages for each in stage.sent}
+        found = (guard for node, guards in self.sized.items() if node.name in sent for guard in guards)
+        return tuple(dict.fromkeys(found))
 
 
 @without_collection()
@@ -143,6 +152,7 @@ def observe(
         loss,
         *(outcome.results, outcome.left, outcome.notes, outcome.overwritten),
         symbols=forward.symbols,
+        sized=outcome.sized,
     )
 
 
@@ -168,7 +178,7 @@ def _given(forward: Forward, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str,
     with without_modes():
         forward.floats = [(fakes[name], tensor.cpu()) for name, tensor in inputs.tensors.items() if _is_known(tensor)]
     forward.numbers = bool(inputs.followed)
-    given = inputs.with_tensors(fakes, Numbers(forward).inputs(inputs.followed))
+    given = inputs.with_tensors(fakes, _Numbers(forward).inputs(inputs.followed))
     objects = Objects()
     args, kwargs, target = (map_tree(objects.copied, part) for part in given)
     return args, kwargs, target, objects
@@ -249,3 +259,46 @@ def _input(tensor: torch.Tensor) -> torch.Tensor:
         with without_modes():
             return tensor.detach().to("cpu", copy=True)
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+class _Numbers:
+    """Writes down what a forward does with the Python numbers among its inputs.
+
+    Args:
+        forward: The forward.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+
+    def inputs(self, numbers: Mapping[str, float]) -> dict[str, Scalar]:
+        """Add an input for each number."""
+        graph = self._forward.recorder.graph
+        found = {}
+        for name, value in numbers.items():
+            node = graph.create_node("placeholder", name)
+            set_info(node, NodeInfo(from_input=True, number=value))
+            found[name] = Scalar(value, node, self)
+        return found
+
+    def made(self, function: Callable[..., Any], args: tuple[Any, ...], value: float) -> Any:
+        """Note that a number was computed of others."""
+        if self._forward.counting:
+            return value
+        return Scalar(value, self._noted(function, args, value), self)
+
+    def read(self, function: Callable[..., Any], args: tuple[Any, ...], answer: Any) -> None:
+        """Make what Python saw of a number a guard."""
+        forward = self._forward
+        nodes = tuple(arg.node if type(arg) is Scalar else arg for arg in args)
+        known = any(guard.node.target is function and guard.node.args == nodes for guard in forward.guards)
+        if not forward.counting and not known:
+            node = self._noted(function, args, answer)
+            info(node).is_guard = True
+            forward.guards.append(Guard(node, answer, user_line()))
+
+    def _noted(self, function: Callable[..., Any], args: tuple[Any, ...], value: float) -> fx.Node:
+        nodes = tuple(arg.node if type(arg) is Scalar else arg for arg in args)
+        node = self._forward.recorder.graph.create_node("call_function", function, nodes)
+        set_info(node, NodeInfo(from_input=True, number=value))
+        return node
