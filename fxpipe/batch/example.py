@@ -16,6 +16,9 @@ from fxpipe.batch.microbatches import choose_microbatches
 from fxpipe.batch.split import cut
 from fxpipe.errors import ScheduleError
 
+OF_STEP = ("last", "microbatches", "scaler", "gather")
+"""Keywords of ``step``, ``evaluate`` and ``infer`` that no model gets; ``target`` is told apart."""
+
 
 def example_batch(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, needs_target: bool
@@ -29,9 +32,15 @@ def example_batch(
         needs_target: Whether a loss function compares with one.
 
     Raises:
-        ScheduleError: A loss function was given, but no ``target``.
+        ScheduleError: A loss function was given, but no ``target``; or a keyword is one of ``step``'s own.
     """
     named = dict(kwargs or {})
+    for name in OF_STEP:
+        if name in named:
+            raise ScheduleError(
+                f"the example has a keyword argument {name!r}, which step or infer would take themselves\n"
+                f"  pass what the model calls {name!r} by position, in example_args and in step, or rename it"
+            )
     if not args and not named:
         dummy = getattr(model, "dummy_inputs", None)
         if needs_target or not isinstance(dummy, Mapping) or not dummy:

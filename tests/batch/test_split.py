@@ -292,3 +292,16 @@ def test_an_input_is_copied_once_through_pinned_memory_when_it_is_asked_for() ->
     assert [moving["first"], moving["first"]] == ["cuda:1"] * 2
     assert (first.done, second.done) == (["pinned", "to cuda:1, True"], [])
     assert (moving["second"], second.done) == ("cuda:1", ["to cuda:1, True"])
+
+
+@pytest.mark.parametrize("name", ["last", "microbatches", "scaler", "gather"])
+def test_an_argument_of_the_model_that_step_would_take_is_refused(name: str) -> None:
+    class Named(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, **kwargs: torch.Tensor | None) -> torch.Tensor:
+            return super().forward(x) + kwargs.get(name, 0)
+
+    x = torch.zeros(4, 2)
+    with pytest.raises(
+        fxpipe.ScheduleError, match=f"keyword argument '{name}'.*\n  pass what the model calls '{name}' by"
+    ):
+        fxpipe.compile(Named(2, 2), 1, (x,), {name: x})
