@@ -19,6 +19,7 @@ from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.cut.placement import Holders
 from fxpipe.capture.graph.reading import Read, read_again
 from fxpipe.capture.graph.symbolic import reads_alike
+from fxpipe.capture.model.settings import settings_of
 from fxpipe.capture.numbers import with_numbers
 from fxpipe.capture.shapes import Elsewhere, with_symbols
 from fxpipe.errors import CaptureError
@@ -350,7 +351,9 @@ class Variants:
             self.mode_changed()
         now = Ambient.now()
         grad_enabled = with_loss and now.grad_enabled
-        return with_loss, grad_enabled, self._mode, now.autocast, now.attention, self.capture.dtype
+        loss_fn = self.capture.loss_fn if with_loss else None
+        settings = settings_of(loss_fn), settings_of(self.capture.skeleton.module.forward)
+        return with_loss, grad_enabled, settings, self._mode, now.autocast, now.attention, self.capture.dtype
 
     def _program(self, captured: Captured) -> Program:
         return captured.program(self._stage_of_layer, self._num_stages, self._holders)

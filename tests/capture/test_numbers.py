@@ -352,3 +352,54 @@ def test_what_is_selected_crosses_stages_whatever_its_number(how):
         for seed in range(4):
             torch.manual_seed(seed)
             compare(model, pipe, torch.randn(4, 5, 6), torch.rand(4, 5) < 0.3 + seed / 5, target)
+
+
+BETA = 1.0
+OPTIONS = {"beta": 1.0, "parts": [1.0, 2.0]}
+
+
+class Annealed:
+    """What a script keeps of its training."""
+
+    step, scale = 0, 2.0
+
+    def __init__(self):
+        self.most = 4
+
+    @property
+    def beta(self):
+        return min(1.0, (self.step + 1) / self.most)
+
+    def loss(self, output, target):
+        return F.mse_loss(output, target) * self.weight() * self.scale
+
+    def weight(self):
+        return self.beta
+
+
+def by_global(output, target):
+    return F.mse_loss(output, target) * BETA
+
+
+def by_options(output, target):
+    return F.mse_loss(output, target) * OPTIONS["beta"] * OPTIONS["parts"][0]
+
+
+@pytest.mark.parametrize("name", ["global", "dictionary", "method", "closure", "lambda"])
+def test_what_a_loss_finds_outside_of_its_arguments_is_looked_at_each_step(name, monkeypatch):
+    state, model, x = Annealed(), Model(lambda x, _: x), torch.randn(4, 6)
+    weight = 1.0
+
+    def by_closure(output, target):
+        return F.mse_loss(output, target) * weight
+
+    losses = {"global": by_global, "dictionary": by_options, "method": state.loss, "closure": by_closure}
+    loss_fn = losses.get(name, lambda output, target: state.loss(output, target))
+    with made(model, x, 1.0, x, loss_fn) as pipe:
+        for step in range(4):
+            weight = state.step = step
+            monkeypatch.setitem(globals(), "BETA", 1.0 + step)
+            monkeypatch.setitem(OPTIONS, "parts", [1.0 + step])
+            compare(model, pipe, x, 1.0, x, loss_fn)
+        compare(model, pipe, x, 1.0, x, loss_fn)
+        assert len(pipe._trainer.variants.keys) <= 5
