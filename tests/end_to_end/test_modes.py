@@ -103,3 +103,25 @@ def test_evaluate_does_what_the_model_does_without_gradients(grain):
             with torch.no_grad():
                 torch.testing.assert_close(pipe.evaluate(x, target=x), F.mse_loss(model(x), x))
                 torch.testing.assert_close(pipe.infer(x), model(x))
+
+
+class Functional(nn.Module):
+    """Calls of functions on its own weights, and views of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+        self.start = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, x):
+        return (
+            F.linear(torch.tanh(F.linear(x + self.start[0], self.first)), self.first.t()) @ self.second + self.start[1]
+        )
+
+
+def test_functions_on_weights_infer_and_evaluate():
+    model, x = Functional(), torch.randn(4, 4)
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "GPipe"}
+    with fxpipe.compile(model, 2, (x,), {"target": x}, **options).materialize(device="cpu") as pipe, torch.no_grad():
+        torch.testing.assert_close(pipe.infer(x), model(x))
+        torch.testing.assert_close(pipe.evaluate(x, target=x), F.mse_loss(model(x), x))

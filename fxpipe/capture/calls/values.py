@@ -132,7 +132,8 @@ Reach = tuple[frozenset[int], ...] | None
 
 def edges_of(tensors: Sequence[torch.Tensor]) -> Edges:
     """Give where the gradients of tensors go, as they are now: a write may change that."""
-    return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
+    enabled = torch.is_grad_enabled()  # without, a weight has no edge
+    return [get_gradient_edge(tensor) if enabled and tensor.requires_grad else None for tensor in tensors]
 
 
 def reach_of(results: Sequence[torch.Tensor], given: Edges, dead: Callable[[Node], Collection[int]]) -> Reach:

@@ -150,9 +150,7 @@ def observe(
         tuple(forward.guards),
         output,
         loss,
-        *(outcome.results, outcome.left, outcome.notes, outcome.overwritten),
-        symbols=forward.symbols,
-        sized=outcome.sized,
+        *(outcome.results, outcome.left, outcome.notes, outcome.overwritten, forward.symbols, outcome.sized),
     )
 
 
