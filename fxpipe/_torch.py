@@ -369,9 +369,9 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 @tried(heard.sees_hooks)
-def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
-    """Tell whether ``register_post_accumulate_grad_hook`` was called on a parameter."""
-    return bool(parameter._post_accumulate_grad_hooks)
+def has_accumulation_hooks(parameter: torch.Tensor, *, others: bool = False) -> bool:
+    """Tell whether ``register_post_accumulate_grad_hook`` was called on a parameter, or ``register_hook`` (others)."""
+    return bool(parameter._post_accumulate_grad_hooks or (others and parameter._backward_hooks))
 
 
 def default_store() -> Any:

@@ -78,7 +78,12 @@ def test_accumulation_hooks_are_seen():
     handle = parameter.register_post_accumulate_grad_hook(lambda _: None)
     assert _torch.has_accumulation_hooks(parameter)
     handle.remove()
+    assert not _torch.has_accumulation_hooks(parameter, others=True)
+    handle = parameter.register_hook(lambda gradient: gradient)
     assert not _torch.has_accumulation_hooks(parameter)
+    assert _torch.has_accumulation_hooks(parameter, others=True)
+    handle.remove()
+    assert not _torch.has_accumulation_hooks(parameter, others=True)
 
 
 def test_both_kinds_of_checkpointing_are_heard_of_and_recomputation_is_surrounded():

@@ -193,3 +193,28 @@ def test_weights_that_hooks_compute_are_trained(build, shape, grain):
     assert gradients.keys() == {fqn for fqn, _ in model.named_parameters()}
     for fqn, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[fqn], parameter.grad, rtol=1e-12, atol=1e-14)
+
+
+def masked(gradient):
+    return gradient * torch.linspace(0, 1, gradient.shape[-1], dtype=gradient.dtype)
+
+
+@pytest.mark.parametrize(
+    ("fqn", "kind"), [("0.weight", "hook"), ("1.0.bias", "hook"), ("2.weight", "post_accumulate_grad_hook")]
+)
+def test_a_hook_on_a_parameter_is_not_lost(fqn, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)).double()
+    x = torch.randn(4, 4, dtype=torch.float64)
+    options = {"loss_fn": nn.functional.mse_loss, "microbatches": 2, "schedule": "GPipe"}
+    handle = getattr(model.get_parameter(fqn), f"register_{kind}")(masked)
+    with pytest.raises(fxpipe.CaptureError, match=f"parameter {fqn} has a hook on its gradient.*\n  register it on"):
+        fxpipe.compile(model, 2, (x,), {"target": x}, **options)
+    handle.remove()
+    with fxpipe.compile(model, 2, (x,), {"target": x}, **options).materialize(device="cpu") as pipe:
+        model.get_parameter(fqn).register_hook(masked)
+        dict(pipe.named_parameters())[fqn].register_hook(masked)
+        pipe.step(x, target=x)
+        nn.functional.mse_loss(model(x), x).backward()
+        for name, parameter in pipe.named_parameters():
+            torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad, rtol=1e-12, atol=1e-15)

@@ -14,7 +14,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fxpipe._torch import FakeTensor, FakeTensorMode, check_version, compiled_in_place, is_compiled, storage_key
+from fxpipe._torch import (
+    FakeTensor,
+    FakeTensorMode,
+    check_version,
+    compiled_in_place,
+    has_accumulation_hooks,
+    is_compiled,
+    storage_key,
+)
 from fxpipe.capture.model.compiled import compiled_functions, opened_modules
 from fxpipe.capture.model.held import held_by
 from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
@@ -337,8 +345,19 @@ def _refuse_hidden_modules(parts: Parts, items: Iterable[tuple[str, Any]]) -> No
 
 
 def _refuse_foreign_hooks(parts: Parts) -> None:
-    """Refuse hooks that know the user's modules: those of a copy would call, and change, the modules copied from."""
+    """Refuse hooks that know the user's modules or parameters, whose place others take in a pipeline.
+
+    Those of a copied module would call, and change, the modules copied from; those of a parameter would not be called.
+    """
     registered = {id(part) for _, part in parts}
+    for fqn, part in parts:
+        for name, parameter in part.named_parameters(recurse=False):
+            if has_accumulation_hooks(parameter, others=True):
+                raise CaptureError(
+                    f"the parameter {f'{fqn}.{name}'.lstrip('.')} has a hook on its gradient, which a pipeline's "
+                    "parameter would not have\n  register it on those of pipe.named_parameters() after materialize: it "
+                    "is then called for each microbatch"
+                )
     for fqn, part in parts:
         for name, hooks in vars(part).items():
             if name.startswith("_") and name.endswith("_hooks") and isinstance(hooks, Mapping):
