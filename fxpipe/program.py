@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import fx
 
+MARKS = "fxpipe_marks"
+"""Attribute of a skeleton's parameter: what the user set on the model's own, by name."""
+
 
 @dataclass(frozen=True, slots=True)
 class AutocastState:

@@ -242,3 +242,29 @@ def test_a_size_that_python_took_from_what_a_mask_selects_is_taken_anew_from_eac
         wanted = plain(inputs(7), other)
         wanted.backward()
         check_equal(pipe, plain, pipe.step(inputs(7), other), wanted.detach())
+
+
+class PredictsSome(torch.nn.Module):
+    """Computes its head, and its loss, for the targets there are alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        self.head = torch.nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return torch.nn.functional.cross_entropy(self.head(x[labels >= 0]), labels[labels >= 0])
+
+
+def test_a_head_for_selected_targets_says_how_to_weigh_them() -> None:
+    torch.manual_seed(0)
+    model, x = PredictsSome().double(), torch.randn(4, 5, 4, dtype=torch.float64)
+    labels = torch.tensor([[1, -1, 2, -1, -1], [-1, -1, -1, 3, -1], [0, 1, 2, 3, -1], [-1, 4, 4, 0, 1]])
+    with pytest.raises(fxpipe.CaptureError, match=r"gives rows of which it cannot be told whose.*loss_weight=lambda"):
+        fxpipe.compile(model, 2, (x, labels), microbatches=2)
+    weigh = {"loss_weight": lambda x, labels: float((labels >= 0).sum())}
+    with fxpipe.compile(model, 2, (x, labels), microbatches=2, **weigh).materialize(device="cpu") as pipe:
+        for given in (labels, labels.roll(1, 1), labels.flip(0)):
+            torch.testing.assert_close(pipe.step(x, given), model(x, given).detach(), rtol=1e-12, atol=0)

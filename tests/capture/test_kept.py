@@ -1,5 +1,6 @@
 """The whole model is kept: what the loss does not reach, what modules save beside tensors, and every name."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -218,3 +219,29 @@ def test_a_hook_on_a_parameter_is_not_lost(fqn, kind):
         nn.functional.mse_loss(model(x), x).backward()
         for name, parameter in pipe.named_parameters():
             torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_was_set_on_a_parameter_is_on_the_stage_s(grain, recorded):
+    """How optimisers are told which weights decay and how fast they learn."""
+
+    def build():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4))
+        model[0].weight.no_weight_decay = True
+        model[1][0].bias.options = {"lr": 0.1}
+        model[2].weight = model[0].weight
+        return model
+
+    with fxpipe.deferred_init() if recorded else contextlib.nullcontext():
+        model = build()
+    x = torch.randn(4, 4)
+    options = {"loss_fn": nn.functional.mse_loss, "microbatches": 2, "schedule": "GPipe", "grain": grain}
+    with fxpipe.compile(model, 2, (x,), {"target": x}, **options).materialize(device="cpu") as pipe:
+        found = dict(pipe.named_parameters())
+        assert [name for name, each in found.items() if getattr(each, "no_weight_decay", False)] == ["0.weight"]
+        assert {name: each.options for name, each in found.items() if hasattr(each, "options")} == {
+            "1.0.bias": {"lr": 0.1}
+        }
+        pipe.optimizer(torch.optim.AdamW, lambda _, each: {"weight_decay": 0.0 if hasattr(each, "options") else 0.1})
+        pipe.step(x, target=x)

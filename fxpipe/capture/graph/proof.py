@@ -22,6 +22,10 @@ from fxpipe.capture.record.node import info
 
 MOST_ELEMENTS = 1 << 21
 """Elements of all values of one run: with their gradients and three microbatches, 64 MB in float64."""
+_ROWS = (
+    "rows of which it cannot be told whose they are (those that a mask selects?); with loss_weight=lambda ids, labels: "
+    "float((labels != -100).sum()), or the like, each microbatch weighs as many as it has"
+)
 EXACT = 1e-9
 """Largest difference, relative to the largest summand, that rounding explains in float64."""
 
@@ -100,7 +104,8 @@ def prove(twins: Twins, summand: Summand, inputs: Mapping[str, torch.Tensor]) ->
         return Verdict(reason=str(unsuited))
     if tail.opaque:
         made = tail.opaque[0]
-        reason = f"{made.meta.get('layer') or made.name} gives it as a number of its own"
+        what = "it as a number of its own" if tensor_of(made).numel == 1 else _ROWS
+        reason = f"{info(made).layer or made.name} gives {what}"
         return Verdict(reason=reason, from_model=True)
     reason = ""
     best = Verdict()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxpipe.program import MARKS
+
 
 def held_by(value: Any, depth: int = 4) -> Any:
     """Find a tensor or a module that a function or an object holds: such an argument belongs to one copy of a model.
@@ -40,6 +42,17 @@ def held_by(value: Any, depth: int = 4) -> Any:
     elif hasattr(value, "__dict__"):
         parts = list(vars(value).values())
     return next((found for part in parts if (found := held_by(part, depth - 1)) is not None), None)
+
+
+def with_marks(fake: nn.Parameter, own: torch.Tensor) -> nn.Parameter:
+    """Let a copy of a parameter know what was set on the user's own, for those of the stages.
+
+    Optimisers are told so which ones decay and how fast they learn: ``weight.no_weight_decay = True``.
+    """
+    found = {name: value for name, value in vars(own).items() if name not in vars(fake) and held_by(value) is None}
+    if found:
+        setattr(fake, MARKS, found)
+    return fake
 
 
 def _is_filled(cell: types.CellType) -> bool:

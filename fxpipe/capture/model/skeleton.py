@@ -24,7 +24,7 @@ from fxpipe._torch import (
     storage_key,
 )
 from fxpipe.capture.model.compiled import compiled_functions, opened_modules
-from fxpipe.capture.model.held import held_by
+from fxpipe.capture.model.held import held_by, with_marks
 from fxpipe.capture.model.huggingface import declared_ties, switch_caches_off
 from fxpipe.capture.model.preserve import without_collection
 from fxpipe.errors import CaptureError, TieError
@@ -297,7 +297,7 @@ def _fake(fqn: str, tensor: torch.Tensor, mode: FakeTensorMode, dtype: torch.dty
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="cpu")
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, tensor.requires_grad)
+            return with_marks(nn.Parameter(fake, tensor.requires_grad), tensor)
         return fake
 
 

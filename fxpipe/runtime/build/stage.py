@@ -16,7 +16,7 @@ from torch import nn
 from fxpipe._torch import FakeTensor, compiled_in_place
 from fxpipe.errors import MaterializeError, PlanError
 from fxpipe.ir.tree import map_tree
-from fxpipe.program import Program
+from fxpipe.program import MARKS, Program
 from fxpipe.runtime.build.boundary import join
 from fxpipe.runtime.build.holdings import StageParts as StageParts
 from fxpipe.runtime.build.holdings import held_whole, prefixes
@@ -420,7 +420,9 @@ def _compile_again(skeleton: nn.Module, stage: StageModule, compiled: set[str]) 
 def _like(original: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if not isinstance(original, nn.Parameter) or isinstance(value, nn.Parameter):
         return value
-    return nn.Parameter(value.detach(), requires_grad=original.requires_grad)
+    made = nn.Parameter(value.detach(), requires_grad=original.requires_grad)
+    vars(made).update(getattr(original, MARKS, {}))
+    return made
 
 
 def _items(value: Any) -> Iterable[Any]:
