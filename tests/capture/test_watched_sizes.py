@@ -193,3 +193,32 @@ def test_sizes_that_values_do_not_decide_about_are_no_guards():
             expected = model(ids, mask)["loss"].detach()
             torch.testing.assert_close(pipe.step(ids, mask), expected, rtol=1e-12, atol=1e-12)
         assert pipe._trainer.variants.num_captures == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after", "elsewhere"])
+def test_a_mask_counts_as_the_selection_saw_it(when):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(11, 8), nn.Linear(8, 8)
+
+        def forward(self, ids, mask):
+            hidden, mask = self.out(self.embedding(ids)), mask.clone()
+            if when == "before":
+                mask[:, 0] = False
+            selected = hidden.detach()[mask]
+            if when == "after":
+                mask[:, 0] = False
+            if when == "elsewhere":
+                mask.view(-1)[3:].logical_not_()
+            return {"loss": hidden.mean() * len(selected) + hidden[:, 0].mean() * mask.any() * mask.sum()}
+
+    torch.manual_seed(0)
+    model, ids = Masked().double(), torch.randint(0, 11, (4, 6))
+    given = [torch.rand(4, 6) < share for share in (0.5, 0.3, 0.8, 0.5, 0.5)]
+    given[3][:, 0], given[4][:, 0] = False, True
+    options = {"microbatches": 1, "schedule": "GPipe", "loss_weight": "microbatch"}
+    with fxpipe.compile(model, 2, (ids, given[0]), **options).materialize(device="cpu") as pipe:
+        for mask in given:
+            expected = model(ids, mask)["loss"].detach()
+            torch.testing.assert_close(pipe.step(ids, mask), expected, rtol=1e-12, atol=1e-12)

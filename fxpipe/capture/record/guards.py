@@ -152,15 +152,15 @@ def looked_into(value: Any) -> Any:
 
 def note_selection(forward: Forward, node: fx.Node, args: Any, kwargs: Any, result: Any) -> None:
     """Note a call the shape of whose result values of inputs decide about: a later question for it is a guard."""
-    if info(node).from_input:
-        own = [part for part in tensors_in(result) if not isinstance(part, FakeTensor)]
-        forward.selections.made[node] = own or [
-            each
-            for each in tensors_in(args, kwargs)
-            if not isinstance(each, FakeTensor) and forward.recorder.made_here(each)
-        ]
-        if own:
-            forward.selections.known.add(node)
+    if not info(node).from_input:
+        return
+    recorder, frame = forward.recorder, forward.frames.top
+    own = [part for part in tensors_in(result) if not isinstance(part, FakeTensor)]
+    given = [each for each in tensors_in(args, kwargs) if not isinstance(each, FakeTensor) and recorder.made_here(each)]
+    with without_modes(), without_functions():  # as they are now: a mask may be written to later
+        forward.selections.made[node] = [(recorder.node_of(each, frame), each.clone()) for each in own or given]
+    if own:
+        forward.selections.known.add(node)
 
 
 def guard_read(
@@ -277,21 +277,26 @@ def guards_of_sizes(forward: Forward) -> dict[fx.Node, tuple[Guard, ...]]:
 
 
 def _sizes_read(forward: Forward, selection: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
-    """Yield reads that tell how much a call selects, with the answers."""
-    selections = forward.selections
-    for tensor in selections.made[selection]:
-        source = forward.recorder.node_of(tensor, forward.frames.top)
+    """Yield reads that tell how much a call selects, with the answers: of what selects, as the selection saw it."""
+    graph, is_result = forward.recorder.graph, selection in forward.selections.known
+    for source, selecting in forward.selections.made[selection]:
         if not info(source).from_input:
             continue
         _refuse_unread([source])
         with without_modes(), without_functions():
-            if selection in selections.known:
-                yield _reading(forward, "call_method", "size", (source, 0)), tensor.shape[0]
-            elif tensor.dtype == torch.bool:
-                total = _reading(forward, "call_method", "sum", (source,))
-                yield _reading(forward, "call_method", "item", (total,)), int(tensor.sum())
-            else:
-                yield _reading(forward, "call_method", "tolist", (source,)), answer_of(tensor.tolist())
+            with graph.inserting_after(source if is_result else selection):  # before what is written later
+                if is_result:
+                    node, answer = _reading(forward, "call_method", "size", (source, 0), selection), selecting.shape[0]
+                elif selecting.dtype == torch.bool:
+                    node = _reading(forward, "call_method", "sum", (source,), selection)
+                    answer = int(selecting.sum())
+                else:
+                    node = _reading(forward, "call_method", "tolist", (source,), selection)
+                    answer = answer_of(selecting.tolist())
+            if not is_result and selecting.dtype == torch.bool:
+                with graph.inserting_after(node):
+                    node = _reading(forward, "call_method", "item", (node,))
+        yield node, answer
 
 
 def guard_sizes(
@@ -402,9 +407,12 @@ def _tried_value(forward: Forward, node: fx.Node, values: dict[fx.Node, Any], si
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _reading(forward: Forward, op: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
+def _reading(
+    forward: Forward, op: str, target: Any, args: tuple[Any, ...], selection: fx.Node | None = None
+) -> fx.Node:
+    """Add a call that reads what a selection was given or gave, as the selection saw it."""
     node = forward.recorder.graph.create_node(op, target, args)
-    set_info(node, NodeInfo(from_input=True))
+    set_info(node, NodeInfo(from_input=True, after=info(selection).after if selection is not None else ()))
     return node
 
 

@@ -189,14 +189,14 @@ class Selections:
     """The calls of a forward whose result has a shape that values of inputs decide about.
 
     Attributes:
-        made: Those calls, each with tensors whose values are known: of the result, else of what selects.
+        made: Those calls, each with nodes and values that are known: of the result, else of what selects.
         known: Those of which they are the result's.
         asked: Those whose size Python knows.
         dims: By node: the dimensions of its value whose size values decide about.
         tried: What nodes give where another number is selected, one mapping for each number that is tried.
     """
 
-    made: dict[fx.Node, list[torch.Tensor]] = field(default_factory=dict)
+    made: dict[fx.Node, list[tuple[fx.Node, torch.Tensor]]] = field(default_factory=dict)
     known: set[fx.Node] = field(default_factory=set)
     asked: set[fx.Node] = field(default_factory=set)
     dims: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
