@@ -25,6 +25,15 @@ from fxpipe.planning.search.spine import cuts, parts
 from fxpipe.planning.search.spine.cuts import spine_marks
 from fxpipe.planning.search.spine.line import Line, thinned
 
+
+@pytest.fixture(scope="module", autouse=True)
+def any_share():
+    """Let the heaviest path have any share of the load."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cuts, "LEAST_SHARE", 0.0)
+        yield
+
+
 RANKS = st.sampled_from([(0, 1, 0, 1), (0, 1, 1, 0), (0, 1, 0, 1, 0, 1), (0, 1, 1, 0, 0, 1), (0, 0, 1, 1)])
 
 
@@ -75,7 +84,7 @@ def test_for_cuts_within_each_other_marks_stand_in_a_row(problem, exactly, numbe
     check_rows(problem, exactly, numbers, count)
 
 
-@pytest.mark.parametrize("limit", [(parts, "MOST_TOGETHER", 1), (parts, "MOST_FLOW", -1), (cuts, "MOST_FREE", 3)])
+@pytest.mark.parametrize("limit", [(parts, "MOST_TOGETHER", 1), (parts, "MOST_FLOW", -1), (cuts, "MOST_DEPTH", 0)])
 def test_marks_stand_also_where_the_search_for_them_ends_early(limit, monkeypatch):
     monkeypatch.setattr(*limit)
 

@@ -101,8 +101,9 @@ class _Passes:
         self._latest = np.searchsorted(anchors, anchors, side="left") - 1  # the last cut that an anchor lies behind
         self._earliest = np.searchsorted(anchors, anchors, side="right")  # the first one that has an anchor before it
         self._mean = int(costs.load[-1]) // request.stages
-        self._worth = self._worth_looking_at(request)
-        self._widths = WIDTHS if self._worth is None else (ANYWHERE,)
+        # Two passes at a time of more than two are cut better where even cuts are looked for first.
+        self._worth = self._worth_looking_at(request) if len(passes) == 2 else None
+        self._widths = WIDTHS if self._worth is None else (WIDTHS[0], ANYWHERE)
 
     def _worth_looking_at(self, request: Request) -> Ints | None:
         """Give the cuts that no other one can stand for, and those where least crosses; None where they are too many.
@@ -153,11 +154,10 @@ class _Passes:
                 meets = [(-1, -1)]
             else:
                 middle = (self._load[bounds[0]] + self._load[bounds[1]]) // 2
-                near = self._within(
-                    int(middle), self._reach(min(width, self._ranks / 2)), (first + 1) * self._ranks, bounds
-                )
+                wide = width if width == ANYWHERE else min(width, self._ranks / 2)
+                near = self._within(int(middle), wide, (first + 1) * self._ranks, bounds)
                 nearest = np.argsort(np.abs(self._load[near] - middle), kind="stable")
-                nearest = nearest if self._worth is not None else nearest[:MOST_MIDDLES]
+                nearest = nearest if width == ANYWHERE else nearest[:MOST_MIDDLES]
                 meets = [(cut, cut) for cut in near[nearest].tolist()]
             for ends in meets:
                 lines = self._lines(first, second, bounds, ends, width)
@@ -181,14 +181,11 @@ class _Passes:
         np.add.at(sums, self._rank_of, loads)
         return sums if self._passes[first] else sums[::-1]
 
-    def _reach(self, width: float) -> int:
-        """Give a width in units of load."""
-        return int(min(width, self._stages) * self._mean)
-
-    def _within(self, target: int, reach: int, boundary: int, bounds: tuple[int, int]) -> Ints:
+    def _within(self, target: int, width: float, boundary: int, bounds: tuple[int, int]) -> Ints:
         """Give the cuts about a load, or all worth it; of too many, those where least crosses at this boundary."""
-        if self._worth is not None:
+        if width == ANYWHERE and self._worth is not None:
             return self._worth[slice(*np.searchsorted(self._worth, (bounds[0] + 1, bounds[1])))]
+        reach = int(width * self._mean)
         low = max(int(np.searchsorted(self._load, target - reach, side="left")), bounds[0] + 1)
         high = min(int(np.searchsorted(self._load, target + reach, side="right")), bounds[1])
         cuts = np.arange(low, high)
@@ -217,7 +214,7 @@ class _Passes:
                 target = low + (high - low) * place // self._ranks
                 boundary = index * self._ranks + place
                 inside = (max(begin, bounds[0]), bounds[1] if end < 0 else end)
-                cuts.append(self._within(target, self._reach(width), boundary, inside))
+                cuts.append(self._within(target, width, boundary, inside))
             if not all(len(part) for part in cuts):
                 return None
             found.append(self._line(index, cuts, alike=alike))
@@ -244,7 +241,7 @@ class _Passes:
         """Look for a smaller and smaller bottleneck, until no smaller one is worth the search."""
         high = 2 * int(others.max()) + self._below if best is None else best[0]
         step = max(1, lower // FINE)
-        bound = high - step
+        bound = high - (step if best is not None else 1)
         found = self._kept(lines, others, bound, meets=meets)
         low = lower - 1
         while found is not None and low + step < bound:

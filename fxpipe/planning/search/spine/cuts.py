@@ -18,7 +18,8 @@ from fxpipe.planning.search.spine.parts import (
     Part,
 )
 
-MOST_FREE = 100_000  # free nodes over all places, before the others are only counted
+LEAST_SHARE = 0.5  # of the load, which must lie on the heaviest path
+MOST_FREE = 60_000  # free nodes that are looked at over all places; of graphs with more none are
 OWN_MARKS = 16  # cuts that have a mark of their own: those where least crosses
 FEW_OWN_MARKS = 6  # the same among those that no node of the path lies before
 MOST_DEPTH = 2  # paths of the nodes that are free before a path, and before that
@@ -81,12 +82,16 @@ def spine_marks(instance: Instance, crossing: Ints, *, exactly: bool) -> list[Ma
         exactly: Whether every stage has a node of its own.
 
     Returns:
-        The marks; none where nothing costs anything to cross.
+        The marks; none where nothing costs anything to cross, or too little of the graph lies on its heaviest path.
     """
     if not crossing.any():
         return []
-    cuts = _Cuts(_with_crossing(instance, crossing))
-    total = int(instance.load.sum())
+    spine, total = Spine.of(instance), int(instance.load.sum())
+    if int(instance.load[list(spine.path)].sum()) < total * LEAST_SHARE:
+        return []
+    cuts = _Cuts(_with_crossing(instance, crossing), spine)
+    if not cuts.are_known:
+        return []
     if exactly:
         return distinct(cuts.marks())
     shared: list[Mark] = [
@@ -110,8 +115,8 @@ class _Cuts:
         begins: ``P - x`` of any cut at each place, at most.
     """
 
-    def __init__(self, instance: Instance, depth: int = 0) -> None:
-        self._instance, self._spine, self._depth = instance, Spine.of(instance), depth
+    def __init__(self, instance: Instance, spine: Spine, depth: int = 0) -> None:
+        self._instance, self._spine, self._depth = instance, spine, depth
         crossing = instance.values.column(NEAR_LOAD)
         self._parts = FreeParts(instance, crossing.tolist())
         places = self._spine.places
@@ -123,16 +128,17 @@ class _Cuts:
         certain = _steps(self._first, self._last + 1, crossing, places)
         self.load = _steps(self._spine.inside, np.full(instance.size, places), instance.load, places)
         self.crossed = _steps(self._first, self._whole, crossing, places)  # with no free node before the cut
-        self._at: list[tuple[Part, ...] | None] = list(self._parts_at_places())
+        self._at = list(self._parts_at_places())
         self.ends, self.begins = self.load + certain, self.load - certain
-        free = _steps(self._spine.outside + 1, self._spine.inside, instance.load, places)
         for place, parts in enumerate(self._at):
-            if parts is None:
-                self.begins[place] += free[place]
-                continue
             added = [self._parts.least(part) for part in parts]
             self.ends[place] += sum(one.end for one in added)
             self.begins[place] += sum(one.begin for one in added)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the free nodes at all places were few enough to be looked at."""
+        return len(self._at) == self._spine.places
 
     def marks(self) -> list[Mark]:
         """Give marks in a row for the cuts between two stages that both have a node."""
@@ -166,9 +172,10 @@ class _Cuts:
         node_of[behind] = int(node_of[-1]) + 1
         rest = int(node_of.max())
         if self._depth < MOST_DEPTH:
-            inner = _Cuts(merged(self._instance, node_of, rest + 1), self._depth + 1)
+            smaller = merged(self._instance, node_of, rest + 1)
+            inner = _Cuts(smaller, Spine.of(smaller), self._depth + 1)
             path = inner._spine.path
-            if len(path) > 1 and path[-1] == rest:
+            if inner.are_known and len(path) > 1 and path[-1] == rest:
                 found = inner._before_the_path() + inner._from(1, len(path), FEW_OWN_MARKS)
                 nodes = np.flatnonzero(~behind).tolist()
                 return [(end, begin, None if cut is None else _bits(cut, nodes)) for end, begin, cut in found]
@@ -183,19 +190,17 @@ class _Cuts:
         if not self._free(place):
             return []
         end, begin = int(self.ends[place]), int(self.begins[place])
-        parts = self._at[place]
-        if parts:
-            changes = []
-            for part in parts:
-                base = self._parts.least(part)
-                other = self._parts.not_all(part) if nothing else self._parts.some(part)
-                changes.append((other.end - base.end, other.begin - base.begin))
-            end += min(change for change, _ in changes)
-            begin += max(change for _, change in changes)
+        changes = []
+        for part in self._at[place]:
+            base = self._parts.least(part)
+            other = self._parts.not_all(part) if nothing else self._parts.some(part)
+            changes.append((other.end - base.end, other.begin - base.begin))
+        end += min(change for change, _ in changes)
+        begin += max(change for _, change in changes)
         return [(end, begin, None)]
 
-    def _parts_at_places(self) -> Iterator[tuple[Part, ...] | None]:
-        """Give the parts of the free nodes at every place; None where there are too many to look at."""
+    def _parts_at_places(self) -> Iterator[tuple[Part, ...]]:
+        """Give the parts of the free nodes at every place; nothing where there are too many to look at."""
         spine = self._spine
         values_of: list[list[int]] = [[] for _ in range(self._instance.size)]
         sets = self._instance.values.sets()
@@ -217,18 +222,20 @@ class _Cuts:
         )
         changed = np.zeros(spine.places + 2, dtype=bool)
         changed[changes] = True
+        changed[0] = True
+        counts = _steps(spine.outside + 1, spine.inside, np.ones_like(spine.inside), spine.places)
+        if int(counts[changed[: spine.places]].sum()) > MOST_FREE:
+            return
         opened: list[list[int]] = [[] for _ in range(spine.places + 1)]
         for node in np.flatnonzero(off_path).tolist():
             opened[int(spine.outside[node]) + 1].append(node)
         inside = spine.inside.tolist()
         free: list[int] = []
-        budget = MOST_FREE
-        parts: tuple[Part, ...] | None = ()
+        parts: tuple[Part, ...] = ()
         for place in range(spine.places):
-            if place == 0 or changed[place]:
+            if changed[place]:
                 free = sorted([node for node in free if inside[node] > place] + opened[place])
-                budget -= len(free)
-                parts = None if budget < 0 else tuple(self._split(free, place, values_of, sets))
+                parts = tuple(self._split(free, place, values_of, sets))
             yield parts
 
     def _split(
