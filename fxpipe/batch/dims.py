@@ -224,6 +224,8 @@ def _found(path: str, tensor: torch.Tensor, said: bool, dim: int | None, size: i
     """Give the dimension of samples of one tensor, or what is wrong with it."""
     if tensor.is_nested:
         return None, f"{path}, a nested tensor (pad it, and nest it in the forward)"
+    if tensor.layout != torch.strided and (dim is not None or not said):
+        return None, f"{path} of layout {tensor.layout} (pass it dense, and make it sparse in the forward)"
     if not said and tensor.dim() and tensor.shape[0] == size:
         return 0, ""
     shape = list(tensor.shape)

@@ -305,3 +305,20 @@ def test_an_argument_of_the_model_that_step_would_take_is_refused(name: str) -> 
         fxpipe.ScheduleError, match=f"keyword argument '{name}'.*\n  pass what the model calls '{name}' by"
     ):
         fxpipe.compile(Named(2, 2), 1, (x,), {name: x})
+
+
+@pytest.mark.parametrize("made", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_inputs_are_refused_by_name(made: Any) -> None:
+    model, x = torch.nn.Linear(4, 4), torch.eye(4)
+    options = {"loss_fn": torch.nn.functional.mse_loss, "microbatches": 2, "schedule": "GPipe"}
+    with pytest.raises(fxpipe.ScheduleError, match=r"cannot split input of layout torch\.sparse.*pass it dense"):
+        fxpipe.compile(model, 1, (made(x),), {"target": x}, **options)
+    with pytest.raises(fxpipe.CaptureError, match=r"input input is a torch\.Tensor of layout torch\.sparse"):
+        fxpipe.compile(model, 1, (made(x),), {"target": x}, batch_dims={"input": None, "target": 0}, **options)
+    pipe = fxpipe.compile(model, 1, (x,), {"target": x}, **options)
+    with (
+        pipe.materialize(device="cpu"),
+        pytest.raises(fxpipe.ScheduleError, match=r"split target of layout torch\.sparse"),
+    ):
+        pipe.step(x, target=made(x))
