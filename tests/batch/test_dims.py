@@ -177,7 +177,7 @@ def test_numbers_that_a_model_returns_are_those_of_the_batch() -> None:
         for rows in (4, 6, 8, 12):
             found = pipe.infer(torch.randn(rows, 6))
             assert (type(found["rows"]), found["rows"], found["size"]) == (int, rows, (6, "wide"))
-        with pytest.raises(fxpipe.CaptureError, match=r"output\['rows'\] is 6 for 6 samples and 12 for 12"):
+        with pytest.raises(fxpipe.ScheduleError, match=r"output\['rows'\] is 6 for 6 samples and 12 for 12"):
             pipe.infer(torch.randn(12, 6), microbatches=2)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxpipe.errors import CaptureError
+from fxpipe.errors import ScheduleError
 from fxpipe.ir.tree import tree_leaves
 
 
@@ -22,7 +22,7 @@ def output_dims(one: Any, two: Any, samples: int) -> dict[str, int | None]:
         The one dimension that has twice the size, None where there is not just one.
 
     Raises:
-        CaptureError: A number beside the tensors is another one for other numbers of samples.
+        ScheduleError: A number beside the tensors is another one for other numbers of samples.
 
     >>> output_dims((torch.zeros(4, 2), torch.zeros(3)), (torch.zeros(4, 4), torch.zeros(3)), 2)
     {'output[0]': 1, 'output[1]': None}
@@ -30,7 +30,7 @@ def output_dims(one: Any, two: Any, samples: int) -> dict[str, int | None]:
     pairs = list(zip(tree_leaves(one, "output"), tree_leaves(two, "output"), strict=False))
     for (path, left), (_, right) in pairs:
         if isinstance(left, int | float | str) and left != right:
-            raise CaptureError(
+            raise ScheduleError(
                 f"{path} is {left!r} for {samples} samples and {right!r} for {2 * samples}: those of microbatches do "
                 "not tell the batch's\n  call infer with one microbatch, or leave it out of what the model returns"
             )
