@@ -203,6 +203,39 @@ def test_a_block_reads_numbers_from_its_buffers(kernels, persistent, deferred):
     pipe.close()
 
 
+class Counting(nn.Module):
+    """Asks Python for the number in a buffer, or for how many of its flags are set."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.layer, self.ask = nn.Linear(6, 6), ask
+        self.register_buffer("times", torch.tensor(2))
+        self.register_buffer("flags", torch.tensor([True, False, True]))
+
+    def forward(self, x):
+        return x + torch.tanh(self.layer(x)) * self.ask(self)
+
+
+@pytest.mark.parametrize("grain", ["block", "op"])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda block: int(block.times),
+        lambda block: block.times.item() / 2,
+        lambda block: block.flags.nonzero().shape[0],
+        lambda block: 3 if block.flags[0] else 1,
+    ],
+)
+def test_numbers_in_buffers_stay_those_of_every_length(ask, grain):
+    torch.manual_seed(4)
+    model = nn.Sequential(*(Counting(ask) for _ in range(3))).double()
+    batches = [torch.randn(4, length, 6, dtype=torch.float64) for length in (5, 7, 4, 9)]
+    pipe = fxpipe.compile(model, 2, (batches[0],), loss_fn=mean_square, microbatches=2, grain=grain)
+    with pipe.materialize(device="cpu"):
+        for x in batches:
+            torch.testing.assert_close(pipe.step(x), mean_square(model(x)).detach(), rtol=1e-12, atol=1e-12)
+
+
 class Mapped(nn.Module):
     """A ``vmap`` over real numbers that activations were written into."""
 
