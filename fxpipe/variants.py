@@ -39,13 +39,26 @@ MOST_TRIES = 2
 """Graphs with symbols that are tried in vain for one kind before each shape is recorded by itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a variant is for besides its inputs.
+
+    Attributes:
+        shared: What all ranks have alike: modes, and whether there is a loss.
+        own: What the script has set on this rank; it may be another thing on each of them, such as a rank's number.
+    """
+
+    shared: tuple[Any, ...]
+    own: tuple[Any, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Variant:
     """One recorded graph, cut by the plan.
 
     Attributes:
         key: Names it; the same on every rank.
-        runs: Names what the stages run for it, which variants that differ in sizes alone share.
+        runs: Names what the stages of this rank run for it, which variants that differ in sizes alone share.
         program: The graph of each stage.
         answers: What Python read from the inputs; another answer needs another variant.
         read: Reads it again from named inputs; None if nothing was read.
@@ -60,6 +73,11 @@ class Variant:
     read: Read | None
     alone: Callable[[], Program]
     captured: Captured
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Name it among those of this rank."""
+        return self.key, self.runs
 
     def fits(self, inputs: Inputs) -> bool:
         """Tell whether a microbatch takes this graph."""
@@ -81,7 +99,8 @@ class _Family:
         answers: What it must be.
         read_sizes: Reads what decides the path from tensors that are made of sizes alone.
         size_answers: What it must be.
-        key: Names the family.
+        key: Names the family; the same on every rank.
+        own: What the script has set on this rank.
         is_shared: Whether what the stages run is the same for all sizes.
     """
 
@@ -92,10 +111,11 @@ class _Family:
     read_sizes: Read | None
     size_answers: tuple[Any, ...]
     key: str
+    own: tuple[Any, ...]
     is_shared: bool
 
     @classmethod
-    def of(cls, captured: Captured, program: Program, kind: Any) -> _Family:
+    def of(cls, captured: Captured, program: Program, kind: Any, around: Around) -> _Family:
         """Make the family of a graph for batches of one kind."""
         symbolic = captured.symbolic
         assert symbolic is not None
@@ -103,10 +123,11 @@ class _Family:
         read_sizes = read_again(captured.observation.recorder, symbolic.conditions)
         answers = tuple(guard.answer for guard in guards)
         size_answers = tuple(guard.answer for guard in symbolic.conditions)
-        key = _digest(kind, answers, size_answers, symbolic.guards_text)
-        return cls(captured, program, read, answers, read_sizes, size_answers, key, symbolic.keeps_strides(program))
+        key = _digest(kind, around.shared, answers, size_answers, symbolic.guards_text)
+        parts = captured, program, read, answers, read_sizes, size_answers
+        return cls(*parts, key, around.own, symbolic.keeps_strides(program))
 
-    def member(self, inputs: Inputs, spec: Any) -> Variant | None:
+    def member(self, inputs: Inputs, signature: Any) -> Variant | None:
         """Give the variant of a microbatch; None where the graph does not hold for it."""
         symbolic = self.captured.symbolic
         assert symbolic is not None
@@ -120,9 +141,10 @@ class _Family:
         def alone() -> Program:
             return symbolic.at(captured.program({}, 1), values)
 
-        key = _digest(spec, self.key)
+        key = _digest(signature, self.key)
+        runs = _digest(self.key if self.is_shared else key, self.own)
         program = symbolic.at(self.program, values)
-        return Variant(key, self.key if self.is_shared else key, program, self.answers, self.read, alone, captured)
+        return Variant(key, runs, program, self.answers, self.read, alone, captured)
 
 
 @dataclass(slots=True, eq=False)
@@ -172,7 +194,7 @@ class Variants:
         self._numbers: dict[
             Any, tuple[int, Any]
         ] = {}  # by what numbers are open in: how often they were others, and last
-        self._used: dict[str, Any] = {}  # what each variant is for, by its key; the one used last comes last
+        self._used: dict[tuple[str, str], Any] = {}  # what each variant is for, by its name; the one used last is last
         self._kinds: dict[Any, _Kind] = {}  # the one used last comes last
         self._output_dims: dict[Any, Mapping[str, int | None]] = {}
         self._mode = ""
@@ -185,7 +207,7 @@ class Variants:
             self._add(captured, captured.inputs, with_loss)
 
     @property
-    def keys(self) -> Collection[str]:
+    def names(self) -> Collection[tuple[str, str]]:
         """The variants that are kept."""
         return self._used.keys()
 
@@ -214,7 +236,7 @@ class Variants:
             before = inputs
         return tuple(found)
 
-    def find(self, inputs: Inputs, *, with_loss: bool, around: tuple[Any, ...] = ()) -> Variant:
+    def find(self, inputs: Inputs, *, with_loss: bool, around: Around | None = None) -> Variant:
         """Give the variant of a microbatch.
 
         Args:
@@ -226,15 +248,15 @@ class Variants:
             CaptureError: The model does something else than when it was compiled, so that its plan does not fit.
         """
         around = around or self._around(with_loss)
-        spec = inputs.signature, *around
-        any_number = (inputs.open, *around) if inputs.numbers else spec
+        spec = inputs.signature, around
+        any_number = (inputs.open, around) if inputs.numbers else spec
         for each in (spec, any_number) if inputs.numbers else (spec,):
             for variant in self._known.get(each, ()):
                 if variant.fits(inputs):
-                    self._used[variant.key] = self._used.pop(variant.key, each)
+                    self._used[variant.name] = self._used.pop(variant.name, each)
                     return variant
         for each, given in ((spec, inputs), (any_number, replace(inputs, follows=True))):
-            member = self._member(given, each, with_loss) if given is inputs or inputs.numbers else None
+            member = self._member(given, each[0], with_loss) if given is inputs or inputs.numbers else None
             if member is not None:
                 return self._remember(each, member)
         self.num_captures += 1
@@ -255,7 +277,7 @@ class Variants:
 
     def output_dims(self, variant: Variant, inputs: Inputs) -> Mapping[str, int | None]:
         """Give the outputs' dimensions of samples, by path, as ``Capture.output_dims``: recorded once."""
-        key = variant.key, tuple(inputs.dims.items()), inputs.samples
+        key = variant.name, tuple(inputs.dims.items()), inputs.samples
         found = self._output_dims.get(key)
         if found is None:
             found = self._output_dims[key] = self.capture.output_dims(variant.captured, inputs)
@@ -265,7 +287,7 @@ class Variants:
 
     def _times(self, inputs: Inputs, with_loss: bool) -> int:
         """Count the captures with other numbers than the one before, whatever their sizes."""
-        key, now = (inputs.open_without_sizes, *self._around(with_loss)), tuple(inputs.numbers.values())
+        key, now = (inputs.open_without_sizes, self._around(with_loss)), tuple(inputs.numbers.values())
         times, last = self._numbers.pop(key, (0, None))
         times += int(now != last)
         self._numbers[key] = times, now
@@ -276,24 +298,24 @@ class Variants:
     def _add(self, captured: Captured, inputs: Inputs, with_loss: bool) -> Variant:
         """Remember a variant that was recorded with fixed sizes, for others to be held against."""
         signature = inputs.open if inputs.follows else inputs.signature
-        spec, kind = (signature, *self._around(with_loss)), self._kind(inputs, with_loss)
-        variant = self._remember(spec, self._variant(captured, spec))
+        spec, kind = (signature, self._around(with_loss)), self._kind(inputs, with_loss)
+        variant = self._remember(spec, self._variant(captured, *spec))
         kind.recorded = [*kind.recorded, (variant, inputs.shapes)][-MOST_RECORDED:] if kind.tries < MOST_TRIES else []
         return variant
 
-    def _variant(self, captured: Captured, spec: Any) -> Variant:
+    def _variant(self, captured: Captured, signature: Any, around: Around) -> Variant:
         program = self._program(captured)
         read, guards = captured.guards(program)
         answers = tuple(guard.answer for guard in guards)
-        key = _digest(spec, answers)
-        captured = _without_values(captured)
-        return Variant(key, key, program, answers, read, lambda: captured.program({}, 1), captured)
+        key = _digest(signature, around.shared, answers)
+        captured, runs = _without_values(captured), _digest(key, around.own)
+        return Variant(key, runs, program, answers, read, lambda: captured.program({}, 1), captured)
 
-    def _member(self, inputs: Inputs, spec: Any, with_loss: bool) -> Variant | None:
+    def _member(self, inputs: Inputs, signature: Any, with_loss: bool) -> Variant | None:
         """Give the variant of a microbatch without recording it by itself; None where sizes are no symbols."""
         kind = self._kind(inputs, with_loss)
         for family in kind.families:
-            variant = family.member(inputs, spec)
+            variant = family.member(inputs, signature)
             if variant is not None:
                 return variant
         known = [each for each in kind.recorded if each[1] != inputs.shapes and not each[0].captured.observation.left]
@@ -313,21 +335,21 @@ class Variants:
         if captured.observation.sizes_sent(program):
             kind.tries += 1
             return None
-        number = self.kind_of(inputs, with_loss), len(kind.families)
-        family = _Family.of(_without_values(captured), program, number)
+        *alike_in, around = self.kind_of(inputs, with_loss)
+        family = _Family.of(_without_values(captured), program, (alike_in, len(kind.families)), around)
         kind.families = [*kind.families, family][-MOST_FAMILIES:]
         alike = captured.symbolic.guards if captured.symbolic is not None else ()
         kind.recorded = [each for each in known if not reads_alike(each[0].captured.observation.guards, alike)]
-        return family.member(inputs, spec)
+        return family.member(inputs, signature)
 
     def _remember(self, spec: Any, variant: Variant) -> Variant:
         """Keep a variant, and let go of those that were not used for longest."""
         self._known.setdefault(spec, []).append(variant)
-        self._used[variant.key] = spec
+        self._used[variant.name] = spec
         while len(self._used) > MOST_VARIANTS:
-            key = next(iter(self._used))
-            old = self._used.pop(key)
-            self._known[old] = [other for other in self._known[old] if other.key != key]
+            name = next(iter(self._used))
+            old = self._used.pop(name)
+            self._known[old] = [other for other in self._known[old] if other.name != name]
             if not self._known[old]:
                 del self._known[old]
         return variant
@@ -340,12 +362,12 @@ class Variants:
             del self._kinds[next(iter(self._kinds))]
         return found
 
-    def kind_of(self, inputs: Inputs, with_loss: bool) -> Any:
+    def kind_of(self, inputs: Inputs, with_loss: bool) -> tuple[bool, Any, Around]:
         """Give what is equal for microbatches that differ by no more than sizes."""
         signature = inputs.open_without_sizes if inputs.follows else inputs.without_sizes
-        return (inputs.follows, signature, *self._around(with_loss))
+        return inputs.follows, signature, self._around(with_loss)
 
-    def _around(self, with_loss: bool) -> tuple[Any, ...]:
+    def _around(self, with_loss: bool) -> Around:
         """Give what a variant is for besides its inputs; looked at once for all microbatches of a step."""
         if not self._mode:
             self.mode_changed()
@@ -353,7 +375,7 @@ class Variants:
         grad_enabled = with_loss and now.grad_enabled
         loss_fn = self.capture.loss_fn if with_loss else None
         settings = settings_of(loss_fn), settings_of(self.capture.skeleton.module.forward)
-        return with_loss, grad_enabled, settings, self._mode, now.autocast, now.attention, self.capture.dtype
+        return Around((with_loss, grad_enabled, self._mode, now.autocast, now.attention, self.capture.dtype), settings)
 
     def _program(self, captured: Captured) -> Program:
         return captured.program(self._stage_of_layer, self._num_stages, self._holders)

@@ -312,7 +312,7 @@ def test_a_batch_of_ever_new_lengths_fills_no_memory():
                 loss = float(pipe.step(**cut))
                 assert losses.setdefault(length, loss) == loss
                 assert all(stage.num_programs <= 4 for stage in pipe.stage_modules)
-            assert len(pipe._trainer.variants.keys) == 3
+            assert len(pipe._trainer.variants.names) == 3
             kept = [name for name in linecache.cache if name.startswith("<fxpipe stage")]
             assert len(kept) <= 8 + len(before_lines)
 

@@ -312,6 +312,26 @@ def gradients_that_the_model_leaves_none_are_none(schedule: str) -> None:
         judge.assert_close(there, {fqn: wanted[fqn] for fqn in there}, "gradients")
 
 
+def ranks_may_differ_in_what_they_set_for_themselves() -> None:
+    """A loss function or a forward that knows its rank, or a counter of one rank's, is the same model everywhere."""
+    own = {"rank": dist.get_rank(), "step": 0, "weight": 1.0}
+
+    class Knowing(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1.0 if own["rank"] >= 0 else 2.0)
+
+    def loss_fn(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(y, target) * own["weight"] * (1.0 if own["rank"] + own["step"] >= 0 else 2.0)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Knowing(4, 4) for _ in range(4))), torch.randn(12, 4)
+    with compiled(copy.deepcopy(model), loss_fn=loss_fn, batch={"input": x, "target": x}) as pipe:
+        for step in range(3):
+            own["step"] += dist.get_rank() == 0
+            own["weight"] = 1.0 + step  # what all set is looked at, too
+            judge.assert_close(pipe.step(input=x, target=x), loss_fn(model(x), x).detach(), "loss")
+
+
 def few_microbatches_run_or_are_refused() -> None:
     """One, one less than stages, and as many: no schedule hangs."""
     model = street()
@@ -338,6 +358,7 @@ def cases() -> dict[str, Callable[[], None]]:
         "ready-microbatches": ready_microbatches_count_by_their_targets,
         "sample-weights": samples_may_have_weights,
         "modes": modes_switch,
+        "own-settings": ranks_may_differ_in_what_they_set_for_themselves,
         "few-microbatches": few_microbatches_run_or_are_refused,
     }
 
