@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from fxpipe.errors import MismatchError
+from fxpipe.errors import MismatchError, ScheduleError
 from fxpipe.ir.tree import tree_leaves
+from fxpipe.runtime.run.gradients import local_part
 from fxpipe.runtime.run.work import Job, Tensors
 
 MARGIN = 16.0
@@ -18,6 +21,8 @@ MARGIN = 16.0
 _UNITS = {torch.float64: 64.0, torch.float32: 64.0}
 """Units in the last place, of a tensor's largest entry, that another order of additions may leave; 1 for 16 bits."""
 _TINY = 1e-300
+MOST_OTHERS = 0.1
+"""Share of integers that may differ where the control run's happen to be equal: of a few, one may be such a tie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,18 +233,78 @@ def named_output(output: object, microbatch: int) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def nudged(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Move every floating-point parameter by one unit in the last place, up or down, for a while."""
-    kept = [(parameter, parameter.detach().clone()) for module in modules for parameter in module.parameters()]
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter, value in kept:
-            if value.is_floating_point():
-                signs = torch.randint(0, 2, value.shape, generator=generator).to(value.device) * 2 - 1
-                parameter.copy_(value * (1 + signs * torch.finfo(value.dtype).eps).to(value.dtype))
+def nudged(modules: Sequence[nn.Module], computed_in: torch.dtype | None = None) -> Iterator[None]:
+    """Move every finite floating-point parameter by one unit in the last place, up or down, for a while.
+
+    A bit is turned over and back again in place: that takes no memory, and leaves every parameter as it was.
+
+    Args:
+        modules: What holds the parameters; of sharded ones what lies on this rank is moved.
+        computed_in: What they are rounded to when they are computed with (autocast), whose unit counts then.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> before = layer.weight.item()
+    >>> with nudged([layer]):
+    ...     0 < abs(layer.weight.item() - before) < 1e-6
+    True
+    >>> layer.weight.item() == before
+    True
+    """
+    unique = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
+    parts = [part for part in map(local_part, unique) if part.is_floating_point() or part.is_complex()]
+    for part in parts:
+        _turn_over(part, computed_in)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in kept:
-                parameter.copy_(value)
+        for part in parts:
+            _turn_over(part, computed_in)
+
+
+def _turn_over(tensor: torch.Tensor, computed_in: torch.dtype | None) -> None:
+    """Turn the last bit over of every finite entry, or the last one that another dtype keeps."""
+    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    digits, kept = (-math.log2(torch.finfo(dtype).eps) for dtype in (real.dtype, computed_in or real.dtype))
+    bits = real.view(_BITS[real.element_size()])
+    bits.bitwise_xor_(real.isfinite().to(bits.dtype) << max(round(digits - kept), 0))
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_apart(found: Any, wanted: Any, control: Any, rows: tuple[int, int]) -> None:
+    """Refuse outputs in which samples depend on each other.
+
+    Integers may be what a maximum was taken of, where two were equal but for rounding: a few may differ.
+
+    Args:
+        found: What some samples gave in microbatches, put together.
+        wanted: What they gave in one.
+        control: The same again, nudged by rounding.
+        rows: How many samples, and how many in a microbatch.
+
+    Raises:
+        ScheduleError: They differ; the first that does is named.
+
+    >>> one = {"y": torch.tensor([1.0, -1.0])}
+    >>> check_apart(one, one, one, (2, 1))
+    """
+    columns = zip(*(tree_leaves(output, "output") for output in (found, wanted, control)), strict=False)
+    for (name, part), (_, whole), (_, again) in columns:
+        if not isinstance(part, torch.Tensor) or not isinstance(whole, torch.Tensor):
+            agrees = not isinstance(part, int | float) or part == whole
+        elif part.shape == whole.shape and not (part.is_floating_point() or part.is_complex()):
+            agrees = _share(part, whole) <= max(MOST_OTHERS, MARGIN * _share(again, whole))
+        else:
+            agrees = compare(name, 0, part, whole, again).severity <= 1
+        if not agrees:
+            raise ScheduleError(
+                f"{name} of a sample depends on the others of its microbatch: {rows[0]} samples give another at once "
+                f"than in {rows[0] // rows[1]} times {rows[1]}\n"
+                "  call infer with one microbatch (after pipe.eval(), if it is BatchNorm that couples them)"
+            )
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Give which share of the entries differs."""
+    return float((one != other).double().mean()) if one.numel() else 0.0

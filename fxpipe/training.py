@@ -17,11 +17,12 @@ from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
 from fxpipe.batch.dims import BatchDims, Microbatch
 from fxpipe.batch.example import with_own_target
 from fxpipe.batch.inputs import Inputs, name_parts
-from fxpipe.batch.merge import check_apart, differ, few_samples, merge_outputs
+from fxpipe.batch.merge import differ, few_samples, merge_outputs
 from fxpipe.batch.moving import OnDevice
 from fxpipe.batch.order import Order, check_call
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
+from fxpipe.comparison import check_apart, nudged
 from fxpipe.errors import FxpipeError, ScheduleError
 from fxpipe.materialize import Origin, Running
 from fxpipe.runtime.build.extra_state import kept_buffers
@@ -215,11 +216,15 @@ class Trainer:
         with kept_buffers(running.stages):
             together = self._agreed(running, partial(self._for_inference, running, few, 1, dims), "infer", gather=True)
             whole = self._outputs(running, together, gather=True)
+            with nudged(running.stages, _computed_in(running.device)):
+                control = self._outputs(running, together, gather=True)
             apart = self._agreed(running, partial(self._for_inference, running, few, parts, dims), "infer", gather=True)
             outputs = self._outputs(running, apart, gather=True)
         assert whole is not None
+        assert control is not None
         assert outputs is not None
-        check_apart(merge_outputs(outputs, apart.sizes, apart.output_dims), whole[0], (size, size // parts))
+        merged = merge_outputs(outputs, apart.sizes, apart.output_dims)
+        check_apart(merged, whole[0], control[0], (size, size // parts))
         if differ(outputs):  # of samples that are all the same nothing can be told
             self._apart.add(kind)
 
@@ -354,3 +359,10 @@ class Trainer:
             found = self.variants.find_all(inputs, with_loss=False)
         output_dims = self.variants.output_dims(found[0], inputs[0]) if num_microbatches > 1 else None
         return Step(inputs, found, (own.size,) * num_microbatches, output_dims=output_dims)
+
+
+def _computed_in(device: torch.device) -> torch.dtype | None:
+    """Give the dtype to which a device rounds what it multiplies, where it may be a narrower one than is kept."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None if device.type == "cpu" else torch.float16  # as many digits as TF32 has

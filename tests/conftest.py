@@ -52,3 +52,14 @@ def pytest_collection_finish():
     """Let Python not look for garbage among all that was imported and collected: it stays."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def in_float64():
+    """Make models and inputs of a test in float64, the same ones each time."""
+    import judge
+    import torch
+
+    with judge.float64():
+        torch.manual_seed(0)
+        yield

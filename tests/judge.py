@@ -5,8 +5,9 @@ Which sums run in which order is the processor's matter. Bits are compared only 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,3 +61,14 @@ def assert_close(found: Any, wanted: Any, what: str = "") -> None:
     off = distances(found, wanted)
     worst = sorted(off.items(), key=lambda item: -item[1])[:3]
     assert all(far <= CLOSE for _, far in worst), f"{what}: {worst}"
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Make what is made for a while in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -63,8 +63,8 @@ TABLE = {
     "profiling": Room("errors ir capture runtime", "torch tqdm"),
     "materialize": Room("errors logs ir batch capture runtime", "torch"),
     "variants": Room("errors logs program batch capture"),
-    "training": Room("errors ir program batch capture runtime materialize variants", "torch"),
     "comparison": Room("errors ir runtime", "torch"),
+    "training": Room("errors ir program batch capture runtime materialize variants comparison", "torch"),
     "verification": Room("errors ir batch capture runtime materialize variants training comparison", "torch"),
     "pipeline": Room(
         "errors logs ir planning report runtime materialize variants training comparison verification", "torch"

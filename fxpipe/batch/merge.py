@@ -111,14 +111,6 @@ def _equal(left: Any, right: Any) -> bool:
         return False
 
 
-TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 2e-4, torch.complex64: 2e-4}
-"""By how much of its largest element an output may differ where samples are computed in other company."""
-TOLERANCE_NARROW = 0.05
-"""The same in 16 bits, and on accelerators that multiply in fewer bits than they keep (times ten there)."""
-MOST_OTHERS = 0.1
-"""Share of integers that rounding may change: of what a maximum was taken of, two may be equal but for it."""
-
-
 def few_samples(size: int, num_microbatches: int) -> tuple[int, int]:
     """Choose on how many samples to try whether they depend on each other, and in how many parts to cut those.
 
@@ -134,50 +126,6 @@ def few_samples(size: int, num_microbatches: int) -> tuple[int, int]:
         return rows, 2
     parts = next(count for count in range(2, num_microbatches + 1) if num_microbatches % count == 0)
     return parts * rows, parts
-
-
-def check_apart(merged: Any, whole: Any, rows: tuple[int, int]) -> None:
-    """Refuse outputs in which samples depend on each other.
-
-    Args:
-        merged: What some samples gave in microbatches, put together.
-        whole: What they gave in one.
-        rows: How many samples, and how many in a microbatch.
-
-    Raises:
-        ScheduleError: They differ; the first that does is named.
-
-    >>> check_apart({"y": torch.tensor([1.0, -1.0])}, {"y": torch.tensor([1.0, -1.0])}, (2, 1))
-    """
-    pairs = zip(tree_leaves(merged, "output"), tree_leaves(whole, "output"), strict=False)
-    for (name, found), (_, wanted) in pairs:
-        if not _agrees(found, wanted):
-            raise ScheduleError(
-                f"{name} of a sample depends on the others of its microbatch: {rows[0]} samples give another at once "
-                f"than in {rows[0] // rows[1]} times {rows[1]}\n"
-                "  call infer with one microbatch (after pipe.eval(), if it is BatchNorm that couples them)"
-            )
-
-
-def _agrees(found: Any, wanted: Any) -> bool:
-    if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
-        return not isinstance(found, int | float) or _equal(found, wanted)
-    if found.shape != wanted.shape:
-        return False
-    if not found.numel():
-        return True
-    if not (found.is_floating_point() or found.is_complex()):
-        return float((found != wanted).double().mean()) <= MOST_OTHERS
-    most = TOLERANCE.get(found.dtype, TOLERANCE_NARROW)
-    if found.device.type != "cpu" and most < TOLERANCE_NARROW:
-        most = max(most, TOLERANCE_NARROW / 10)
-    close = torch.isclose(found, wanted, rtol=0, atol=most * _largest(wanted), equal_nan=True)
-    return bool(close.all())
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    finite = tensor[tensor.isfinite()].abs()
-    return float(finite.max()) if finite.numel() else 0.0
 
 
 def differ(outputs: Sequence[Any]) -> bool:

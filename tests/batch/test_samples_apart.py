@@ -1,6 +1,8 @@
 """``infer`` in several microbatches: the whole batch's output, or refused where samples depend on each other."""
 
+import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -29,6 +31,8 @@ APART = {
     "numbers": lambda h: h.argmax(-1),
 }
 
+pytestmark = pytest.mark.usefixtures("in_float64")
+
 
 class Model(nn.Module):
     def __init__(self, last, middle=nn.Identity):
@@ -40,14 +44,14 @@ class Model(nn.Module):
 
 
 def materialized(model, x):
-    torch.manual_seed(0)
     options = {"loss_fn": lambda output: next(iter(tree_leaves(output)))[1].sum(), "loss_weight": "microbatch"}
     return fxpipe.compile(model, 2, (x,), microbatches=1, schedule="GPipe", **options).materialize(device="cpu")
 
 
 def same(found, wanted):
     pairs = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-5) if isinstance(a, torch.Tensor) else a == b for (_, a), (_, b) in pairs)
+    near = functools.partial(torch.allclose, rtol=1e-12, atol=1e-12)
+    return all(near(a, b) if isinstance(a, torch.Tensor) else a == b for (_, a), (_, b) in pairs)
 
 
 @pytest.mark.parametrize("last", APART)
@@ -98,3 +102,31 @@ def test_a_model_that_returns_a_size_returns_that_of_each_batch():
     with materialized(copy.deepcopy(model), torch.randn(8, 8)) as pipe:
         for size in (8, 5, 3, 7, 8):
             assert pipe.infer(torch.randn(size, 8))[1:] == (size, 2 * size + 1)
+
+
+class Deep(nn.Module):
+    """Rounding grows on its way through the layers, to more than a unit of the output's."""
+
+    def __init__(self, couples):
+        super().__init__()
+        self.layers, self.couples = nn.ModuleList(nn.Linear(64, 64) for _ in range(12)), couples
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(3 * layer(x)) + x
+        x = x - x.mean(0) if self.couples else x
+        return {"y": x.float(), "chosen": x.argmax(-1)}
+
+
+@pytest.mark.parametrize("couples", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
+def test_rounding_is_no_dependence_and_dependence_no_rounding(dtype, couples):
+    narrow = torch.float32 if dtype == "autocast" else dtype
+    model, x = Deep(couples).to(narrow), torch.randn(16, 64, dtype=narrow)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"), materialized(model, x) as pipe:
+        before = {fqn: parameter.clone() for fqn, parameter in pipe.named_parameters()}
+        refused = pytest.raises(fxpipe.ScheduleError, match=r"output\['(y|chosen)'\] of a sample depends on the others")
+        with refused if couples else contextlib.nullcontext():
+            pipe.infer(x, microbatches=4)
+        for fqn, parameter in pipe.named_parameters():
+            assert torch.equal(parameter, before[fqn]), fqn

@@ -10,14 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxpipe
 
-
-@pytest.fixture(autouse=True)
-def _in_float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 class Layer(nn.Module):

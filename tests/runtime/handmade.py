@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -190,16 +189,6 @@ def reference(case: Case, num: int) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 def gradients_of(stages: list[Any]) -> dict[str, torch.Tensor]:
     return {fqn: p.grad for stage in stages for fqn, p in stage.named_parameters() if p.grad is not None}
-
-
-@contextlib.contextmanager
-def float64() -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 # --- models ---

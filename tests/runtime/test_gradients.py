@@ -13,12 +13,6 @@ from fxpipe.runtime.run.local import LocalEngine
 from fxpipe.runtime.run.work import backward_for_inputs, backward_for_weights
 
 
-@pytest.fixture
-def in_float64():
-    with handmade.float64():
-        yield
-
-
 def trained(case, num, **options):
     program = case.draft(copy.deepcopy(case.model), 4, case.batch)
     stages = handmade.stages_of(case.model, program)
@@ -129,7 +123,7 @@ def test_the_norm_of_nothing_is_zero_and_of_float64_is_float64():
     assert gradients.clip(1.0).item() == 0.0
     step()
     assert gradients.clip(1.0).dtype == torch.float32
-    with handmade.float64():
+    with judge.float64():
         _, gradients, step = trained(handmade.chain(), 4)
         step()
         assert gradients.clip(1.0).dtype == torch.float64

@@ -10,7 +10,7 @@ from fxpipe.runtime.run.local import LocalEngine
 @pytest.mark.parametrize("name", ["chain", "knot", "image"])
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
 def test_loss_and_gradients_are_those_of_the_plain_model(name, num_stages):
-    with handmade.float64():
+    with judge.float64():
         case = getattr(handmade, name)()
         whole = case.draft(case.model, num_stages, case.batch)
         stages = handmade.stages_of(case.model, whole)

@@ -80,7 +80,7 @@ def test_what_becomes_trainable_after_compiling_is_refused():
 
 
 def test_what_is_frozen_after_compiling_gets_no_gradient():
-    with handmade.float64():
+    with judge.float64():
         case = handmade.chain()
         program = case.draft(copy.deepcopy(case.model), 4, case.batch)
         stages = handmade.stages_of(case.model, program)

@@ -325,7 +325,7 @@ def test_what_a_call_no_longer_needs_is_freed_before_the_next():
 
 
 def test_a_module_may_write_into_what_it_is_given():
-    with handmade.float64():
+    with judge.float64():
         model = Bag(first=nn.Linear(3, 3), act=nn.ReLU(inplace=True), last=nn.Linear(3, 3))
         made = handmade.Draft(model, 2, x=torch.randn(2, 3))
         y = made.module(1, "last", made.module(1, "act", made.module(0, "first", made.x)))

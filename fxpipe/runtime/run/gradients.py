@@ -169,7 +169,7 @@ class Gradients:
         norms = _norms([p.grad for p in self._counted() if p.grad is not None], norm_type)
         local = _combine(torch.stack(norms), norm_type) if norms else _nothing(norm_type, self._device())
         total = _combine(self._gather(local), norm_type)
-        scale([_local(gradient) for gradient in own], (max_norm / (total + 1e-6)).clamp(max=1.0))
+        scale([local_part(gradient) for gradient in own], (max_norm / (total + 1e-6)).clamp(max=1.0))
         return total if self._has_double() else total.float()
 
     def _parameters(self) -> Iterable[nn.Parameter]:
@@ -230,13 +230,13 @@ class Gradients:
             parameter, *others = copies
             gradient, has_one = self._dense(parameter), any(each.grad is not None for each in copies)
             for other in others:
-                _local(gradient).add_(_local(self._dense(other)))
+                local_part(gradient).add_(local_part(self._dense(other)))
                 copied.append((gradient, other))
             if parameter.requires_grad:
                 _assign(parameter, gradient)
             holders = self._holders.get(tie.key, ())
-            gradients.setdefault(holders, []).append(_local(gradient))
-            found.setdefault(holders, []).append(_local(gradient).new_full((1,), float(has_one)))
+            gradients.setdefault(holders, []).append(local_part(gradient))
+            found.setdefault(holders, []).append(local_part(gradient).new_full((1,), float(has_one)))
             if not has_one:
                 absent.append((found[holders][-1], copies))
         for holders, tensors in sorted(gradients.items()):
@@ -268,7 +268,7 @@ class Gradients:
             gradient = self._dense(parameter)
             if gradient is not parameter.grad:
                 _assign(parameter, gradient)
-        self._sum.start(_local(parameter.grad) for parameter in found)
+        self._sum.start(local_part(parameter.grad) for parameter in found)
 
     def _dense(self, parameter: nn.Parameter) -> torch.Tensor:
         """Give a parameter's gradient in the form in which others have it too: zeros for none."""
@@ -389,7 +389,7 @@ def _is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local")  # DTensor; importing its module takes a second
 
 
-def _local(tensor: Any) -> torch.Tensor:
+def local_part(tensor: Any) -> torch.Tensor:
     """Give what of a tensor lies on this rank."""
     local: torch.Tensor = tensor.to_local() if _is_sharded(tensor) else tensor
     return local
