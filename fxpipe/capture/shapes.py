@@ -9,13 +9,11 @@ import torch
 
 from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.calls.blocked import Blocked, Untold
-from fxpipe.capture.calls.symbols import Sized
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.graph.structure import make_structure
 from fxpipe.capture.graph.symbolic import Shapes, Symbolic, pair_with, paired_terms, reads_alike, varying
 from fxpipe.capture.progress import shown_progress
 from fxpipe.capture.record.observe import observe
-from fxpipe.ir.tree import tree_leaves
 
 _log = logging.getLogger(__name__)
 
@@ -67,9 +65,6 @@ def _recorded(capture: Capture, known: Sequence[tuple[Captured, Shapes]], inputs
             progress=progress,
         )
     structure = make_structure(observation, training=with_loss)
-    returned = () if structure.is_loss else tree_leaves(observation.output)
-    if any(isinstance(leaf, Sized | torch.SymInt) for _, leaf in returned):
-        raise Untold("it returns a size")
     symbolic = Symbolic.of(observation, structure)
     found = [each for each in known if reads_alike(each[0].observation.guards, symbolic.guards)]
     if not found:

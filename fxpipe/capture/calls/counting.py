@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -141,13 +141,9 @@ class LayerCounter:
 
     def _called(self, function: Callable[..., Any], args: Any, kwargs: Any, pack: Callable[..., Any]) -> Any:
         """Make a call and hear what it keeps for its backward, where nothing inside of it refuses to be heard."""
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                return function(*args, **kwargs)
-        except RuntimeError as error:
-            if "saved tensor hooks" not in str(error):  # of torch.func.grad and its like
-                raise
-        self.mode.take()
+        with suppress(RuntimeError), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return function(*args, **kwargs)
+        self.mode.take()  # torch.func.grad and its like refuse; what fails for another reason fails again
         return function(*args, **kwargs)
 
     def _backward(

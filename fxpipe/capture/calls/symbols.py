@@ -104,8 +104,8 @@ class Symbols:
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # slow to import
 
         self._mode, self._watch, self._made_here = mode, watch, made_here
-        asked: Any = {"allow_scalar_outputs": False, "allow_dynamic_output_shape_ops": False}
-        self._env = ShapeEnv(specialize_zero_one=True, duck_shape=False, **asked)
+        no_values: Any = {"allow_scalar_outputs": False, "allow_dynamic_output_shape_ops": False}  # no symbols of those
+        self._env = ShapeEnv(specialize_zero_one=True, duck_shape=False, **no_values)
         self._twins: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._alike: dict[Hashable, Any] = {}
         self.of_name: dict[Hashable, Expression] = {}

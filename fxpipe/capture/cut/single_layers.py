@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxpipe.capture.graph.layers import find_layers
 from fxpipe.capture.graph.structure import Structure
-from fxpipe.capture.record.node import info, is_constant
+from fxpipe.capture.record.node import function_of, info, is_constant
 from fxpipe.capture.record.observe import Observation
 from fxpipe.ir.cost import LayerCounts
 from fxpipe.ir.spec import layer_name
@@ -67,7 +67,7 @@ def layers_alone(observation: Observation, structure: Structure) -> list[LayerAl
         if node is None or counts is None or node in structure.derived:
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda arg: _stand_in(arg, constants))
-        found.append(LayerAlone(layer_name(*key), counts, _callable(node, root), args, kwargs))
+        found.append(LayerAlone(layer_name(*key), counts, function_of(node, root), args, kwargs))
     return found
 
 
@@ -81,13 +81,3 @@ def _stand_in(node: fx.Node, constants: Mapping[str, Any]) -> Any:
     if known.tensor is None:
         return None
     return Weight(known.tensor) if node.op == "get_attr" else Activation(known.tensor, known.strides)
-
-
-def _callable(node: fx.Node, root: nn.Module) -> nn.Module | Callable[..., Any]:
-    if node.op == "call_module":
-        return root.get_submodule(str(node.target))
-    if node.op == "call_method":
-        name = str(node.target)
-        return lambda first, *rest, **named: getattr(first, name)(*rest, **named)
-    function: Callable[..., Any] = node.target  # type: ignore[assignment]
-    return function

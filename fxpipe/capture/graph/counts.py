@@ -14,7 +14,7 @@ from fxpipe.capture.graph.reading import reader_of
 from fxpipe.capture.graph.sizes import WIDE, Unsuited
 from fxpipe.capture.graph.tail import Tail, Twins, spoken, tensor_of
 from fxpipe.capture.model.skeleton import Skeleton
-from fxpipe.capture.record.node import info, is_own, reached
+from fxpipe.capture.record.node import function_of, info, is_own, reached
 from fxpipe.capture.record.recorder import Recorder, find_storage
 from fxpipe.program import LossKind
 
@@ -188,9 +188,7 @@ def _applied(node: fx.Node, before: fx.Node | None, value: Any) -> Any:
     """Make one call of a chain."""
     args = fx.node.map_arg(node.args, lambda arg: value if arg is before else arg)
     kwargs = fx.node.map_arg(node.kwargs, lambda arg: value if arg is before else arg)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return function_of(node)(*args, **kwargs)
 
 
 def counter_of(

@@ -20,7 +20,7 @@ from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.forward import Guard
-from fxpipe.capture.record.node import CONSTANT, info, made_by, reached, sources
+from fxpipe.capture.record.node import CONSTANT, function_of, info, made_by, reached, sources
 from fxpipe.capture.record.observe import Observation
 from fxpipe.ir.tensor import TensorMeta
 
@@ -395,11 +395,9 @@ class TailProgram:
         args, kwargs = fill((args, kwargs), give)
         if node.op == "call_module":
             return self._module(node, args, kwargs)
-        if node.op == "call_method":
-            if name in _NARROWING:
-                return args[0].double()
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method" and name in _NARROWING:
+            return args[0].double()
+        return function_of(node)(*args, **kwargs)
 
     def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         module = self.tail.twins.skeleton.module.get_submodule(str(node.target))

@@ -55,6 +55,15 @@ def with_marks(fake: nn.Parameter, own: torch.Tensor) -> nn.Parameter:
     return fake
 
 
+_CALL_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("ward_hooks", "ward_pre_hooks")))
+"""Where a module keeps what is called around its forward and its backward."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether anything is called around a module's own forward or backward."""
+    return any(vars(module).get(name) for name in _CALL_HOOKS)
+
+
 def _is_filled(cell: types.CellType) -> bool:
     try:
         cell.cell_contents  # noqa: B018

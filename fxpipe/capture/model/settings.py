@@ -17,9 +17,12 @@ import torch
 from torch import nn
 
 _DEEPEST = 12
+"""How far a value is followed, from one function or object to the next."""
 _LARGEST = 100
+"""Most values that are noted, and most parts of one container that are looked at."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, enum.Enum)
 _LIBRARIES = ("torch", "numpy", "transformers", "builtins")
+"""Not looked into, for the sake of time: what they keep for themselves is no setting of a script."""
 
 
 def settings_of(function: Callable[..., Any] | None) -> tuple[tuple[str, str], ...]:

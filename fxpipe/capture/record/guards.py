@@ -8,16 +8,17 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxpipe._torch import FakeTensor, without_functions, without_modes
 from fxpipe.capture.calls.blocked import Blocked, user_line
 from fxpipe.capture.calls.forms import canonical
 from fxpipe.capture.calls.reads import READS, answer_of, is_plain
 from fxpipe.capture.calls.values import has_tensor, tensors_in
+from fxpipe.capture.model.held import has_hooks
 from fxpipe.capture.record.forward import Forward, Guard
 from fxpipe.capture.record.frames import Frame
-from fxpipe.capture.record.node import NodeInfo, info, made_by, reached, set_info
+from fxpipe.capture.record.node import NodeInfo, function_of, info, made_by, reached, set_info
 
 _ASKING = frozenset({"numel", "nelement", "__len__", "size", "stride"})
 """Calls that tell Python how large a tensor is."""
@@ -394,17 +395,12 @@ def _tried_value(forward: Forward, node: fx.Node, values: dict[fx.Node, Any], si
         shape = [size(extent) if place in places else extent for place, extent in enumerate(known.tensor.shape)]
         return torch.empty(shape, dtype=getattr(torch, known.tensor.dtype))
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    if node.op == "call_module":
-        module = forward.skeleton.module.get_submodule(str(node.target))
-        hooked = any(
-            value for part in module.modules() for name, value in vars(part).items() if name.endswith("_hooks")
-        )
-        if next(module.buffers(), None) is not None or hooked:
-            raise LookupError(f"{node.target} may write to its buffers, and its hooks may keep what it gives")
-        return module(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    function = function_of(node, forward.skeleton.module)
+    if isinstance(function, nn.Module) and (
+        next(function.buffers(), None) is not None or any(map(has_hooks, function.modules()))
+    ):
+        raise LookupError(f"{node.target} may write to its buffers, and its hooks may keep what it gives")
+    return function(*args, **kwargs)
 
 
 def _reading(

@@ -21,6 +21,7 @@ from fxpipe.capture.calls.values import Edges, Reach, edges_of, tensors_in
 from fxpipe.capture.calls.zero_inputs import with_other_integers
 from fxpipe.capture.model.blocks import is_op
 from fxpipe.capture.model.builtin import is_builtin
+from fxpipe.capture.model.held import has_hooks
 from fxpipe.capture.model.preserve import Attributes, python_random_state
 from fxpipe.capture.model.skeleton import named_tensors
 from fxpipe.capture.record.forward import Forward
@@ -29,9 +30,6 @@ from fxpipe.capture.record.node import info, is_derived
 from fxpipe.capture.record.repeats import Repeat, Repeats
 from fxpipe.capture.record.zero_runs import ZeroRuns
 from fxpipe.ir.tree import tree_leaves
-
-_CALL_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("ward_hooks", "ward_pre_hooks")))
-"""Where a module keeps what is called around its forward and its backward."""
 
 
 class ModuleCalls:
@@ -104,7 +102,7 @@ class ModuleCalls:
                 return original(module, *args, **kwargs)
             # A class above its own may be asked for its forward.
             is_own = "forward" not in vars(module) and type(module).forward is forward
-            return module(*args, **kwargs) if is_own and not _has_hooks(module) else original(module, *args, **kwargs)
+            return module(*args, **kwargs) if is_own and not has_hooks(module) else original(module, *args, **kwargs)
 
         return forward
 
@@ -229,7 +227,7 @@ class ModuleCalls:
             return real and recorder.knows(tensor) and info(recorder.node_of(tensor, frame)).from_input
 
         # What is kept by a hook of one call would be kept of all.
-        if any(_has_hooks(part) or "forward" in vars(part) for part in frame.module.modules()):
+        if any(has_hooks(part) or "forward" in vars(part) for part in frame.module.modules()):
             return
         with without_functions():
             if not any(map(varies, tensors_in(args, kwargs))):
@@ -315,7 +313,3 @@ class ModuleCalls:
         forward.blocked = blocked
         frame.clear()
         return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(vars(module).get(name) for name in _CALL_HOOKS)

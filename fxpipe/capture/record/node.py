@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxpipe.capture.record.frames import Frame
 from fxpipe.ir.cost import LayerCounts
@@ -128,6 +128,18 @@ def going_back(start: Iterable[fx.Node], follow: Callable[[fx.Node], Iterable[fx
 def reached(start: Iterable[fx.Node], follow: Callable[[fx.Node], Iterable[fx.Node]] = sources) -> dict[fx.Node, None]:
     """Give all nodes that can be reached backwards; arguments as of ``going_back``."""
     return dict.fromkeys(going_back(start, follow))
+
+
+def function_of(node: fx.Node, root: nn.Module | None = None) -> Callable[..., Any]:
+    """Give what a recorded call calls; ``root`` has the modules, where one may be called."""
+    if node.op == "call_module":
+        assert root is not None
+        return root.get_submodule(str(node.target))
+    if node.op == "call_method":
+        name = str(node.target)
+        return lambda first, *rest, **named: getattr(first, name)(*rest, **named)
+    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    return function
 
 
 def made_by(node: fx.Node) -> fx.Node:

@@ -46,18 +46,18 @@ def line_bound(instance: Instance, request: Request, lower: int, upper: int) -> 
     # The turn of a V costs nothing and lies anywhere; other free boundaries are not known there.
     free = [boundary for boundary, kind in enumerate(request.kinds) if kind == FREE]
     turns = passes == (True, False) and free == [request.stages // 2]
-    work: _Mean | _Turning | _Again
+    walks: _Mean | _Turning | _Again
     if turns:
-        work = _Turning(line, instance, request)
+        walks = _Turning(line, instance, request)
     elif passes == (True, True) and not free:
-        work = _Again(line, instance, request)
+        walks = _Again(line, instance, request)
     else:
-        work = _Mean(line, instance, request)
+        walks = _Mean(line, instance, request)
     middle = upper - upper // PROBE
     while upper - lower > step:
         middle = middle if lower < middle < upper else (lower + upper) // 2
-        kept = work.may_keep(middle)
-        if work.is_spent:
+        kept = walks.may_keep(middle)
+        if walks.is_spent:
             break
         lower, upper = (lower, middle) if kept else (middle + 1, upper)
         middle = (lower + upper) // 2

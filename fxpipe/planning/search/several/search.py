@@ -24,7 +24,7 @@ from fxpipe.planning.search.several.passes import cut_passes, passes_of
 from fxpipe.planning.search.several.ranks import search_ranks
 from fxpipe.planning.search.stages import Answer, Hints, infeasible, search_stages
 
-NEARLY = 1_000  # a rank load so small a part above its bound is not bounded in another way
+CLOSE = 1_000  # a rank load so small a part above its bound is not bounded in another way
 ENOUGH = 400  # a rank load so small a part above its bound is not looked for in other orders
 
 
@@ -76,7 +76,7 @@ def _bound(instance: Instance, request: Request, lower: int, upper: int, hints: 
     whole = request.exactly and bool(instance.anchors.all())
     small = without_memory(instance if whole else reduced(without_memory(instance)).instance)
     lower = line_bound(small, request, lower, upper)
-    if upper - lower > upper // NEARLY:
+    if upper - lower > upper // CLOSE:
         lower = min(max(lower, crossing_bound(instance, request, upper)), upper)
         lower = frontier_bound(small, request, lower, upper, hints.learned)
     return lower
