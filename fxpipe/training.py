@@ -149,7 +149,7 @@ class Trainer:
     ) -> torch.Tensor:
         """Run forward and backward of one batch; see ``Pipeline.step``."""
         step = self.prepare(running, batch, ready, last=last, scaler=scaler is not None)
-        scale = scaler.scale(torch.ones((), device=running.device)) if scaler is not None else None
+        scale = scaler.scale(torch.ones((), dtype=torch.float32, device=running.device)) if scaler is not None else None
         jobs = self.jobs(running, step, scale)
         late: LateDigest | None = None
         if self._checks(running) and not on_host(running.device):

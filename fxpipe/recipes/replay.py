@@ -156,7 +156,7 @@ def view_of(storage: torch.UntypedStorage, region: Region) -> torch.Tensor:
 
 
 def _step(generator: torch.Generator, draws: int) -> None:
-    buffer = torch.empty(min(draws, 1 << 16), device="cpu")
+    buffer = torch.empty(min(draws, 1 << 16), dtype=torch.float32, device="cpu")  # a word each, whatever the default
     while draws:
         buffer = buffer[:draws]
         buffer.uniform_(generator=generator)

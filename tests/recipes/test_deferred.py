@@ -189,6 +189,26 @@ def test_values_do_not_depend_on_the_settings_at_the_time_they_are_made():
         assert_same_bits(found[name], tensor)
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_left_out_between_two_tensors_is_stepped_over_whatever_the_default_dtype(dtype, default):
+    def build():
+        return nn.Sequential(*(nn.Linear(5, width, dtype=dtype) for width in (3, 7, 64, 5)))
+
+    torch.manual_seed(0)
+    plain = named(build())
+    with fxpipe.deferred_init(seed=0):
+        recorded = named(build())
+    torch.set_default_dtype(default)
+    try:
+        for left_out in (0, 1, 2, 3):
+            kept = {name: tensor for place, (name, tensor) in enumerate(recorded.items()) if place % 4 != left_out}
+            for name, value in dict(replay(kept)).items():
+                assert_same_bits(value, plain[name])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_recording_lives_no_longer_than_its_tensors():
     with fxpipe.deferred_init():
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
