@@ -95,16 +95,17 @@ class WholeModel:
         Returns:
             What they gave, and what computed it, in words.
         """
-        draws = any(stage.draws for job in jobs for stage in job.program.stages)
-        mixed = any(len(set(job.shares)) > 1 for job in jobs)
-        if draws or mixed:
-            recorded = LocalEngine([self.stage])
+        if _draws(jobs) or _is_mixed(jobs):
             with kept_buffers([self.stage]):
-                outputs = named_outputs(output_jobs, recorded.infer(output_jobs))
-            with kept_buffers([self.stage]):
-                self.plain.zero_grad()
-                return self._figures(recorded.train(jobs), outputs, self.stage), "the recorded model on one rank"
+                outputs = named_outputs(output_jobs, LocalEngine([self.stage]).infer(output_jobs))
+            return self.run_recorded(jobs, outputs), "the recorded model on one rank"
         return self.run_plain(prepared, jobs), "the unpartitioned model"
+
+    def run_recorded(self, jobs: Sequence[Job], outputs: Mapping[str, torch.Tensor]) -> Figures:
+        """Run forward and backward of every microbatch as it was recorded: each term of the loss by itself."""
+        with kept_buffers([self.stage]):
+            self.plain.zero_grad()
+            return self._figures(LocalEngine([self.stage]).train(jobs), outputs, self.stage)
 
     def run_plain(self, prepared: Step, jobs: Sequence[Job]) -> Figures:
         """Run forward and backward of every microbatch through the user's modules."""
@@ -309,10 +310,15 @@ class Verifier:
                 return f"the batch at once was not compared: {auxiliary[0]}"
         shares = prepared.weighed(None).shares
         local = [replace(job, shares=share) for job, share in zip(jobs, shares, strict=True)]
-        draws = any(stage.draws for job in jobs for stage in job.program.stages)
+        draws = _draws(jobs)
         if not draws and self._same(model, prepared, batch, local):
             return ""
-        names = ", ".join(model.writers(batch)[:3]) or "no buffer says which module"
+        writers = model.writers(batch)
+        names = ", ".join(writers[:3]) or "no buffer says which module"
+        if _is_mixed(jobs) and (draws or writers):  # what was recorded in training is not run in evaluation
+            return "the batch at once was not compared: the terms of its loss weigh differently, and " + (
+                "random numbers are drawn" if draws else f"the model couples samples ({names})"
+            )
         with in_evaluation(model.plain):
             if self._same(model, prepared, batch, local):
                 if draws:
@@ -325,11 +331,12 @@ class Verifier:
         )
 
     def _same(self, model: WholeModel, prepared: Step, batch: Microbatch, jobs: Sequence[Job]) -> bool:
-        """Whether a batch at once gives the numbers of its microbatches."""
+        """Whether a batch at once, through the untouched model, gives the numbers of its microbatches."""
         whole = model.run_whole(batch)
         with nudged([model.stage]):
             control = model.run_whole(batch)
-        parts = replace(model.run_plain(prepared, jobs), outputs={}, buffers={}, states={})
+        found = model.run_recorded(jobs, {}) if _is_mixed(jobs) else model.run_plain(prepared, jobs)
+        parts = replace(found, outputs={}, buffers={}, states={})
         return all(each.severity <= 1 for each in compare_figures([parts], whole, control, {}, 0))
 
     def _of_all_replicas(self, figures: Figures) -> Figures:
@@ -368,6 +375,16 @@ def _on_cpu(gradient: Any) -> torch.Tensor | None:
         return None
     whole: torch.Tensor = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
     return whole.cpu()
+
+
+def _draws(jobs: Sequence[Job]) -> bool:
+    """Whether random numbers are drawn."""
+    return any(stage.draws for job in jobs for stage in job.program.stages)
+
+
+def _is_mixed(jobs: Sequence[Job]) -> bool:
+    """Whether a microbatch's loss has terms that weigh differently: the loss as a whole has no weight then."""
+    return any(len(set(job.shares)) > 1 for job in jobs)
 
 
 def _moved(batch: Microbatch, device: torch.device) -> Microbatch:

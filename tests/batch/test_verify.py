@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -236,3 +237,37 @@ def test_what_modules_save_beside_tensors_is_compared_and_left_alone(monkeypatch
     monkeypatch.setattr(LocalEngine, "train", wrong)
     with pytest.raises(fxpipe.MismatchError, match=r"state 1\._extra_state"):
         pipe.verify(x, target=x)
+
+
+def valid_and_square(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Two terms: a mean over valid targets, of which microbatches have unequally many, and one over samples."""
+    valid = target[:, 0] > 0
+    return (output - target).pow(2).mean(1).mul(valid).sum() / valid.sum() + output.pow(2).mean()
+
+
+def uneven() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(8, 6)
+    target = torch.randn(8, 6).abs()
+    target[:3, 0] = -1.0
+    return x, target
+
+
+def test_a_loss_of_several_terms_is_that_of_the_batch() -> None:
+    torch.manual_seed(0)
+    x, target = uneven()
+    said = running(
+        nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), x, target=target, loss_fn=valid_and_square
+    ).verify(x, target=target)
+    assert (said.note, said.reference) == ("", "the recorded model on one rank")
+    table, row = torch.randn(8, 6), torch.arange(8) % 2
+    pipe = running(Tables(), x, table, row, target=target, loss_fn=valid_and_square)
+    with pytest.raises(fxpipe.MismatchError, match="batch as a whole"):
+        pipe.verify(x, table, row, target=target)
+
+
+@pytest.mark.parametrize(("model", "why"), [(Dropped, "random numbers"), (Normed, r"couples samples \(layers\.1")])
+def test_several_terms_of_what_differs_in_training_are_not_compared_at_once(model: Any, why: str) -> None:
+    torch.manual_seed(0)
+    x, target = uneven()
+    said = running(model(), x, target=target, loss_fn=valid_and_square).verify(x, target=target)
+    assert re.search(f"the batch at once was not compared: .*{why}", said.note)
