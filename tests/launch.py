@@ -28,6 +28,8 @@ from typing import Any
 CASE_S = 240  # a case that takes longer hangs; the worker then says where
 LIMIT_S = 900  # of a launch: not how long it takes, but when it is given up
 
+DIED = "the end of rank"  # a case's name for what a rank says that ended in the middle of one
+
 FILES = "FXPIPE_TEST_FILES"  # where ranks that a script forks write what they say
 
 HERE = pathlib.Path(__file__).parent
@@ -188,6 +190,7 @@ def run_cases(cases: dict[str, Callable[[], object]], dtype: Any = None) -> None
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.enable()  # what ends a rank without a word says where
     for name, case in cases.items():
         start = time.process_time()
         torch.manual_seed(0)
@@ -206,10 +209,14 @@ def launch_cases(script: str, ranks: int, *arguments: str, **options: Any) -> di
     results = launch(script, ranks, *arguments, **options)
     said: dict[str, list[str | None]] = {}
     for rank, result in enumerate(results):
+        error = None
         for line in result.stdout.splitlines():
             found = json.loads(line)
             error = found["error"]
             said.setdefault(found["case"], []).append(error and f"rank {rank}: {error}")
+        if result.returncode and not error:
+            died = f"rank {rank} ended with {result.returncode}:\n{result.stderr[-8000:]}"
+            said.setdefault(f"{DIED} {rank}", []).append(died)
     return said
 
 
@@ -217,5 +224,6 @@ def passed(said: dict[str, list[str | None]], case: str, ranks: int) -> None:
     """Fail with what the ranks said unless all of them passed the case."""
     errors = [error for error in said.get(case, []) if error]
     broken = [f"{name}: {error}" for name, errors in said.items() for error in errors if error]
-    assert not errors, "\n".join(errors)
+    died = [error for name, errors in said.items() if name.startswith(DIED) for error in errors if error]
+    assert not errors, "\n".join(errors + died)
     assert len(said.get(case, [])) == ranks, "not reached; before it failed:\n" + "\n".join(broken)

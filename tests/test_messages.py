@@ -1,6 +1,7 @@
 """What a person reads when something is wrong: of a person's length, once, and without a word of torch before it."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -36,6 +37,16 @@ def test_torch_prints_nothing_before_the_message(capfd, caplog):
         fxpipe.compile(model, 2, (torch.zeros(8, 8),))
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "place"), [({"y": 1}, ""), ({"x": torch.zeros(8, 9)}, rf" \({re.escape(__file__)}:\d+\)")]
+)
+def test_the_place_of_an_error_is_one_in_the_users_code(wrong, place):
+    with pytest.raises(fxpipe.CaptureError) as caught:
+        fxpipe.compile(Net(), 2, (), {"x": torch.zeros(8, 8), **wrong})
+    assert re.search(rf"[^)]{place}\n  it was run with", str(caught.value))
+    assert (".py:" in str(caught.value)) == bool(place)
 
 
 def test_lists_of_names_are_folded():

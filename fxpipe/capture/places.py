@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 import traceback
+
+_INSIDE = os.sep + "torch" + os.sep, os.sep + "fxpipe" + os.sep + "capture" + os.sep
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
+_INSTALLED = sysconfig.get_path("purelib") + os.sep  # as a rule within the former
 
 
 def place_of(error: Exception) -> str:
-    """Give file and line of the user's code where an error came from."""
+    """Give file and line of the user's code where an error came from; nothing where none of it was running."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        inside = os.sep + "torch" + os.sep, os.sep + "fxpipe" + os.sep + "capture" + os.sep
-        if not any(part in frame.filename for part in inside):
+        of_python = frame.filename.startswith(_PYTHON) and not frame.filename.startswith(_INSTALLED)
+        if not of_python and not any(part in frame.filename for part in _INSIDE):
             return f" ({frame.filename}:{frame.lineno})"
     return ""
 
