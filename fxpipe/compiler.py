@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from fxpipe.batch.dims import BatchDims
@@ -44,7 +46,24 @@ from fxpipe.variants import Variants
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _out_of_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """Call a function outside of inference mode: nothing that happens in it can be recorded, or trained with later."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_out_of_inference_mode
 def compile(
     model: nn.Module | Sequence[LayerSpec | Callable[..., Any]],
     stages: int | str,

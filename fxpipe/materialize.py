@@ -6,7 +6,7 @@ Everything above this file is values; from here on there are effects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,9 +127,19 @@ class Running:
             agree(self.groups, None, call, arguments, within={CALL: call})
             yield
 
-    def guard(self, call: str) -> AbstractContextManager[None]:
-        """Guard a call that lets the ranks agree by itself; see ``Failures.guard``."""
-        return self.groups.guard(call) if self.groups is not None else nullcontext()
+    @contextmanager
+    def guard(self, call: str) -> Iterator[None]:
+        """Guard a call that lets the ranks agree by itself; see ``Failures.guard``.
+
+        Inference mode ends before it: a step in it would leave no gradients, without a word, and what a forward alone
+        makes and keeps (graphs, buffers) could not be trained with afterwards.
+        """
+        with ExitStack() as stack:
+            if self.groups is not None:
+                stack.enter_context(self.groups.guard(call))
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+            yield
 
     @property
     def placement(self) -> list[int]:

@@ -299,7 +299,7 @@ class Pipeline:
         """
         running = self._materialized()
         with running.guard("infer"):
-            return self._trainer.infer(running, (args, kwargs, None), microbatches, gather=gather)
+            return self._trainer.infer(running, self._trainer.batch(args, kwargs, None), microbatches, gather=gather)
 
     def _materialized(self) -> Running:
         if self._closed:

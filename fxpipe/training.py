@@ -6,7 +6,8 @@ engines take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
 from fxpipe.batch.dims import BatchDims, Microbatch
-from fxpipe.batch.example import with_own_target
+from fxpipe.batch.example import out_of_inference, with_own_target
 from fxpipe.batch.inputs import Inputs, name_parts
 from fxpipe.batch.merge import differ, few_samples, merge_outputs
 from fxpipe.batch.moving import OnDevice
@@ -23,7 +24,7 @@ from fxpipe.batch.order import Order, check_call
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
 from fxpipe.comparison import check_apart, nudged
-from fxpipe.errors import FxpipeError, ScheduleError
+from fxpipe.errors import CaptureError, FxpipeError, ScheduleError
 from fxpipe.materialize import Origin, Running
 from fxpipe.runtime.build.extra_state import kept_buffers
 from fxpipe.runtime.build.randomness import microbatch_seed
@@ -156,7 +157,8 @@ class Trainer:
             late = LateDigest(step.inputs, running.device)
         running.gradients.begin(last=last)
         with running.recording(step.sizes, step.inputs):
-            loss = running.engine.train(jobs)
+            with self._noting(step.inputs):
+                loss = running.engine.train(jobs)
             if late is not None:  # before this step's gradients are anybody's
                 self._compare(running, late)
             with running.span("communication"):
@@ -193,7 +195,8 @@ class Trainer:
 
     def _outputs(self, running: Running, step: Step, *, gather: bool) -> list[Any] | None:
         jobs = self.jobs(running, step)
-        flat = running.engine.infer(jobs, gather=gather)
+        with self._noting(step.inputs):
+            flat = running.engine.infer(jobs, gather=gather)
         if flat is None:
             return None
         return [job.program.rebuild(tensors) for job, tensors in zip(jobs, flat, strict=True)]
@@ -230,7 +233,7 @@ class Trainer:
 
     def batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> Microbatch:
         """Put together what a call was given; ``target`` is the model's own where no loss function takes one."""
-        batch = (args, kwargs, target)
+        batch = out_of_inference((args, kwargs, target))
         return with_own_target(batch) if self._source.own_target else batch
 
     def prepare(
@@ -257,7 +260,8 @@ class Trainer:
         """Compute the loss of a batch alone; see ``Pipeline.evaluate``."""
         with torch.no_grad():
             step = self.prepare(running, batch, ready, "evaluate")
-        return running.engine.evaluate(self.jobs(running, step))
+        with self._noting(step.inputs):
+            return running.engine.evaluate(self.jobs(running, step))
 
     def jobs(self, running: Running, step: Step, scale: torch.Tensor | None = None) -> list[Job]:
         """Give a step the form that the engine takes."""
@@ -316,18 +320,48 @@ class Trainer:
             CaptureError: The model does something new that cannot be recorded.
         """
         running.check_ready()
-        check_call(batch, ready, needs_target=self._source.needs_target)
+        check_call(batch, ready, needs_target=self._source.needs_target, first=self._source.dims.first)
         order = Order.of(running.plan, self._source.dims, own_target=self._source.own_target)
         parts, layouts = order.split(batch, ready)
         sizes = tuple(layout.size for layout in layouts)
         inputs = name_parts(self.variants.capture.parameter_names, parts, layouts)
-        with torch.set_grad_enabled(what != "evaluate"):
+        with self._beside_example(inputs), torch.set_grad_enabled(what != "evaluate"):
             found = self.variants.find_all(inputs, with_loss=True)
+            for variant in dict.fromkeys(found) if len(parts) > 1 else ():
+                variant.captured.check_separates()
         for variant in dict.fromkeys(found) if len(parts) > 1 else ():
-            variant.captured.check_separates()
             if running.groups is not None and running.plan.num_ranks > 1:
                 refuse_overlap(variant.program)
         return Step(inputs, found, sizes, self._counts(found, inputs, sizes, parts))
+
+    @contextmanager
+    def _beside_example(self, microbatches: Sequence[Inputs]) -> Iterator[None]:
+        """Refuse tensors without values, and say of what cannot be recorded in what it differs from the example."""
+        for inputs in microbatches if microbatches[-1].signature is not microbatches[0].signature else microbatches[:1]:
+            inputs.check_values()
+        try:
+            yield
+        except CaptureError as error:
+            told = self._unlike_example(microbatches)
+            if not told:
+                raise
+            raise CaptureError(f"{error}\n  {told}") from error.__cause__
+
+    @contextmanager
+    def _noting(self, microbatches: Sequence[Inputs]) -> Iterator[None]:
+        """Note on an error of torch's, which passes as it is, in what the batch differs from the example."""
+        try:
+            yield
+        except Exception as error:
+            told = "" if isinstance(error, FxpipeError) else self._unlike_example(microbatches)
+            if told:
+                error.add_note(told)
+            raise
+
+    def _unlike_example(self, microbatches: Sequence[Inputs]) -> str:
+        example = self.variants.example
+        told = next(filter(None, (inputs.unlike(example) for inputs in microbatches)), "") if example else ""
+        return f"unlike the example that was compiled: {told}" if told else ""
 
     def _counts(
         self, found: Sequence[Variant], inputs: Sequence[Inputs], sizes: Sequence[int], parts: Sequence[Microbatch]
@@ -355,7 +389,7 @@ class Trainer:
         own = replace(layout, size=size // num_microbatches)
         parts = cut(batch, layout, num_microbatches, dims)
         inputs = name_parts(self.variants.capture.parameter_names, parts, [own] * num_microbatches)
-        with torch.no_grad():
+        with self._beside_example(inputs), torch.no_grad():
             found = self.variants.find_all(inputs, with_loss=False)
         output_dims = self.variants.output_dims(found[0], inputs[0]) if num_microbatches > 1 else None
         return Step(inputs, found, (own.size,) * num_microbatches, output_dims=output_dims)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fxpipe.batch.inputs import Inputs
+from fxpipe.batch.inputs import Inputs, Kind
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
@@ -174,6 +174,7 @@ class Variants:
 
     Attributes:
         num_captures: Forwards that were recorded for batches.
+        example: Kinds of the tensors of the example, by name; empty without one.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class Variants:
     ) -> None:
         self.capture = capture
         self.num_captures = 0
+        self.example: Mapping[str, Kind] = {}
         self._stage_of_layer = dict(stage_of_layer)
         self._num_stages = num_stages
         self._opened = tuple(opened)
@@ -201,6 +203,7 @@ class Variants:
 
     def add(self, captured: Captured, *, with_loss: bool) -> None:
         """Remember what ``compile`` captured already."""
+        self.example = captured.inputs.kinds
         with replace(Ambient.now(), grad_enabled=True).entered():  # as it was recorded
             if captured.inputs.numbers:
                 self._times(captured.inputs, with_loss)

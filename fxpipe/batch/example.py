@@ -15,6 +15,7 @@ from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
 from fxpipe.batch.microbatches import choose_microbatches
 from fxpipe.batch.split import cut
 from fxpipe.errors import ScheduleError
+from fxpipe.ir.tree import map_tree, tree_leaves
 
 OF_STEP = ("last", "microbatches", "scaler", "gather")
 """Keywords of ``step``, ``evaluate`` and ``infer`` that no model gets; ``target`` is told apart."""
@@ -52,7 +53,7 @@ def example_batch(
             "loss_fn was given, but the example has no target\n"
             "  pass it by name: example_kwargs={'target': targets}, as step will get it"
         )
-    return tuple(args), named, target
+    return out_of_inference((tuple(args), named, target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,26 @@ def as_loss_fn(loss_fn: Callable[..., Any] | None) -> tuple[Callable[..., Any] |
         return loss_fn(output)
 
     return of_output, False
+
+
+def out_of_inference(batch: Microbatch) -> Microbatch:
+    """Copy the tensors that were made in inference mode: no gradient goes through those, nor does anything record them.
+
+    >>> with torch.inference_mode():
+    ...     made = torch.ones(2)
+    >>> args, _, _ = out_of_inference(((made,), {}, None))
+    >>> made.is_inference(), args[0].is_inference()
+    (True, False)
+    """
+    if not any(isinstance(leaf, torch.Tensor) and leaf.is_inference() for _, leaf in tree_leaves(batch)):
+        return batch
+
+    def copied(_: str, leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.is_inference() else leaf
+
+    with torch.inference_mode(False), torch.no_grad():
+        args, kwargs, target = batch
+        return tuple(map_tree(copied, args)), map_tree(copied, kwargs), map_tree(copied, target)
 
 
 def with_own_target(batch: Microbatch) -> Microbatch:

@@ -8,7 +8,7 @@ import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from fxpipe.batch.dims import BatchLayout, Microbatch
 from fxpipe.errors import CaptureError, SpecError
 from fxpipe.ir.canonical import digest, spell
 from fxpipe.ir.tree import map_tree, tree_leaves
+
+Kind: TypeAlias = tuple[torch.dtype, int]
+"""Dtype and number of dimensions of a tensor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +108,38 @@ class Inputs:
             for name, tensor in self.tensors.items()
         )
 
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Dtype and number of dimensions of each tensor, by name."""
+        return {name: (tensor.dtype, tensor.dim()) for name, tensor in self.tensors.items()}
+
+    def unlike(self, example: Mapping[str, Kind]) -> str:
+        """Say in what the tensors are of other kinds than those of an example; ``""`` where they are not.
+
+        >>> inputs = name_inputs(("x",), (torch.zeros(2, 3),), {"maks": torch.ones(2)})
+        >>> inputs.unlike({"x": (torch.float64, 2), "mask": (torch.bool, 1)})
+        'x is float32 (float64 in the example), maks is not in the example, mask of the example is not here'
+        """
+        own = self.kinds
+        said = [
+            f"{name} {_other_kind(own[name], kind)}" for name, kind in example.items() if own.get(name, kind) != kind
+        ]
+        said += [f"{name} is not in the example" for name in own if name not in example]
+        return ", ".join(said + [f"{name} of the example is not here" for name in example if name not in own])
+
+    def check_values(self) -> None:
+        """Refuse tensors without values.
+
+        Raises:
+            CaptureError: Names them.
+        """
+        empty = [name for name, tensor in self.tensors.items() if tensor.is_meta or isinstance(tensor, FakeTensor)]
+        if empty:
+            raise CaptureError(
+                f"{', '.join(empty)} of the batch {'has' if len(empty) == 1 else 'have'} no values, on the meta "
+                "device or fake\n  only compile takes such tensors; pass real ones, on the CPU or on the stages' device"
+            )
+
     def with_tensors(
         self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -138,6 +173,13 @@ class Inputs:
 
 
 _NUMBERS = (int, float)
+
+
+def _other_kind(own: Kind, example: Kind) -> str:
+    (dtype, dim), (other, dims) = own, example
+    if dtype != other:
+        return f"is {str(dtype).removeprefix('torch.')} ({str(other).removeprefix('torch.')} in the example)"
+    return f"has {dim} dimensions ({dims} in the example)"
 
 
 def _without_sizes(signature: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fxpipe.batch.dims import BatchDims, BatchLayout, Microbatch
-from fxpipe.batch.example import as_microbatch, with_own_target
+from fxpipe.batch.example import as_microbatch, out_of_inference, with_own_target
 from fxpipe.batch.microbatches import fit_microbatches
 from fxpipe.batch.split import check_ready_split, cut
 from fxpipe.errors import ScheduleError
@@ -63,7 +63,7 @@ class Order:
                 raise ScheduleError(
                     f"microbatches is a {type(ready).__name__}\n  pass a list of ready-split ones: microbatches=[...]"
                 )
-            parts = [as_microbatch(part) for part in ready]
+            parts = [out_of_inference(as_microbatch(part)) for part in ready]
             parts = [with_own_target(part) for part in parts] if self.own_target else parts
             check_ready_split(parts, self.dims)
             check_microbatches(self.schedule, self.stages, self.ranks, len(parts))
@@ -79,8 +79,16 @@ class Order:
         return cut(batch, layout, number, self.dims), [replace(layout, size=size // number)] * number
 
 
-def check_call(batch: Microbatch, ready: Sequence[Any] | None, *, needs_target: bool) -> None:
-    """Refuse a batch given twice, and a target that is missing or that nothing takes.
+def check_call(
+    batch: Microbatch, ready: Sequence[Any] | None, *, needs_target: bool, first: Sequence[str] = ()
+) -> None:
+    """Refuse a batch given twice or not at all, and a target that is missing or that nothing takes.
+
+    Args:
+        batch: What the call got.
+        ready: Its ready-split microbatches.
+        needs_target: Whether a loss function compares with one.
+        first: Paths of the tensors that were split in the example.
 
     Raises:
         ScheduleError: Says how to call ``step``.
@@ -92,6 +100,8 @@ def check_call(batch: Microbatch, ready: Sequence[Any] | None, *, needs_target: 
                 "step got a batch and microbatches=[...]\n  pass one of them, targets within the microbatches"
             )
         return
+    if first and not args and not kwargs and target is None:
+        raise ScheduleError(f"step got no batch\n  pass one as in the example, which had {', '.join(first)}")
     if needs_target and target is None:
         raise ScheduleError("step got no target for loss_fn\n  pass it by name: pipe.step(inputs, target=targets)")
     if not needs_target and target is not None:

@@ -16,6 +16,7 @@ from fxpipe.capture.calls.blocked import Blocked
 from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.cut.stage_graphs import Holders, make_program
+from fxpipe.capture.failed import failed_forward
 from fxpipe.capture.graph.growth import output_dims
 from fxpipe.capture.graph.layers import make_layer_graph
 from fxpipe.capture.graph.loss import WAY_OUT, Loss, Term, describe_terms, find_loss_terms, given_terms, loss_terms
@@ -28,7 +29,7 @@ from fxpipe.capture.model.blocks import Leaves, block_fqns, choose_leaves
 from fxpipe.capture.model.builtin import is_builtin
 from fxpipe.capture.model.preserve import AttributeChange
 from fxpipe.capture.model.skeleton import Skeleton, make_skeleton
-from fxpipe.capture.places import place_of, relative
+from fxpipe.capture.places import relative
 from fxpipe.capture.progress import shown_progress
 from fxpipe.capture.record.forward import Guard
 from fxpipe.capture.record.node import info, made_by
@@ -305,10 +306,7 @@ class Capture:
         except (Blocked, CaptureError):
             raise
         except Exception as error:
-            raise CaptureError(
-                f"the forward of {self.name} failed: {type(error).__name__}: {error}{place_of(error)}\n"
-                f"  it was run with {', '.join(inputs.described()) or 'no tensors'}; check the example inputs"
-            ) from error
+            raise failed_forward(self.name, self.skeleton.module.forward, inputs, error) from error
 
     def _check_left(self, observation: Observation, inputs: Inputs, with_loss: bool, grad_enabled: bool) -> None:
         """Let the forward run again on what it left behind: what it keeps must not change what it does.

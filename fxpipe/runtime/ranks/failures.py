@@ -190,9 +190,24 @@ class _Work(AbstractContextManager[None]):
         if error is None:
             self._failures.watch.status.doing(Doing.WAITING)
         elif not isinstance(error, GeneratorExit):
-            part = f", microbatch {self._microbatch}" if self._microbatch >= 0 else ""
-            fqn = _layer_of(error, self._module)
-            self._failures.failed_at(f"stage {self._stage}{part}{f', layer {fqn}' if fqn else ''}")
+            self._failures.failed_at(named_place(error, self._stage, self._microbatch, self._module))
+
+
+def named_place(error: BaseException, stage: int, microbatch: int, module: nn.Module) -> str:
+    """Give the stage, microbatch and layer where an error came up; an error that is not fxpipe's gets it as a note.
+
+    Args:
+        error: What was raised.
+        stage: Index of the stage.
+        microbatch: Its index; below 0 for none.
+        module: The stage.
+    """
+    part = f", microbatch {microbatch}" if microbatch >= 0 else ""
+    fqn = _layer_of(error, module)
+    place = f"stage {stage}{part}{f', layer {fqn}' if fqn else ''}"
+    if not isinstance(error, FxpipeError):
+        error.add_note(f"in {place}")
+    return place
 
 
 _live: weakref.WeakSet[Failures] = weakref.WeakSet()

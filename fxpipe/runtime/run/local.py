@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.ranks.failures import named_place
 from fxpipe.runtime.run.refusals import CheckpointWatch, named_backward_error, refuse_modules
 from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.run.work import Job, Pass, Tensors, Terms, add_losses, run_backward, run_forward
@@ -56,7 +57,7 @@ class LocalEngine:
         Returns:
             The model's flat output tensors of each microbatch.
         """
-        return [self._infer_one(job) for job in jobs]
+        return [self._infer_one(job, index) for index, job in enumerate(jobs)]
 
     def evaluate(self, jobs: Sequence[Job]) -> torch.Tensor:
         """Run forward only, of programs with a loss.
@@ -65,7 +66,7 @@ class LocalEngine:
             The batch's loss: a scalar.
         """
         with torch.no_grad():
-            passes = [self._forward_one(job) for job in jobs]
+            passes = [self._forward_one(job, index) for index, job in enumerate(jobs)]
         return add_losses([work.terms() for work in passes]).to(passes[0].outputs[-1].dtype)
 
     def _timed(self, kind: str, stage: int, microbatch: int) -> AbstractContextManager[None]:
@@ -77,7 +78,7 @@ class LocalEngine:
         for stage in self._stages:
             self._checkpoints.stage = stage
             with self._timed("forward", stage.stage_index, index):
-                passes.append(run_forward(stage, job, received, training=True))
+                passes.append(_forward(stage, job, received, index, training=True))
             received = tuple(output.detach() for output in passes[-1].outputs)
         loss = passes[-1].terms(), passes[-1].outputs[-1].dtype
         gradients: Tensors = ()
@@ -90,12 +91,20 @@ class LocalEngine:
                 raise named_backward_error(error, stage) from error
         return loss
 
-    def _infer_one(self, job: Job) -> Tensors:
+    def _infer_one(self, job: Job, index: int) -> Tensors:
         with torch.no_grad():
-            return self._forward_one(job).outputs[: len(job.program.outputs)]
+            return self._forward_one(job, index).outputs[: len(job.program.outputs)]
 
-    def _forward_one(self, job: Job) -> Pass:
-        work = run_forward(self._stages[0], job, (), training=False)
+    def _forward_one(self, job: Job, index: int) -> Pass:
+        work = _forward(self._stages[0], job, (), index, training=False)
         for stage in self._stages[1:]:
-            work = run_forward(stage, job, work.outputs, training=False)
+            work = _forward(stage, job, work.outputs, index, training=False)
         return work
+
+
+def _forward(stage: StageModule, job: Job, received: Tensors, index: int, *, training: bool) -> Pass:
+    try:
+        return run_forward(stage, job, received, training=training)
+    except Exception as error:
+        named_place(error, stage.stage_index, index, stage)
+        raise
