@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import fxpipe
 from fxpipe.ir.tensor import TensorMeta
 from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import (
@@ -163,3 +165,34 @@ def test_a_tensor_takes_its_declared_strides():
     assert not conjugated.is_conj()
     assert conjugated.imag.item() == -2.0
     assert math.isclose(conjugated.real.item(), 1.0)
+
+
+class Shifted(nn.Module):
+    """Its first stage sends a part of a frozen weight, and a buffer that the next microbatch writes into."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(9, 4), requires_grad=False)
+        self.register_buffer("middle", torch.zeros(4))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        places = self.places[: x.shape[1]].detach()
+        middle = self.middle.mul_(0.5).add_(x.mean((0, 1))).view(4)
+        x = self.layers[0](x + places + middle)
+        return (self.layers[1](x) * middle + places).mean()
+
+
+def test_nothing_crosses_in_the_memory_of_a_parameter_or_buffer():
+    x = torch.randn(4, 3, 4)
+    options = {"cost": "parameters", "grain": "block", "loss_weight": "microbatch"}
+    pipe = fxpipe.compile(Shifted(), 2, (x,), microbatches=2, **options)
+    with pipe.materialize(device="cpu"):
+        sent = []
+        first, _ = pipe.stage_modules
+        first.register_forward_hook(lambda stage, given, results: sent.append(results))
+        pipe.step(x)
+        pipe.infer(x)
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*first.parameters(), *first.buffers())}
+        assert [len(results) for results in sent] == [3, 3, 3]
+        assert not any(tensor.untyped_storage().data_ptr() in own for results in sent for tensor in results)

@@ -23,7 +23,7 @@ from fxpipe.runtime.build.holdings import held_whole, prefixes
 from fxpipe.runtime.build.lower import Lowered, lower
 from fxpipe.runtime.build.randomness import DrawRules, Randomness
 from fxpipe.runtime.build.recompute import recompute_module
-from fxpipe.runtime.build.unheld import Unheld, check_values
+from fxpipe.runtime.build.unheld import Unheld, check_values, lie_in_own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +56,7 @@ class StageModule(nn.Module):
         self._watched: set[int] = set()  # ids of modules with hooks of ours
         self._programs: dict[Hashable, _Installed] = {}
         self._modules_called: frozenset[str] = frozenset()
-        self._checked: set[Hashable] = set()  # programs that have run once
+        self._lent: dict[Hashable, frozenset[int]] = {}  # of programs that have run once: results in own memory
         self._moved: dict[int, tuple[Any, Any]] = {}
         self._compiler: Callable[[Lowered], Lowered] | None = None
         self._recomputed: tuple[str, ...] = ()  # modules opened here whose calls are run again in the backward
@@ -124,6 +124,7 @@ class StageModule(nn.Module):
         """Let go of all variants but these, of their constants and their source."""
         for key in [key for key in self._programs if key not in keys]:
             linecache.cache.pop(self._programs.pop(key).filename, None)
+            self._lent.pop(key, None)
         used = {constant for installed in self._programs.values() for constant in installed.constants}
         self._moved = {key: moved for key, moved in self._moved.items() if key in used}
 
@@ -150,14 +151,17 @@ class StageModule(nn.Module):
         # Not leaves any more: a module may write into what it is given.
         received = join(received)
         if not installed.draws:
-            results = join(installed.run(self, None, received, inputs))
+            results = installed.run(self, None, received, inputs)
         else:
             with self._randomness.drawing(draw_seed, installed.rules) as draws:
-                results = join(installed.run(self, draws, received, inputs))
-        if key not in self._checked:  # one tensor without values makes all that is computed of it such
+                results = installed.run(self, draws, received, inputs)
+        lent = self._lent.get(key)
+        if lent is None:
             check_values(results, f"stage {self._stage_index}")
-            self._checked.add(key)
-        return results
+            lent = self._lent[key] = lie_in_own(self, results)
+        if lent:
+            results = tuple(tensor.clone() if index in lent else tensor for index, tensor in enumerate(results))
+        return join(results)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what the stage runs, now and for variants to come; arguments as ``torch.compile``'s.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxpipe._torch import FakeTensor
 from fxpipe.errors import MaterializeError
@@ -71,3 +72,21 @@ def check_values(tensors: Iterable[Any], what: str) -> None:
                 f"{what} computed with a tensor {list(tensor.shape)} that has no values\n"
                 "  a module keeps a tensor without memory: make it a buffer, or make it on a real device"
             )
+
+
+def lie_in_own(stage: nn.Module, results: Sequence[torch.Tensor]) -> frozenset[int]:
+    """Tell which results of a stage lie in the memory of one of its parameters or buffers.
+
+    They have to be copied: what is on its way to the next stage while a sharded weight is let go of, or while the next
+    microbatch writes into a buffer, would arrive as something else.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> sorted(lie_in_own(layer, [layer.weight.T, layer.weight + 1, layer.bias[:1]]))
+    [0, 2]
+    """
+    own = (each for each in (*stage.parameters(), *stage.buffers()) if type(each) in _PLAIN)
+    memory = {each.untyped_storage().data_ptr() for each in own} - {0}
+    return frozenset(index for index, each in enumerate(results) if each.untyped_storage().data_ptr() in memory)
+
+
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)  # of others' memory, such as a distributed tensor's, nothing is sent
