@@ -194,12 +194,14 @@ class LossTerm:
             from its named inputs; None otherwise. Counts add up over microbatches.
         finish: Turns a count into what the sum is divided by, where that is not the count itself (it is kept from 0,
             say): ``share = finish(count) / finish(total)``.
+        auxiliary: Whether it couples samples, and is weighed like the main term.
     """
 
     name: str
     kind: LossKind
     count: Callable[[Mapping[str, Any]], float] | None = field(default=None, compare=False)
     finish: Callable[[float], float] | None = field(default=None, compare=False)
+    auxiliary: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -117,7 +117,7 @@ class Step:
         for index, (inputs, variant, shares) in enumerate(zip(self.inputs, self.variants, shares_of, strict=True)):
             draws = microbatch_seed(seed, step, index, replica) if drawing[variant] else 0
             given = OnDevice(inputs, device)
-            jobs.append(Job(variant.runs, variant.program, given, shares, draws, scale))
+            jobs.append(Job(variant.runs, variant.program, given, shares, draws, scale, variant.key))
         return jobs
 
 

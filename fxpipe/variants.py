@@ -8,6 +8,7 @@ its variant without the model's forward.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,8 @@ from fxpipe.program import Program
 
 MOST_VARIANTS = 64
 """Variants kept: each costs a few MiB where it was recorded, and a recording to get back."""
+MOST_SETTINGS = 8
+"""How often what the script sets may be another one before that is said."""
 MOST_NUMBERS = 16
 """How often Python numbers may turn out to be other ones before each value gets a graph of its own."""
 MOST_GENERAL = 16
@@ -57,7 +60,7 @@ class Variant:
     """One recorded graph, cut by the plan.
 
     Attributes:
-        key: Names it; the same on every rank.
+        key: What it is on every rank alike.
         runs: Names what the stages of this rank run for it, which variants that differ in sizes alone share.
         program: The graph of each stage.
         answers: What Python read from the inputs; another answer needs another variant.
@@ -99,8 +102,8 @@ class _Family:
         answers: What it must be.
         read_sizes: Reads what decides the path from tensors that are made of sizes alone.
         size_answers: What it must be.
-        key: Names the family; the same on every rank.
-        own: What the script has set on this rank.
+        key: Names the family.
+        around: What it is for besides its inputs.
         is_shared: Whether what the stages run is the same for all sizes.
     """
 
@@ -111,7 +114,7 @@ class _Family:
     read_sizes: Read | None
     size_answers: tuple[Any, ...]
     key: str
-    own: tuple[Any, ...]
+    around: Around
     is_shared: bool
 
     @classmethod
@@ -125,7 +128,7 @@ class _Family:
         size_answers = tuple(guard.answer for guard in symbolic.conditions)
         key = _digest(kind, around.shared, answers, size_answers, symbolic.guards_text)
         parts = captured, program, read, answers, read_sizes, size_answers
-        return cls(*parts, key, around.own, symbolic.keeps_strides(program))
+        return cls(*parts, key, around, symbolic.keeps_strides(program))
 
     def member(self, inputs: Inputs, signature: Any) -> Variant | None:
         """Give the variant of a microbatch; None where the graph does not hold for it."""
@@ -141,9 +144,9 @@ class _Family:
         def alone() -> Program:
             return symbolic.at(captured.program({}, 1), values)
 
-        key = _digest(signature, self.key)
-        runs = _digest(self.key if self.is_shared else key, self.own)
+        runs = _digest(self.key if self.is_shared else (signature, self.key), self.around.own)
         program = symbolic.at(self.program, values)
+        key = _agreed(signature, self.around.shared, self.answers, program)
         return Variant(key, runs, program, self.answers, self.read, alone, captured)
 
 
@@ -200,6 +203,8 @@ class Variants:
         self._kinds: dict[Any, _Kind] = {}  # the one used last comes last
         self._output_dims: dict[Any, Mapping[str, int | None]] = {}
         self._mode = ""
+        self._own: tuple[Any, ...] = ()
+        self._changes: dict[str, int] = {}  # how often what the script sets was another one, by path
 
     def add(self, captured: Captured, *, with_loss: bool) -> None:
         """Remember what ``compile`` captured already."""
@@ -266,6 +271,7 @@ class Variants:
         grad_enabled = with_loss and Ambient.now().grad_enabled
         options: dict[str, Any] = {"opened": self._opened, "with_loss": with_loss, "grad_enabled": grad_enabled}
         captured = self.capture.capture(inputs, **options)
+        self._note_settings(around)
         if with_loss and not captured.structure.is_loss:
             raise CaptureError(
                 f"{self.capture.name} returned no loss for this batch\n"
@@ -277,6 +283,26 @@ class Variants:
             if followed is not None:
                 return self._add(followed, followed.inputs, with_loss)
         return self._add(captured, inputs, with_loss)
+
+    def _note_settings(self, around: Around) -> None:
+        """Say once that a number which the script sets anew each step has the model recorded anew.
+
+        Warns:
+            UserWarning: Names it, and says how it becomes an input.
+        """
+        before, now = (dict(pair for part in own for pair in part) for own in (self._own or around.own, around.own))
+        self._own = around.own
+        for path in (path for path, value in now.items() if path in before and before[path] != value):
+            self._changes[path] = self._changes.get(path, 0) + 1
+            if self._changes[path] == MOST_SETTINGS:
+                warnings.warn(
+                    f"{path.lstrip('.')}, which the loss function or the forward finds outside of its arguments, is "
+                    f"another one for the {MOST_SETTINGS}th time: each value has {self.capture.name} recorded anew\n"
+                    "  a number that changes from step to step is an input: pass it as an argument of the forward, or "
+                    "in target (target=(labels, weight))",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def output_dims(self, variant: Variant, inputs: Inputs) -> Mapping[str, int | None]:
         """Give the outputs' dimensions of samples, by path, as ``Capture.output_dims``: recorded once."""
@@ -310,8 +336,8 @@ class Variants:
         program = self._program(captured)
         read, guards = captured.guards(program)
         answers = tuple(guard.answer for guard in guards)
-        key = _digest(signature, around.shared, answers)
-        captured, runs = _without_values(captured), _digest(key, around.own)
+        captured, runs = _without_values(captured), _digest(signature, around.shared, answers, around.own)
+        key = _agreed(signature, around.shared, answers, program)
         return Variant(key, runs, program, answers, read, lambda: captured.program({}, 1), captured)
 
     def _member(self, inputs: Inputs, signature: Any, with_loss: bool) -> Variant | None:
@@ -398,6 +424,16 @@ def _without_values(captured: Captured) -> Captured:
     """Let go of the tensors that a graph was recorded with: it is cut."""
     captured.observation.recorder.forget()
     return replace(captured, inputs=captured.inputs.without_values())
+
+
+def _agreed(signature: Any, shared: tuple[Any, ...], answers: tuple[Any, ...], program: Program) -> str:
+    """Name what ranks must have alike: what a batch is, its path, and what crosses between stages.
+
+    Whether a graph was recorded with symbols for sizes may be another thing on each rank: where the script sets
+    something on one of them, that one has recorded others.
+    """
+    crossing = [[(each.meta, each.strides, each.ends) for each in stage.sent] for stage in program.stages]
+    return _digest(signature, shared, [answer for answer in answers if isinstance(answer, bool)], crossing)
 
 
 def _digest(*parts: Any) -> str:

@@ -327,7 +327,9 @@ class Verifier:
         raise MismatchError(
             "the batch as a whole gives another loss or other gradients than its microbatches, each through the "
             "untouched model\n  something is split that every microbatch needs whole, or along another dimension: say "
-            "where the samples lie, batch_dims={'name': dimension or None} on fxpipe.compile"
+            "where the samples lie, batch_dims={'name': dimension or None} on fxpipe.compile; or the model itself "
+            "couples samples (a statistic, a path or a capacity that the whole batch decides): microbatches then train "
+            "on another number, and microbatches=1 on the batch's"
         )
 
     def _same(self, model: WholeModel, prepared: Step, batch: Microbatch, jobs: Sequence[Job]) -> bool:

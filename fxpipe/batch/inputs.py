@@ -162,14 +162,18 @@ class Inputs:
 
     def doubled(self) -> Inputs | None:
         """Give twice the samples, each of them again; None where no tensor has a dimension of samples."""
+        return self.repeated(2)
+
+    def repeated(self, times: int) -> Inputs | None:
+        """Give the samples several times; None where no tensor has a dimension of samples."""
         if not self.dims:
             return None
         tensors = {
-            name: torch.cat([tensor, tensor], self.dims[name]) if name in self.dims else tensor
+            name: torch.cat([tensor] * times, self.dims[name]) if name in self.dims else tensor
             for name, tensor in self.tensors.items()
         }
         args, kwargs, target = self.with_tensors(tensors)
-        return replace(self, args=args, kwargs=kwargs, target=target, tensors=tensors, samples=2 * self.samples)
+        return replace(self, args=args, kwargs=kwargs, target=target, tensors=tensors, samples=times * self.samples)
 
 
 _NUMBERS = (int, float)

@@ -93,9 +93,10 @@ def _share(term: LossTerm, count: float, total: float, num_microbatches: int) ->
         return 1.0
     if not total:
         return 1 / num_microbatches
-    if not count:
+    divisor = term.finish(count) if term.finish is not None else count
+    if not (divisor and math.isfinite(divisor)):
         return 0.0
-    return term.finish(count) / term.finish(total) if term.finish is not None else count / total
+    return divisor / (term.finish(total) if term.finish is not None else total)
 
 
 def given_counts(

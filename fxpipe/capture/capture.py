@@ -407,20 +407,20 @@ class Capture:
     def _loss(
         self, leaves: Leaves, inputs: Inputs, observation: Observation, structure: Structure, grad_enabled: bool
     ) -> Loss:
-        """Find how the losses of microbatches add up: recorded once more with twice the samples, and tried."""
+        """Find how the losses of microbatches add up: recorded once more with more samples, and tried."""
         if self.loss_weight is not None:
             return given_terms(structure, self.loss_weight)
 
-        def twice() -> Observation:
-            doubled = inputs.doubled()
-            if doubled is None:
+        def again(times: int) -> Observation:
+            more = inputs.repeated(times)
+            if more is None:
                 raise Unsuited("no input has a dimension of samples")
             try:
-                return self._observe(leaves, doubled, True, grad_enabled, None)
+                return self._observe(leaves, more, True, grad_enabled, None)
             except (Blocked, CaptureError) as error:
-                raise Unsuited(f"it does not run on twice as many samples: {error}".split("\n")[0]) from error
+                raise Unsuited(f"it does not run on {times} times as many samples: {error}".split("\n")[0]) from error
 
-        return find_loss_terms(self.skeleton, observation, structure, inputs, twice, by_model=self.loss_fn is None)
+        return find_loss_terms(self.skeleton, observation, structure, inputs, again, by_model=self.loss_fn is None)
 
     def _finished(self, inputs: Inputs, observation: Observation, structure: Structure, loss: Loss) -> Captured:
         notes = list(observation.notes)

@@ -138,5 +138,5 @@ TRAINING: dict[str, Loss] = {
         / (of_labels(t) != -100).sum()
     ),
 }
-REFUSED = {"one sample after the other": "take another path", "in chunks": "cannot be run on fewer samples"}
+REFUSED = {"in chunks": "cannot be run on fewer samples"}
 """What unrolls the batch in Python: it separates, and is refused."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -396,3 +397,16 @@ def test_what_a_loss_finds_outside_of_its_arguments_is_looked_at_each_step(name,
             compare(model, pipe, x, 1.0, x, loss_fn)
         compare(model, pipe, x, 1.0, x, loss_fn)
         assert len(pipe._trainer.variants.names) <= 5
+
+
+def test_a_number_that_is_set_anew_each_step_is_named_once():
+    steps, model, x = [1.0], Model(lambda x, _: x), torch.randn(4, 6)
+    with made(model, x, 1.0, x, lambda output, target: F.mse_loss(output, target) * steps[0]) as pipe:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            for step in range(12):
+                steps[0] = 2.0 + step
+                pipe.step(x, 1.0, target=x)
+        (said,) = [str(each.message) for each in warned]
+        assert said.startswith("steps[0], which the loss function or the forward finds outside of its arguments")
+        assert "in target (target=(labels, weight))" in said

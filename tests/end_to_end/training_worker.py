@@ -330,6 +330,10 @@ def ranks_may_differ_in_what_they_set_for_themselves() -> None:
             own["step"] += dist.get_rank() == 0
             own["weight"] = 1.0 + step  # what all set is looked at, too
             judge.assert_close(pipe.step(input=x, target=x), loss_fn(model(x), x).detach(), "loss")
+        for length in (3, 2, 5, 2, 3, 6):  # lengths follow as symbols on one rank, and are recorded on the other
+            own["step"] += dist.get_rank() == 0
+            wide = torch.randn(12, length, 4, generator=torch.Generator().manual_seed(length), dtype=x.dtype)
+            judge.assert_close(pipe.step(input=wide, target=wide), loss_fn(model(wide), wide).detach(), "loss")
 
 
 def few_microbatches_run_or_are_refused() -> None:

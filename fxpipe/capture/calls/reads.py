@@ -67,6 +67,8 @@ def shape_depends_on_values(name: str, args: tuple[Any, ...], result: Any) -> bo
     if name in _SHAPED_BY_VALUES:
         if name == "one_hot" and len(args) > 1:
             return isinstance(args[1], int) and args[1] == -1  # the classes are counted
+        if name == "repeat_interleave" and len(args) > 1:
+            return isinstance(args[1], torch.Tensor)
         return not (name == "where" and len(args) > 1)
     if name != "__getitem__":
         return False

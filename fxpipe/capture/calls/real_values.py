@@ -112,7 +112,7 @@ class RealValues:
             if compared is not None and compared.dtype == torch.bool:
                 self._kept += compared.numel()
                 return compared
-            selected = _selected(name, args, kwargs)
+            selected = _selected(name, args, kwargs) if name != "repeat_interleave" else _repeated(args, kwargs)
             result = func(*_without_masks(name, args), **kwargs) if selected is None else selected
             if compared is not None:
                 self._floats[id(result)] = (result, versions_of([result]), compared)
@@ -135,7 +135,11 @@ class RealValues:
         if known is None or name not in _EXACT or self._kept + known[2].numel() > BUDGET:
             return None
         others = tensors_in(args[1:], kwargs)
-        if versions_of([known[0]]) != known[1] or any(isinstance(each, FakeTensor) for each in others):
+        if versions_of([known[0]]) != known[1]:
+            return None
+        if len(args) > 1 and args[1] is args[0]:  # x == x: where it is a number
+            args, others = (args[0], known[2], *args[2:]), others[1:]
+        if any(isinstance(each, FakeTensor) for each in others):
             return None
         with without_modes():
             found = func(known[2], *args[1:], **kwargs)
@@ -227,6 +231,20 @@ def _selected(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torc
         shape = torch.broadcast_shapes(values.shape, mask.shape)  # type: ignore[no-untyped-call]
         places = mask.expand(shape).nonzero(as_tuple=True)
     chosen: torch.Tensor = values.expand(shape)[places]
+    return chosen
+
+
+def _repeated(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Give what ``repeat_interleave`` makes of a fake tensor by real counts, whose shape is known."""
+    given = dict(zip(("input", "repeats", "dim"), args, strict=False)) | dict(kwargs)
+    values, counts, dim = given["input"], given.get("repeats"), given.get("dim")
+    if not isinstance(counts, torch.Tensor) or isinstance(counts, FakeTensor) or values is counts:
+        return None
+    if dim is None:
+        values, dim = values.flatten(), 0
+    with without_modes():
+        places = torch.arange(values.shape[dim]).repeat_interleave(counts)
+    chosen: torch.Tensor = values.index_select(dim, places)
     return chosen
 
 

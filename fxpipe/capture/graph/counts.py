@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from fxpipe.capture.graph.reading import reader_of
 from fxpipe.capture.graph.sizes import WIDE, Unsuited
-from fxpipe.capture.graph.tail import Tail, Twins, spoken, tensor_of
+from fxpipe.capture.graph.tail import Tail
+from fxpipe.capture.graph.twins import Twins, spoken, tensor_of
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import function_of, info, is_own, reached
 from fxpipe.capture.record.recorder import Recorder, find_storage
@@ -73,7 +74,7 @@ def candidates(tail: Tail) -> list[Candidate]:
     found += [each for node in derived for each in _scalars(twins, node)]
     found.append(Candidate("samples", "a mean over samples"))
     given = [node for node in tail.sources if node.op == "placeholder"]
-    found += [each for node in (*derived, *given) for each in _masks(twins, node)]
+    found += [each for node in (*derived, *given) for each in _masks(tail, node)]
     storages, made = twins.one.recorder.storages, set(tail.nodes)
 
     def with_writes(candidate: Candidate) -> Candidate:
@@ -161,13 +162,15 @@ def _scalars(twins: Twins, node: fx.Node) -> Iterator[Candidate]:
         yield Candidate("tokens", "a sum over a count", (first,), _number, tuple(chain[len(chain) - length :]))
 
 
-def _masks(twins: Twins, node: fx.Node) -> Iterator[Candidate]:
+def _masks(tail: Tail, node: fx.Node) -> Iterator[Candidate]:
     """Yield the sum of a mask."""
     meta = info(node).tensor
     if meta is None or (meta.numel <= 1 and not meta.shape) or "complex" in meta.dtype:
         return
-    if twins.sample_dim(node) is not None:
+    if tail.twins.sample_dim(node) is not None:
         yield Candidate("tokens", "a mean over what a mask selects", (node,), _total)
+        if node.op == "placeholder" and "float" in meta.dtype and tail.steps_over_nan:
+            yield Candidate("tokens", "a mean over what is a number", (node,), _numbers_in)
 
 
 def _on_host(value: Any) -> Any:
@@ -182,6 +185,11 @@ def _number(values: Sequence[Any], rename: Rename) -> float:
 def _total(values: Sequence[Any], rename: Rename) -> float:
     del rename
     return float(values[0].double().sum())
+
+
+def _numbers_in(values: Sequence[Any], rename: Rename) -> float:
+    del rename
+    return float(torch.count_nonzero(~values[0].isnan()))
 
 
 def _applied(node: fx.Node, before: fx.Node | None, value: Any) -> Any:

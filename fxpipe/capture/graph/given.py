@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +12,48 @@ from torch import fx
 
 from fxpipe._torch import FakeTensor
 from fxpipe.capture.graph.sizes import Sizes, Unsuited, fill
-from fxpipe.capture.graph.tail import COMPARING, Tail, spoken, stand_in, tensor_of
-from fxpipe.capture.record.node import info, is_constant
+from fxpipe.capture.graph.stand_ins import stand_in
+from fxpipe.capture.graph.tail import COMPARING, Tail
+from fxpipe.capture.graph.twins import spoken, tensor_of
+from fxpipe.capture.record.node import info, is_constant, reached
 
 PARTS = 3
 """Microbatches of the batch that is tried."""
 PATTERNS = ((0.5, 0.15, 0.3), (0.0, 0.7, 0.35), (1.0, 0.25, 0.6), (0.3, 0.0, 1.0))
 """Shares of what is ignored in each microbatch, by trial; all of a microbatch in the later ones."""
+BY_ROWS = (0.5, 0.0, 1.0)
+"""Shares of samples of which all is ignored, or is one of the values that calls compare with: in further trials."""
+MOST_TRIALS = 12
 FLOATS = ("normal", "unit", "positive")
 INTEGERS = ("wide", "as given", "bits", "zero")
 Values = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hiding:
+    """What of a microbatch's values others stand for.
+
+    Attributes:
+        share: Of the elements, or of the samples.
+        at: The dimension of samples, where all of a sample is hidden; None: single elements.
+        choice: Which of the others; None: any.
+    """
+
+    share: float = 0.0
+    at: int | None = None
+    choice: int | None = None
+
+    def hide(self, value: torch.Tensor, instead: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Put others in the place of values."""
+        if not len(instead):
+            return value
+        chosen = instead[torch.randint(len(instead), tuple(value.shape), generator=generator)]
+        if self.choice is not None:
+            chosen = instead[self.choice % len(instead)].expand(chosen.shape)
+        if self.at is None:
+            return torch.where(torch.rand(*value.shape, generator=generator) < self.share, chosen, value)
+        rows = torch.arange(value.shape[self.at]) < round(self.share * value.shape[self.at])
+        return torch.where(rows.view(-1, *[1] * (value.dim() - self.at - 1)), chosen, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +65,14 @@ class Kind:
         integers: One of ``INTEGERS``: the example's values and what may be ignored, the example's alone, 0 and 1, 0.
         masks: Whether a mask of which the example has all ones may have zeros.
         major: Whether samples come first where several rows belong to each.
+        alike: Whether inputs that are equal in the example, a mask given to the model and to the loss, are equal.
     """
 
     floats: str = "normal"
     integers: str = "wide"
     masks: bool = True
     major: bool = True
+    alike: bool = False
 
 
 class Given:
@@ -56,7 +91,19 @@ class Given:
         self.rows = rows
         self.inputs = inputs
         self._special = self._specials()
+        self._asked = self._asks()
+        self.same = self._same_inputs()
         self._major = True
+
+    @property
+    def trials(self) -> int:
+        """How many batches to try."""
+        return min(len(PATTERNS) + max([1, *map(len, self._asked.values())]), MOST_TRIALS)
+
+    @property
+    def asked(self) -> bool:
+        """Whether inputs of floats decide about masks."""
+        return bool(self._asked)
 
     def make(self, kind: Kind, trial: int) -> tuple[Values, list[Values]]:
         """Give the values for the whole batch, and those of each microbatch."""
@@ -85,11 +132,28 @@ class Given:
                     raise Unsuited(f"{node.name} grows with the samples in several dimensions")
                 place += node.op == "placeholder"
                 pieces = self._pieces(node, shapes, at, kind, trial, place, generator)
+                if kind.alike and node in self.same:
+                    pieces = [part[self.same[node]] for part in parts]
                 value = _leaf(self.joined(node, pieces), pieces[0]) if at is not None else pieces[0]
             whole[node] = value
             for part, piece in zip(parts, pieces, strict=True):
                 part[node] = piece
         return whole, parts
+
+    def _same_inputs(self) -> dict[fx.Node, fx.Node]:
+        """Find the integers and truth values among the inputs that are those of an input before, in the example."""
+        found: dict[fx.Node, fx.Node] = {}
+        first: dict[fx.Node, torch.Tensor] = {}
+        for node in self.tail.sources:
+            example = self.inputs.get(str(node.target)) if node.op == "placeholder" else None
+            if example is None or _is_empty(example) or example.is_floating_point() or example.is_complex():
+                continue
+            alike = (each for each, value in first.items() if value.dtype == example.dtype and _same(value, example))
+            before = next(alike, None)
+            if before is not None:
+                found[node] = before
+            first[node] = example
+        return found
 
     def _pieces(
         self,
@@ -102,13 +166,15 @@ class Given:
         generator: torch.Generator,
     ) -> list[torch.Tensor]:
         shape = self.sizes.shape(*shapes, self.rows)
-        shares: tuple[float, ...] = PATTERNS[trial % len(PATTERNS)]
+        by_rows = trial - len(PATTERNS)
+        shares: tuple[float, ...] = PATTERNS[trial] if by_rows < 0 else BY_ROWS
         shares = shares[place % PARTS :] + shares[: place % PARTS] if place > 1 and trial < 2 else shares
         if at is None:
             own = self._own(node, shape)
-            piece = own if own is not None else self._one(node, shape, kind, 0.0, generator)
+            piece = own if own is not None else self._one(node, shape, kind, _Hiding(), generator)
             return [piece] * PARTS
-        return [self._one(node, shape, kind, share, generator) for share in shares]
+        rows = (at, by_rows) if by_rows >= 0 else (None, None)
+        return [self._one(node, shape, kind, _Hiding(share, *rows), generator) for share in shares]
 
     def _own(self, node: fx.Node, shape: Sequence[int]) -> torch.Tensor | None:
         """Give the example's own values of an input that every microbatch gets whole."""
@@ -132,22 +198,20 @@ class Given:
         return torch.cat(turns, at + 1).flatten(at, at + 1)
 
     def _one(
-        self, node: fx.Node, shape: Sequence[int], kind: Kind, share: float, generator: torch.Generator
+        self, node: fx.Node, shape: Sequence[int], kind: Kind, hiding: _Hiding, generator: torch.Generator
     ) -> torch.Tensor:
         meta = tensor_of(node)
         dtype = getattr(torch, meta.dtype)
         if dtype.is_complex:
             return torch.randn(*shape, generator=generator, dtype=torch.complex128)
-        pool = self._pool(node, kind)
+        pool = self._asked_pool(node, kind) or self._pool(node, kind)
         if pool is None:
             value = _floats(kind.floats, shape, generator)
-            return value.requires_grad_(meta.requires_grad)
+            return hiding.hide(value, self._missing(node), generator).requires_grad_(meta.requires_grad)
         usual, ignored = pool
         value = usual[torch.randint(len(usual), tuple(shape), generator=generator)]
-        if len(ignored):
-            hidden = torch.rand(*shape, generator=generator) < share
-            value = torch.where(hidden, ignored[torch.randint(len(ignored), tuple(shape), generator=generator)], value)
-        return value.double() if dtype.is_floating_point else value.to(dtype)
+        value = hiding.hide(value, ignored, generator)
+        return value.double().requires_grad_(meta.requires_grad) if dtype.is_floating_point else value.to(dtype)
 
     def _pool(self, node: fx.Node, kind: Kind) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Give the values that an input takes: usual ones, and those that may be ignored; None for real numbers."""
@@ -178,6 +242,55 @@ class Given:
         usual = found[found >= 0] if not dtype.is_floating_point else found
         ignored = {*special, *(found[found < 0].tolist() if not dtype.is_floating_point else ())}
         return (usual if len(usual) else found), found.new_tensor(sorted(ignored))
+
+    def _asked_pool(self, node: fx.Node, kind: Kind) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Give the values of an input of floats that decide about a mask: the example's, and those on either side.
+
+        Whether ``target != -999`` or ``target > 50`` weighs microbatches is not seen with values that are all alike.
+        """
+        asked = self._asked.get(node)
+        if asked is None:
+            return None
+        example = self.inputs.get(str(node.target))
+        known = None if example is None or _is_empty(example) else torch.unique(example.detach().cpu().double())
+        usual = known[known.isfinite()] if known is not None else torch.linspace(-2, 2, 64, dtype=torch.float64)
+        if not len(usual) or set(usual[:3].tolist()) <= {0.0, 1.0}:  # a mask by itself
+            return None
+        beyond = usual.new_tensor(asked if kind.integers == "wide" else [])
+        return usual[:: max(len(usual) // 64, 1)], torch.cat([beyond, self._missing(node)])
+
+    def _asks(self) -> dict[fx.Node, list[float]]:
+        """Give the inputs of floats that integers or truth values are made of, with what they are compared with."""
+        found: dict[fx.Node, set[float]] = {}
+        for node in self.tail.nodes:
+            meta = info(node).tensor
+            if meta is None or "float" in meta.dtype or node not in self.tail.twins.structure.derived:
+                continue
+            inputs = [n for n in reached([node]) if n.op == "placeholder" and info(n).tensor is not None]
+            numbers: list[float] = [0]
+
+            def look(leaf: Any, known: list[float] = numbers) -> Any:
+                if type(leaf) in (int, float):
+                    known.append(leaf)
+                return leaf
+
+            for above in reached([node]):
+                fill(above.args, look)
+            near = {float(number) + step for number in numbers for step in (-1, 0, 1)}
+            for each in inputs:
+                if "float" in tensor_of(each).dtype:
+                    found.setdefault(each, set()).update(near)
+        return {node: sorted(filter(math.isfinite, numbers)) for node, numbers in found.items()}
+
+    def _missing(self, node: fx.Node) -> torch.Tensor:
+        """Give what an input of floats has in the place of numbers: infinities, NaN where calls step over it."""
+        example = self.inputs.get(str(node.target)) if node.op == "placeholder" else None
+        if node.op != "placeholder":
+            return torch.empty(0, dtype=torch.float64)
+        known = torch.empty(0) if example is None or _is_empty(example) else example.detach().cpu()
+        found = torch.unique(known[~known.isfinite()].double().nan_to_num(nan=0.0))
+        has_nan = bool(known.isnan().any()) or self.tail.steps_over_nan
+        return torch.cat([found[found != 0], found.new_full((int(has_nan),), torch.nan)])
 
     def _specials(self) -> tuple[int, ...]:
         """Give the values that calls compare with: what is ignored, or padding."""

@@ -12,10 +12,12 @@ from torch import fx
 
 from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.graph.counts import Candidate, counter_of
+from fxpipe.capture.graph.loops import Recording, prove_loops
 from fxpipe.capture.graph.proof import Scaling, Summand, Verdict, prove
 from fxpipe.capture.graph.sizes import Unsuited
 from fxpipe.capture.graph.structure import Structure, make_structure
-from fxpipe.capture.graph.tail import Twins, find_tail, spoken
+from fxpipe.capture.graph.tail import find_tail
+from fxpipe.capture.graph.twins import Twins, spoken
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import info, reached, set_info
 from fxpipe.capture.record.observe import Observation
@@ -66,7 +68,7 @@ class Loss:
 
 def loss_terms(terms: tuple[Term, ...]) -> tuple[LossTerm, ...]:
     """Give the summands the form that programs have."""
-    return tuple(LossTerm(term.node.name, term.kind, term.count, term.finish) for term in terms)
+    return tuple(LossTerm(term.node.name, term.kind, term.count, term.finish, term.auxiliary) for term in terms)
 
 
 def describe_terms(terms: tuple[Term, ...]) -> str:
@@ -85,7 +87,7 @@ def find_loss_terms(
     observation: Observation,
     structure: Structure,
     inputs: Inputs,
-    twice: Callable[[], Observation],
+    again: Callable[[int], Observation],
     *,
     by_model: bool,
 ) -> Loss:
@@ -96,17 +98,21 @@ def find_loss_terms(
         observation: What the forward did; scaled copies of summands may be added to its graph.
         structure: A structure whose only result is the loss.
         inputs: The example.
-        twice: Records the forward with twice the samples.
+        again: Records the forward with several times the samples.
         by_model: Whether the model computes the loss itself: summands of it that couple samples are auxiliary ones.
     """
     result = structure.results[0]
     try:
-        other = twice()
+        other = again(2)
         twice_as_many = make_structure(other, training=True)
+    except Unsuited as unsuited:
+        return _unproved(result, str(unsuited))
+    try:
         twins = Twins.of(skeleton, observation, structure, other, twice_as_many, inputs.samples)
         twins = replace(twins, unclear=inputs.unclear)
     except Unsuited as unsuited:
-        return _unproved(result, str(unsuited))
+        recordings = Recording(observation, structure), Recording(other, twice_as_many)
+        return _of_loops(skeleton, recordings, inputs, again, str(unsuited))
     summands = _summands(twins, result)
     verdicts = [prove(twins, summand, inputs.tensors) for summand in summands]
     if all(verdict.candidate is None for verdict in verdicts) and len(summands) > 1:
@@ -114,6 +120,29 @@ def find_loss_terms(
         if whole.candidate is not None:
             summands, verdicts = [Summand(result)], [whole]
     return _decided(twins, result, summands, verdicts, by_model)
+
+
+def _of_loops(
+    skeleton: Skeleton,
+    recordings: tuple[Recording, Recording],
+    inputs: Inputs,
+    again: Callable[[int], Observation],
+    reason: str,
+) -> Loss:
+    """Find what weighs a loss whose recordings for some samples and for twice as many make other calls."""
+    one, two = recordings
+    try:
+        other = again(3)
+        three = Recording(other, make_structure(other, training=True))
+        verdict = prove_loops(skeleton, one, two, three, inputs, reason)
+        if verdict.candidate is None:
+            return _unproved(one.result, _reason(Summand(one.result), verdict))
+        count = counter_of(skeleton, one.observation.recorder, verdict.candidate)
+    except Unsuited as unsuited:
+        return _unproved(one.result, f"{reason}; {unsuited}")
+    found = verdict.candidate
+    finish = found.finish if found.chain else None
+    return Loss((Term(one.result, found.kind, count, finish, found.what, candidate=found),))
 
 
 def _decided(

@@ -14,9 +14,10 @@ from torch import fx
 
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.graph.counts import Candidate, candidates
-from fxpipe.capture.graph.given import FLOATS, INTEGERS, PARTS, PATTERNS, Given, Kind, Values
+from fxpipe.capture.graph.given import FLOATS, INTEGERS, PARTS, Given, Kind, Values
 from fxpipe.capture.graph.sizes import KEPT, Sizes, Unsuited, small_sizes
-from fxpipe.capture.graph.tail import Tail, TailProgram, Twins, find_tail, tensor_of
+from fxpipe.capture.graph.tail import Tail, TailProgram, find_tail
+from fxpipe.capture.graph.twins import Twins, tensor_of
 from fxpipe.capture.model.preserve import random_states
 from fxpipe.capture.record.node import info
 
@@ -81,7 +82,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Run:
+class Run:
     """A batch run whole and in microbatches."""
 
     given: tuple[Values, list[Values]]
@@ -111,8 +112,8 @@ def prove(twins: Twins, summand: Summand, inputs: Mapping[str, torch.Tensor]) ->
     best = Verdict()
     for sizes, rows in _settings(tail):
         try:
-            with _quiet():
-                best = _Proof(tail, summand, sizes, rows, inputs).verdict()
+            with tried_quietly():
+                best = Proof(tail, summand, sizes, rows, inputs).verdict()
         except Unsuited as unsuited:
             reason = reason or str(unsuited)
             continue
@@ -142,7 +143,7 @@ def _settings(tail: Tail) -> Iterator[tuple[Sizes, int]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def tried_quietly() -> Iterator[None]:
     """Compute in float64, outside of autocast, and leave random generators and defaults as they are."""
     before = torch.get_default_dtype()
     with (
@@ -160,16 +161,22 @@ def _quiet() -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-class _Proof:
+class Proof:
     """One summand at one size."""
 
     def __init__(
-        self, tail: Tail, summand: Summand, sizes: Sizes, rows: int, inputs: Mapping[str, torch.Tensor]
+        self,
+        tail: Tail,
+        summand: Summand,
+        sizes: Sizes,
+        rows: int,
+        inputs: Mapping[str, torch.Tensor],
+        program: TailProgram | None = None,
     ) -> None:
         self.tail = tail
         self.summand = summand
         self.rows = rows
-        self.program = TailProgram(tail, sizes)
+        self.program = program or TailProgram(tail, sizes)
         self.given = Given(tail, sizes, rows, inputs)
         self._check_cost(sizes)
 
@@ -184,34 +191,40 @@ class _Proof:
     def verdict(self) -> Verdict:
         """Try what may weigh the microbatches on several batches."""
         failed = "it could not be run on small values"
-        runs: list[_Run] = []
-        for kind in _kinds(self.tail):
+        runs: list[Run] = []
+        kinds = list(_kinds(self.tail, self.given.asked))
+        while kinds:
+            kind = kinds.pop(0)
             try:
-                runs = list(self._runs(kind))
+                runs = list(self.runs(kind))
             except Unsuited:
                 raise
             except Exception as error:  # whatever the user's code raises for values that are not its own
                 failed = f"it could not be run on small values: {type(error).__name__}: {error}".split("\n")[0]
+                if self.given.same and not kind.alike:  # it may need them equal: as many rows, say
+                    kinds.insert(0, replace(kind, alike=True))
                 continue
             if len(runs) < 2:
                 continue
             for candidate in candidates(self.tail):
-                if all(self._holds(candidate, run) for run in runs):
+                found = [self._holds(candidate, run) for run in runs]
+                if False not in found and found.count(True) > 1:
                     return Verdict(candidate)
             if kind.major and _has_turns(self.tail):
                 continue  # rows may come before samples: that order is tried next
-            return Verdict(coupling=self._coupling(runs))
+            return Verdict(coupling=self.coupling(runs))
         if runs:
-            return Verdict(coupling=self._coupling(runs))
+            return Verdict(coupling=self.coupling(runs))
         return Verdict(reason=failed)
 
-    def _runs(self, kind: Kind) -> Iterator[_Run]:
+    def runs(self, kind: Kind) -> Iterator[Run]:
         """Run several batches, whole and split; those whose value is no number, or that take another path, are out."""
-        for trial in range(len(PATTERNS)):
+        self.program.floats = kind.floats
+        for trial in range(self.given.trials):
             whole, parts = self.given.make(kind, trial)
             try:
                 done = self.program.run(whole, PARTS * self.rows)
-                run = _Run((whole, parts), done, [self.program.run(part, self.rows) for part in parts])
+                run = Run((whole, parts), done, [self.program.run(part, self.rows) for part in parts])
             except Unsuited:
                 raise
             except Exception:
@@ -221,7 +234,7 @@ class _Proof:
             if self._same_path(run) and math.isfinite(float(self._value(run.whole, PARTS * self.rows).detach())):
                 yield run
 
-    def _same_path(self, run: _Run) -> bool:
+    def _same_path(self, run: Run) -> bool:
         """Whether Python reads the truth values that it read in the forward."""
         choices = [(node, answer) for node, answer in self.tail.reads if isinstance(answer, bool)]
         return all(answer_of(env[node]) == answer for env in (run.whole, *run.parts) for node, answer in choices)
@@ -237,7 +250,7 @@ class _Proof:
         number: torch.Tensor = value.reshape(())
         return number
 
-    def _shares(self, candidate: Candidate, run: _Run) -> list[float] | None:
+    def _shares(self, candidate: Candidate, run: Run) -> list[float] | None:
         if candidate.kind == "sum":
             return [1.0] * PARTS
         if candidate.kind == "samples":
@@ -250,23 +263,31 @@ class _Proof:
             if not math.isclose(math.fsum(counted), whole, rel_tol=EXACT, abs_tol=1e-12):
                 return None
             total = candidate.finish(whole)
-            shares = [candidate.finish(each) / total if each else 0.0 for each in counted]
+            divisors = [candidate.finish(each) for each in counted]
+            shares = [each / total if each and math.isfinite(each) else 0.0 for each in divisors]
         except (ArithmeticError, ValueError, RuntimeError, TypeError, IndexError, KeyError):
             return None
         return shares if all(map(math.isfinite, shares)) else None
 
-    def _holds(self, candidate: Candidate, run: _Run) -> bool:
-        """Whether the microbatches' values and gradients, so weighed, are the batch's."""
+    def _holds(self, candidate: Candidate, run: Run) -> bool | None:
+        """Whether the microbatches' values and gradients, so weighed, are the batch's.
+
+        None where that cannot be told of this batch: nothing counts in a microbatch that adds something. No step
+        takes such a batch.
+        """
         shares = self._shares(candidate, run)
         if shares is None:
             return False
+        left_out = [self._value(env, self.rows) for env, share in zip(run.parts, shares, strict=True) if not share]
+        if not all(math.isnan(float(value)) or not float(value) for value in left_out):
+            return None
         whole = self._value(run.whole, PARTS * self.rows)
         values = [self._value(env, self.rows) * share for env, share in zip(run.parts, shares, strict=True) if share]
         if not _close(sum(values, torch.zeros(())), whole, [*values, whole]):
             return False
         return self._gradients_agree(run, whole, shares)
 
-    def _gradients_agree(self, run: _Run, whole: torch.Tensor, shares: Sequence[float]) -> bool:
+    def _gradients_agree(self, run: Run, whole: torch.Tensor, shares: Sequence[float]) -> bool:
         leaves = [node for node, value in run.given[0].items() if _is_leaf(value)]
         wanted = _gradients(whole, [run.given[0][node] for node in leaves])
         found: list[list[torch.Tensor]] = []
@@ -281,7 +302,7 @@ class _Proof:
                 return False
         return True
 
-    def _coupling(self, runs: Sequence[_Run]) -> fx.Node | None:
+    def coupling(self, runs: Sequence[Run]) -> fx.Node | None:
         """Give the first call whose value in the batch is neither its microbatches' side by side nor their sum or mean.
 
         What has several dimensions that grow, or none but a nonlinear origin, couples samples.
@@ -307,7 +328,7 @@ class _Proof:
                 return node
         return self.summand.node
 
-    def _explains(self, candidate: Candidate, run: _Run, node: fx.Node) -> bool:
+    def _explains(self, candidate: Candidate, run: Run, node: fx.Node) -> bool:
         shares = self._shares(candidate, run)
         parts = [env[node] for env in run.parts]
         if shares is None or any(part.shape != run.whole[node].shape for part in parts):
@@ -316,10 +337,10 @@ class _Proof:
         return _close(sum(weighed, torch.zeros(())), run.whole[node], [*weighed, run.whole[node]])
 
 
-def _kinds(tail: Tail) -> Iterator[Kind]:
+def _kinds(tail: Tail, asked: bool) -> Iterator[Kind]:
     """Yield the kinds of values to try, the likeliest first."""
     inputs = [n for n in tail.sources if n.op == "placeholder" and info(n).number is None]
-    has_integers = any("float" not in tensor_of(n).dtype for n in inputs)
+    has_integers = any("float" not in tensor_of(n).dtype for n in inputs) or asked
     for masks in (True, False):
         for integers in INTEGERS if has_integers else INTEGERS[:1]:
             for floats in FLOATS:

@@ -5,27 +5,23 @@ The second recording is of twice the samples; what changes between the two is wh
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.func import functional_call
+from torch import fx
 
 from fxpipe.capture.calls.reads import shape_depends_on_values
-from fxpipe.capture.graph.sizes import WIDE, Read, Sizes, Unsuited, Varying, fill, pair
-from fxpipe.capture.graph.structure import Structure
+from fxpipe.capture.graph.sizes import WIDE, Read, Sizes, Unsuited, Varying, fill, pair, paired
+from fxpipe.capture.graph.stand_ins import module_run, rows_made_up
+from fxpipe.capture.graph.twins import Twins, spoken
 from fxpipe.capture.model.builtin import is_builtin
-from fxpipe.capture.model.skeleton import Skeleton
-from fxpipe.capture.record.forward import Guard
-from fxpipe.capture.record.node import CONSTANT, function_of, info, made_by, reached, sources
-from fxpipe.capture.record.observe import Observation
-from fxpipe.ir.tensor import TensorMeta
+from fxpipe.capture.record.node import function_of, info, made_by, reached, sources
 
 COMPARING = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "masked_fill", "masked_fill_", "pad", "where", "fill_"})
 ENTROPIES = frozenset({"cross_entropy", "nll_loss"})
+_NAN_AWARE = frozenset({"isnan", "isfinite", "nanmean", "nansum", "nanmedian", "nanquantile", "nan_to_num"})
 _READ = (
     "Python reads a number from an input, or the number of selected elements from a shape, on the way to the loss; "
     "keep it a tensor (the mask's sum(), no .item())"
@@ -34,81 +30,6 @@ _NARROWING = frozenset({"float", "half", "bfloat16", "double"})
 _ARITHMETIC = frozenset(
     {"mul", "div", "truediv", "add", "sub", "pow", "mul_", "div_", "imul", "itruediv", "true_divide"}
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Twins:
-    """One forward recorded with some samples and with twice as many.
-
-    Attributes:
-        skeleton: The copy of the model.
-        one: The first recording.
-        structure: What is needed of it, before summands are taken apart.
-        other: By node of the first: the node of the second.
-        constants: Of the second.
-        samples: Of the first.
-        reads: Nodes whose values Python read, with the answers in both.
-        unclear: Names of the inputs whose samples cannot be told.
-    """
-
-    skeleton: Skeleton
-    one: Observation
-    structure: Structure
-    other: Mapping[fx.Node, fx.Node]
-    constants: Mapping[str, Any]
-    samples: int
-    reads: tuple[tuple[fx.Node, Any, Any], ...]
-    unclear: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(
-        cls,
-        skeleton: Skeleton,
-        one: Observation,
-        structure: Structure,
-        other: Observation,
-        twice: Structure,
-        samples: int,
-    ) -> Twins:
-        """Pair the calls of two recordings.
-
-        Raises:
-            Unsuited: They are not the same calls.
-        """
-        same = len(structure.nodes) == len(twice.nodes) and all(
-            left.op == right.op and _spelled(left) == _spelled(right)
-            for left, right in zip(structure.nodes, twice.nodes, strict=True)
-        )
-        if not same:
-            raise Unsuited("twice as many samples take another path")
-        pairs = dict(zip(structure.nodes, twice.nodes, strict=True))
-        reads = []
-        for left, right in _paired_guards(one.guards, other.guards):
-            _pair_reads(left.node, right.node, pairs)
-            reads.append((left.node, left.answer, right.answer))
-        reads = [read for read in reads if info(read[0]).number is None]  # numbers are not split
-        return cls(skeleton, one, structure, pairs, other.recorder.constants, samples, tuple(reads))
-
-    def growing(self, node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Give the shapes of a node's value in both recordings; None where it is no tensor."""
-        metas = info(node).tensor, info(self.other.get(node, node)).tensor
-        if metas[0] is None or metas[1] is None or len(metas[0].shape) != len(metas[1].shape):
-            return None
-        return metas[0].shape, metas[1].shape
-
-    def sample_dim(self, node: fx.Node) -> int | None:
-        """Give the one dimension of a node's value that grows with the samples; None where there is not just one."""
-        shapes = self.growing(node)
-        if shapes is None:
-            return None
-        grown = [at for at, (one, two) in enumerate(zip(*shapes, strict=True)) if one != two]
-        fits = len(grown) == 1 and shapes[1][grown[0]] == 2 * shapes[0][grown[0]]
-        return grown[0] if fits and shapes[0][grown[0]] % self.samples == 0 else None
-
-    def is_constant(self, node: fx.Node) -> bool:
-        """Whether the shape of a node's value has nothing to do with the samples."""
-        shapes = self.growing(node)
-        return shapes is not None and shapes[0] == shapes[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +51,15 @@ class Tail:
     sources: tuple[fx.Node, ...]
     opaque: tuple[fx.Node, ...]
     reads: tuple[tuple[fx.Node, Any], ...]
+
+    @property
+    def steps_over_nan(self) -> bool:
+        """Whether calls ask what is a number."""
+        return any(spoken(node) in _NAN_AWARE for node in self.nodes)
+
+    def is_by_rows(self, node: fx.Node) -> bool:
+        """Whether a layer made a value of rows that values of inputs select."""
+        return self.twins.is_selected(node) and is_of_model(self.twins, node)
 
     def sizes(self) -> list[int]:
         """Give the sizes of what is given, the samples' dimension by what each sample has."""
@@ -158,7 +88,7 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
     def follow(node: fx.Node) -> Sequence[fx.Node]:
         if node.op in ("placeholder", "get_attr"):
             given.add(node)
-        elif node is not result and _is_handed_out(twins, node):
+        elif node is not result and not twins.is_selected(node) and is_handed_out(twins, node):
             given.add(node)
             if twins.sample_dim(node) is None:
                 opaque.add(node)
@@ -168,7 +98,7 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
 
     needed = set(reached([result, *also], follow))
     inputs = {node for node in given if node.op == "placeholder"}
-    related = [read for read in twins.reads if _inputs_of(read[0]) & inputs]
+    related = [read for read in twins.reads if inputs_of(read[0]) & inputs]
     for read, *_ in related:
         for node in reached([read]):
             needed.add(node)
@@ -194,7 +124,7 @@ def _check_reads(tail: Tail, related: Sequence[tuple[fx.Node, Any, Any]]) -> Non
         raise Unsuited(_READ)
 
 
-def _is_handed_out(twins: Twins, node: fx.Node) -> bool:
+def is_handed_out(twins: Twins, node: fx.Node) -> bool:
     """Whether a value comes out of the model: its weights, random numbers or blocks made it."""
     meta = info(node).tensor
     if meta is None or node in twins.structure.derived or "float" not in meta.dtype:
@@ -211,63 +141,22 @@ def _is_handed_out(twins: Twins, node: fx.Node) -> bool:
     return grows and (known.position is not None or bool(known.writes) or bool(known.block))
 
 
+def is_of_model(twins: Twins, node: fx.Node) -> bool:
+    """Whether a layer with weights, or random numbers, made a value."""
+    if node.op == "call_module":
+        module = twins.skeleton.module.get_submodule(str(node.target))
+        return next(module.parameters(), None) is not None or _draws(node)
+    return info(node).position is not None
+
+
 def _draws(node: fx.Node) -> bool:
     frame = info(node).frame
     return frame is not None and bool(frame.drew or frame.inside)
 
 
-def _inputs_of(node: fx.Node) -> set[fx.Node]:
+def inputs_of(node: fx.Node) -> set[fx.Node]:
+    """Give the inputs that a value depends on."""
     return {each for each in reached([node]) if each.op == "placeholder"}
-
-
-def _paired_guards(one: Sequence[Guard], other: Sequence[Guard]) -> list[tuple[Guard, Guard]]:
-    """Pair what Python read in two recordings.
-
-    Whether a size is asked for may hang on which sizes happen to be equal: one that only one recording asks for is
-    left out.
-
-    Raises:
-        Unsuited: They read something else.
-    """
-    if len(one) == len(other):
-        return list(zip(one, other, strict=True))
-    mine, theirs = ([guard for guard in guards if spoken(guard.node) != "size"] for guards in (one, other))
-    if len(mine) != len(theirs):
-        raise Unsuited("Python reads other values of twice as many samples")
-    return list(zip(mine, theirs, strict=True))
-
-
-def _pair_reads(one: fx.Node, other: fx.Node, pairs: dict[fx.Node, fx.Node]) -> None:
-    """Pair the calls that only a read needs."""
-    if one in pairs:
-        return
-    pairs[one] = other
-    if len(one.all_input_nodes) != len(other.all_input_nodes):
-        raise Unsuited("Python reads other values of twice as many samples")
-    for left, right in zip(one.all_input_nodes, other.all_input_nodes, strict=True):
-        _pair_reads(left, right, pairs)
-
-
-def tensor_of(node: fx.Node) -> TensorMeta:
-    """Give shape and dtype of a node whose value is a tensor."""
-    meta = info(node).tensor
-    assert meta is not None
-    return meta
-
-
-def spoken(node: fx.Node) -> str:
-    """Give the word for a call: ``"cross_entropy"``."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    if node.target is operator.getitem:
-        return "getitem"
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return str(name)
-
-
-def _spelled(node: fx.Node) -> str:
-    target = str(node.target) if isinstance(node.target, str) else spoken(node)
-    return CONSTANT if target.startswith(CONSTANT) else target
 
 
 @dataclass(slots=True, eq=False)
@@ -277,10 +166,14 @@ class TailProgram:
     Args:
         tail: The calls.
         sizes: What numbers become.
+
+    Attributes:
+        floats: What the values look like that stand for what layers make: as of ``Kind``.
     """
 
     tail: Tail
     sizes: Sizes = field(default_factory=lambda: Sizes(1))
+    floats: str = "normal"
     _calls: list[tuple[fx.Node, Any, Any]] = field(default_factory=list)
     _selected: set[tuple[int, int]] = field(default_factory=set)
     _answers: dict[Any, fx.Node] = field(default_factory=dict)
@@ -393,42 +286,19 @@ class TailProgram:
             return leaf
 
         args, kwargs = fill((args, kwargs), give)
+        if self.tail.is_by_rows(node):
+            twins = self.tail.twins
+            size = lambda one, two: int(self.sizes.at(paired(one, two), samples))  # noqa: E731
+            return rows_made_up(node, twins.rows, env, twins.growing(node), size, self.floats)
         if node.op == "call_module":
-            return self._module(node, args, kwargs)
+            return module_run(self.tail.twins.skeleton, str(node.target), args, kwargs, self.sizes.rename)
         if node.op == "call_method" and name in _NARROWING:
             return args[0].double()
         return function_of(node)(*args, **kwargs)
 
-    def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        module = self.tail.twins.skeleton.module.get_submodule(str(node.target))
-        own = {}
-        with torch.no_grad():
-            for name, tensor in _tensors(module):
-                own[name] = stand_in(self.tail.twins.skeleton, tensor, tuple(map(self.sizes.rename, tensor.shape)))
-        return functional_call(module, own, args, kwargs)
-
 
 def _is_leaf(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def stand_in(skeleton: Skeleton, fake: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Give small values for a parameter or buffer: its own where it has some and is not larger, else made up."""
-    original = None if fake.requires_grad else skeleton.value_of(skeleton.fqn_of.get(id(fake), ""))
-    if original is not None:
-        found = original.detach().cpu()
-        if all(small <= size for small, size in zip(shape, found.shape, strict=True)):
-            found = found[tuple(slice(size) for size in shape)]
-            return found.double() if found.is_floating_point() else found.clone()
-    if not fake.dtype.is_floating_point:
-        return torch.zeros(tuple(shape), dtype=fake.dtype)
-    seed = torch.Generator().manual_seed(len(shape) + sum(shape))
-    return torch.rand(tuple(shape), generator=seed, dtype=torch.float64) + 0.5
 
 
 def _stand_in(leaf: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxpipe._torch import without_functions
 from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.counting import LayerCounter, fused_attention_calls
 from fxpipe.capture.calls.real_values import UNKNOWN_VALUES
@@ -111,7 +112,8 @@ class Counts:
         info(node).attention = attention
         if self.counter is None or is_setting(node):
             return
-        key = self.counter.key(func, args, kwargs, trace, attention)
+        with without_functions():  # no question of the model's: a size that values decide about stays unknown to it
+            key = self.counter.key(func, args, kwargs, trace, attention)
         if key in self.counter.known:
             info(node).counts = self.counter.known[key]
             return

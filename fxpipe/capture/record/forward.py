@@ -47,6 +47,19 @@ class Guard:
         return isinstance(self.answer, bool)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Selected:
+    """A value whose size values of inputs decide about, unknown to Python.
+
+    Attributes:
+        dims: The dimensions that they decide about.
+        guards: Reads that tell that size; they are no guards yet.
+    """
+
+    dims: tuple[int, ...]
+    guards: tuple[Guard, ...]
+
+
 @dataclass(slots=True, eq=False)
 class Forward:
     """What is known of the forward while it runs.

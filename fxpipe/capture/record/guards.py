@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,7 +17,7 @@ from fxpipe.capture.calls.forms import canonical
 from fxpipe.capture.calls.reads import READS, answer_of, is_plain
 from fxpipe.capture.calls.values import has_tensor, tensors_in
 from fxpipe.capture.model.held import has_hooks
-from fxpipe.capture.record.forward import Forward, Guard
+from fxpipe.capture.record.forward import Forward, Guard, Selected
 from fxpipe.capture.record.frames import Frame
 from fxpipe.capture.record.node import NodeInfo, function_of, info, made_by, reached, set_info
 
@@ -255,8 +256,8 @@ def guard_selected(forward: Forward, tensor: Any, dim: int | None = None) -> Non
             _add(forward, node, answer)
 
 
-def guards_of_sizes(forward: Forward) -> dict[fx.Node, tuple[Guard, ...]]:
-    """Give, for each value whose size values of inputs decide about unknown to Python, the guards of that size.
+def guards_of_sizes(forward: Forward) -> dict[fx.Node, Selected]:
+    """Give the values whose size values of inputs decide about unknown to Python, with the guards of that size.
 
     They are needed where it passes from one stage to the next.
     """
@@ -272,8 +273,11 @@ def guards_of_sizes(forward: Forward) -> dict[fx.Node, tuple[Guard, ...]]:
     found = {}
     for node in [node for node in forward.recorder.graph.nodes if not info(node).is_guard]:
         above = selections.above(node)
-        if any(each in above for each in made) and _varying(forward, node):
-            found[node] = tuple(guard for each, guards in made.items() if each in above for guard in guards)
+        dims = _varying(forward, node) if any(each in above for each in made) else ()
+        if dims:
+            guards = tuple(guard for each, guards in made.items() if each in above for guard in guards)
+            if guards:
+                found[node] = Selected(dims, guards)
     return found
 
 
@@ -284,17 +288,18 @@ def _sizes_read(forward: Forward, selection: fx.Node) -> Iterator[tuple[fx.Node,
         if not info(source).from_input:
             continue
         _refuse_unread([source])
+        is_count = selecting.dtype == torch.bool or _is_repeat(selection)
         with without_modes(), without_functions():
             with graph.inserting_after(source if is_result else selection):  # before what is written later
                 if is_result:
                     node, answer = _reading(forward, "call_method", "size", (source, 0), selection), selecting.shape[0]
-                elif selecting.dtype == torch.bool:
+                elif is_count:
                     node = _reading(forward, "call_method", "sum", (source,), selection)
                     answer = int(selecting.sum())
                 else:
                     node = _reading(forward, "call_method", "tolist", (source,), selection)
                     answer = answer_of(selecting.tolist())
-            if not is_result and selecting.dtype == torch.bool:
+            if not is_result and is_count:
                 with graph.inserting_after(node):
                     node = _reading(forward, "call_method", "item", (node,))
         yield node, answer
@@ -370,7 +375,8 @@ def _tried_shape(
     """Give the shape of a node's value for another number of selected elements; None where it cannot be told."""
     counting, forward.counting = forward.counting, True
     try:
-        with without_functions(), forward.skeleton.mode, torch.no_grad():
+        with without_functions(), forward.skeleton.mode, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that are not the user's own
             missing = reached([node], lambda each: [read for read in each.all_input_nodes if read not in values])
             for each in forward.recorder.graph.nodes:
                 if each in missing and each not in values:
@@ -391,7 +397,8 @@ def _tried_value(forward: Forward, node: fx.Node, values: dict[fx.Node, Any], si
         if known.tensor is None:
             return known.number if known.number is not None else forward.recorder.constants.get(str(node.target))
         one = node in selections.made and (len(node.args) < 2 or isinstance(node.args[1], fx.Node))
-        places = () if not selections.above(node) else (0,) if one else range(len(known.tensor.shape))
+        dims = (_repeated_dim(node, len(known.tensor.shape)),) if one else range(len(known.tensor.shape))
+        places = dims if selections.above(node) else ()
         shape = [size(extent) if place in places else extent for place, extent in enumerate(known.tensor.shape)]
         return torch.empty(shape, dtype=getattr(torch, known.tensor.dtype))
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -401,6 +408,16 @@ def _tried_value(forward: Forward, node: fx.Node, values: dict[fx.Node, Any], si
     ):
         raise LookupError(f"{node.target} may write to its buffers, and its hooks may keep what it gives")
     return function(*args, **kwargs)
+
+
+def _is_repeat(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", node.target) == "repeat_interleave" and len(node.args) > 1
+
+
+def _repeated_dim(node: fx.Node, dims: int) -> int:
+    """Give the dimension along which a call selects: the first, or that in which it repeats."""
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None) if _is_repeat(node) else None
+    return dim % dims if isinstance(dim, int) else 0
 
 
 def _reading(

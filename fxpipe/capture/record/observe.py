@@ -39,7 +39,7 @@ from fxpipe.capture.model.preserve import AttributeChange, Attributes, apply_cha
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.bypass import Bypasses
 from fxpipe.capture.record.calls import Calls
-from fxpipe.capture.record.forward import Forward, Guard
+from fxpipe.capture.record.forward import Forward, Guard, Selected
 from fxpipe.capture.record.frames import Frames
 from fxpipe.capture.record.modules import ModuleCalls
 from fxpipe.capture.record.node import NodeInfo, info, set_info
@@ -65,7 +65,7 @@ class Observation:
         notes: What the report should say.
         overwritten: Buffers that it writes to and whose value its backward needs.
         symbols: The same forward with symbols for sizes; None where it was not followed.
-        sized: Nodes whose size values of inputs decide about, with the guards of that size, which are no guards yet.
+        selected: Nodes whose size values of inputs decide about, unknown to Python.
     """
 
     leaves: Leaves
@@ -79,7 +79,7 @@ class Observation:
     notes: tuple[str, ...]
     overwritten: tuple[str, ...]
     symbols: Symbols | None = None
-    sized: Mapping[fx.Node, tuple[Guard, ...]] = field(default_factory=dict)
+    selected: Mapping[fx.Node, Selected] = field(default_factory=dict)
 
     def result_node(self, tensor: torch.Tensor) -> fx.Node:
         """Give the node whose value a returned tensor is."""
@@ -88,7 +88,7 @@ class Observation:
     def sizes_sent(self, program: Program) -> tuple[Guard, ...]:
         """Give the guards of the sizes that values decide about, of what a stage sends to the next."""
         sent = {each.name for stage in program.stages for each in stage.sent}
-        found = (guard for node, guards in self.sized.items() if node.name in sent for guard in guards)
+        found = (guard for node, each in self.selected.items() if node.name in sent for guard in each.guards)
         return tuple(dict.fromkeys(found))
 
 
@@ -150,7 +150,7 @@ def observe(
         tuple(forward.guards),
         output,
         loss,
-        *(outcome.results, outcome.left, outcome.notes, outcome.overwritten, forward.symbols, outcome.sized),
+        *(outcome.results, outcome.left, outcome.notes, outcome.overwritten, forward.symbols, outcome.selected),
     )
 
 

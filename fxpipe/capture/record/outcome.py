@@ -12,7 +12,7 @@ from torch import fx
 from fxpipe._torch import without_functions
 from fxpipe.capture.calls.values import describe, has_tensor, tensors_in
 from fxpipe.capture.model.preserve import AttributeChange
-from fxpipe.capture.record.forward import Forward, Guard
+from fxpipe.capture.record.forward import Forward, Selected
 from fxpipe.capture.record.frames import Frame
 from fxpipe.capture.record.guards import guards_of_sizes
 from fxpipe.capture.record.node import info
@@ -29,14 +29,14 @@ class ForwardOutcome:
         left: Attributes that it left behind in opened modules; the next forward may read them.
         notes: What the report should say.
         overwritten: Buffers that it writes to and whose value its backward needs.
-        sized: As of ``Observation``.
+        selected: As of ``Observation``.
     """
 
     results: Mapping[int, fx.Node]
     left: tuple[AttributeChange, ...]
     notes: tuple[str, ...]
     overwritten: tuple[str, ...]
-    sized: Mapping[fx.Node, tuple[Guard, ...]]
+    selected: Mapping[fx.Node, Selected]
 
 
 def loss_of(forward: Forward, output: Any, target: Any, loss_fn: Callable[..., Any] | None) -> torch.Tensor | None:
@@ -82,7 +82,7 @@ def finish(forward: Forward, returned: Any) -> ForwardOutcome:
             if id(tensor) not in results and (node_of := _handing_out(forward, tensor)) is not None:
                 results[id(tensor)] = node_of
         forward.recorder.refresh()
-        sized = guards_of_sizes(forward)
+        selected = guards_of_sizes(forward)
     forward.counting = True
     forward.counts.make_all()
     overwritten = forward.counts.saved_buffers(forward.recorder.storages)
@@ -92,7 +92,7 @@ def finish(forward: Forward, returned: Any) -> ForwardOutcome:
         for change in left
         if has_tensor(change.now)
     ]
-    return ForwardOutcome(results, tuple(left), tuple(dict.fromkeys((*notes, *forward.notes))), overwritten, sized)
+    return ForwardOutcome(results, tuple(left), tuple(dict.fromkeys((*notes, *forward.notes))), overwritten, selected)
 
 
 def _written_back(forward: Forward, change: AttributeChange) -> bool:

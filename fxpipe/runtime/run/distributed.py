@@ -91,7 +91,7 @@ class DistributedEngine:
                 stage.jobs = ()
             last = self._stages[-1] if self._stages[-1].is_last else None
             losses = [last.losses[index] for index in sorted(last.losses)] if last else []
-            return self._share_loss(jobs[0].key, losses, last.loss_dtype if last else None)
+            return self._share_loss(jobs[0].shared_key, losses, last.loss_dtype if last else None)
 
     def infer(self, jobs: Sequence[Job], *, gather: bool = True) -> list[Tensors] | None:
         """Run forward only, any number of microbatches.
@@ -118,8 +118,8 @@ class DistributedEngine:
             passes = run_forwards(self._modules, self._placement, jobs, self._groups, self._device)
             let_shards_return(self._modules)
             if self._placement[-1] != self._groups.position:
-                return self._share_loss(jobs[0].key, [], None)
-            return self._share_loss(jobs[0].key, [work.terms() for work in passes], passes[-1].outputs[-1].dtype)
+                return self._share_loss(jobs[0].shared_key, [], None)
+            return self._share_loss(jobs[0].shared_key, [work.terms() for work in passes], passes[-1].outputs[-1].dtype)
 
     def _schedule(self, num_microbatches: int) -> Any:
         if num_microbatches not in self._schedules:

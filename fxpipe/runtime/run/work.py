@@ -35,6 +35,7 @@ class Job:
         shares: Weight of each of the program's loss terms in the batch's loss; a term of share 0 is left out.
         draw_seed: The ``microbatch_seed`` of its random numbers.
         scale: What the loss is multiplied by before the backward, a scalar on the stages' device; None for 1.
+        agreed: What all ranks call the variant by, where ``key`` may be another on each of them; None where it is not.
     """
 
     key: Hashable
@@ -43,6 +44,12 @@ class Job:
     shares: tuple[float, ...] = ()
     draw_seed: int = 0
     scale: torch.Tensor | None = None
+    agreed: Hashable = None
+
+    @property
+    def shared_key(self) -> Hashable:
+        """What all ranks call the variant by."""
+        return self.key if self.agreed is None else self.agreed
 
 
 @dataclass(slots=True, eq=False)
@@ -119,8 +126,26 @@ def take_outputs(program: StageProgram, job: Job, received: Tensors, outputs: Te
         check_sent(program, outputs)
     else:
         terms = outputs[len(job.program.outputs) :]
+        _check_left_out(job, terms)
         shares = tuple((term, share) for term, share in zip(terms, job.shares, strict=True) if share != 0)
     return Pass(received, outputs, (program.received, program.sent), shares, job.scale)
+
+
+def _check_left_out(job: Job, terms: Tensors) -> None:
+    """Refuse a microbatch in which nothing counts, and whose loss is not nothing: how much it adds cannot be told.
+
+    Raises:
+        ScheduleError: Names the term.
+    """
+    for term, value, share in zip(job.program.loss_terms, terms, job.shares, strict=True):
+        counts = term.kind == "tokens" and not term.auxiliary
+        if share == 0 and counts and not (value.isnan() | (value == 0)):
+            raise ScheduleError(
+                f"the loss of a microbatch is {float(value)} though nothing in it counts ({term.name} is divided by a "
+                "count that is 0 there): what it adds to the batch's loss cannot be told\n"
+                "  divide by a count that is 0 only where the sum is (the mask that the sum is taken over), pass "
+                "loss_weight=, or fewer microbatches"
+            )
 
 
 def run_backward(work: Pass, gradients: Tensors = ()) -> Tensors:
