@@ -83,6 +83,14 @@ def test_floats_that_decide_what_counts_weigh_microbatches(name: str) -> None:
     check(Tower(), lambda seed: ((drawn(seed + 50, SAMPLES, WIDTH),), targets(seed)), loss)
 
 
+def test_an_example_of_which_nothing_counts_at_first_tells_what_does() -> None:
+    def batch(seed: int) -> Any:
+        labels = torch.randint(WIDTH, (SAMPLES,), generator=torch.Generator().manual_seed(seed))
+        return (drawn(seed, SAMPLES, WIDTH),), labels.masked_fill(torch.arange(SAMPLES) < 4 - seed, -100)
+
+    check(Tower(), batch, lambda o, t: F.cross_entropy(o, t).nan_to_num())
+
+
 def two_masks(seed: int) -> Any:
     """The second mask is nowhere set in the first two samples."""
     bits = torch.Generator().manual_seed(seed)

@@ -55,6 +55,8 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "weighted samples": lambda x, t: (x.mean(1) * t["sample_weights"]).sum() / t["sample_weights"].sum(),
     "root mean square": lambda x, t: x.square().mean().sqrt(),
     "largest": lambda x, t: x.max(),
+    "mean above a threshold": lambda x, t: (x.mean() - 0.5).relu(),
+    "larger of two means": lambda x, t: torch.maximum(x.mean(), x.square().mean()),
     "spread": lambda x, t: x.std(),
     "mean by root of a count": lambda x, t: (x * t["mask"]).sum() / t["mask"].sum().sqrt(),
     "mean of two rows": lambda x, t: x[:2].mean(),

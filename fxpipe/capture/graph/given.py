@@ -24,6 +24,8 @@ PATTERNS = ((0.5, 0.15, 0.3), (0.0, 0.7, 0.35), (1.0, 0.25, 0.6), (0.3, 0.0, 1.0
 BY_ROWS = (0.5, 0.0, 1.0)
 """Shares of samples of which all is ignored, or is one of the values that calls compare with: in further trials."""
 MOST_TRIALS = 12
+SCALES = {1: (0.1, 1.0, 5.0), 3: (30.0, 0.3, 0.01)}
+"""How large numbers are in each microbatch, by trial: what a batch's mean decides, some of them decide otherwise."""
 FLOATS = ("normal", "unit", "positive")
 INTEGERS = ("wide", "as given", "bits", "zero")
 Values = dict[fx.Node, Any]
@@ -31,14 +33,16 @@ Values = dict[fx.Node, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Hiding:
-    """What of a microbatch's values others stand for.
+    """How large a microbatch's values are, and what of them others stand for.
 
     Attributes:
+        scale: How large numbers are.
         share: Of the elements, or of the samples.
         at: The dimension of samples, where all of a sample is hidden; None: single elements.
         choice: Which of the others; None: any.
     """
 
+    scale: float = 1.0
     share: float = 0.0
     at: int | None = None
     choice: int | None = None
@@ -174,7 +178,8 @@ class Given:
             piece = own if own is not None else self._one(node, shape, kind, _Hiding(), generator)
             return [piece] * PARTS
         rows = (at, by_rows) if by_rows >= 0 else (None, None)
-        return [self._one(node, shape, kind, _Hiding(share, *rows), generator) for share in shares]
+        hidings = (_Hiding(*each, *rows) for each in zip(SCALES.get(trial, (1.0,) * PARTS), shares, strict=True))
+        return [self._one(node, shape, kind, hiding, generator) for hiding in hidings]
 
     def _own(self, node: fx.Node, shape: Sequence[int]) -> torch.Tensor | None:
         """Give the example's own values of an input that every microbatch gets whole."""
@@ -206,7 +211,7 @@ class Given:
             return torch.randn(*shape, generator=generator, dtype=torch.complex128)
         pool = self._asked_pool(node, kind) or self._pool(node, kind)
         if pool is None:
-            value = _floats(kind.floats, shape, generator)
+            value = _floats(kind.floats, shape, generator) * (hiding.scale if kind.floats != "unit" else 1.0)
             return hiding.hide(value, self._missing(node), generator).requires_grad_(meta.requires_grad)
         usual, ignored = pool
         value = usual[torch.randint(len(usual), tuple(shape), generator=generator)]
