@@ -351,6 +351,11 @@ def _holders(capture: Capture, graph: LayerGraph, plan: PipelinePlan) -> dict[st
 
 
 def _replicas(mesh: DeviceMesh | None) -> int:
+    if mesh is not None and not hasattr(mesh, "mesh_dim_names"):
+        raise ScheduleError(
+            f"mesh is a {type(mesh).__name__}\n"
+            "  pass a DeviceMesh: init_device_mesh('cuda', (4, 2), mesh_dim_names=('pp', 'dp'))"
+        )
     return num_replicas(dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=False))) if mesh is not None else 1
 
 

@@ -35,7 +35,7 @@ from fxpipe.runtime.ranks.agreement import CALL, agree
 from fxpipe.runtime.ranks.dimensions import check_mesh
 from fxpipe.runtime.ranks.groups import Groups, busy, stop_process_group
 from fxpipe.runtime.ranks.joining import closed_on_failure, join_ranks
-from fxpipe.runtime.ranks.place import default_device
+from fxpipe.runtime.ranks.place import device_of
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.gradients import Gradients
 from fxpipe.runtime.run.local import LocalEngine
@@ -255,7 +255,7 @@ def materialize(
     """
     capture = source.capture
     layers = layers_by_name(graph, plan)
-    where, error = _where(source, plan, device, options)
+    where, error = _where(source, plan, (device, dtype), options)
     same = {"the seed": seed, "the kind of device": where.type, "dtype": dtype, "init": spelled(init), **options.same}
     groups, started = join_ranks(source.mesh, plan, where, options.patience, same, error)
     with closed_on_failure(groups, started), groups.guard("materialize") if groups is not None else nullcontext():
@@ -288,13 +288,13 @@ def materialize(
 
 
 def _where(
-    source: Origin, plan: PipelinePlan, device: torch.device | str | int | None, options: RunOptions
+    source: Origin, plan: PipelinePlan, place: Any, options: RunOptions
 ) -> tuple[torch.device, Exception | None]:
     """Give this rank's device, and what is wrong with how it is to be run: the other ranks must not wait for it."""
     try:
         options.check(plan.schedule)
         check_mesh(source.mesh, parallelized=options.parallelize is not None)
-        return default_device() if device is None else torch.device(device), None
+        return device_of(*place), None
     except Exception as error:
         return torch.device("cpu"), error
 

@@ -28,7 +28,14 @@ from fxpipe.report.table import render
 from fxpipe.report.terminal import terminal
 from fxpipe.runtime.build.state import full_state, load_state, own_state
 from fxpipe.runtime.ranks.place import is_first
-from fxpipe.runtime.run.optimizer import make_optimizer, make_scaler
+from fxpipe.runtime.run.optimizer import (
+    check_kept,
+    check_norm,
+    check_scaler,
+    make_optimizer,
+    make_scaler,
+    watch_optimizers,
+)
 from fxpipe.runtime.run.prepare import RunOptions
 from fxpipe.runtime.run.timeline import StepTiming, write_trace
 from fxpipe.runtime.weights.disk.directory import weights_path
@@ -199,6 +206,7 @@ class Pipeline:
         path = weights_path(init)
         words = "empty" if path is not None or isinstance(init, os.PathLike) else init
         seed = self.plan.seed if seed is None else seed
+        watch_optimizers(self._source.capture.skeleton.originals)
         self._running = materialize(
             self._source,
             self.graph,
@@ -253,6 +261,7 @@ class Pipeline:
             MaterializeError: There are no stages yet, or tensors without values.
         """
         running = self._materialized()
+        check_scaler(scaler, is_shared=running.groups is not None)
         with running.guard("step"):
             return self._trainer.step(
                 running, self._trainer.batch(args, kwargs, target), microbatches, last=last, scaler=scaler
@@ -391,6 +400,7 @@ class Pipeline:
             The norm before, of all ranks' parameters, ties once; the same on every rank.
         """
         running = self._materialized()
+        check_norm(max_norm, norm_type)
         with running.together("clip_grad_norm_", max_norm=max_norm, norm_type=norm_type):
             return running.gradients.clip(max_norm, norm_type)
 
@@ -455,6 +465,7 @@ class Pipeline:
             WeightsError: On every rank; lists all that is wrong. Nothing was changed then.
         """
         running = self._materialized()
+        check_kept(optimizer, scheduler)
         given = {"optimizer": optimizer is not None, "scheduler": scheduler is not None}
         with running.together("load", dtype=dtype, strict=strict, prefix=prefix, **given):
             loaded = running.checkpoints.load(path, Wanted(rename, dtype, strict, prefix), optimizer, scheduler)
@@ -494,6 +505,7 @@ class Pipeline:
         """
         log.info("saving step %d to %s", self._trainer.num_steps, path)
         running = self._materialized()
+        check_kept(optimizer, scheduler)
         given = {"optimizer": optimizer is not None, "scheduler": scheduler is not None}
         with running.together("save", only=only, async_=async_, **given):
             return running.checkpoints.save(

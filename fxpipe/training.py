@@ -64,6 +64,10 @@ class Step:
         """What all ranks must agree on."""
         return tuple(variant.key for variant in self.variants)
 
+    def described(self) -> dict[str, object]:
+        """Give the inputs of its microbatches as a person reads them, those of each kind once."""
+        return {"its inputs": tuple(dict.fromkeys(", ".join(inputs.described()) for inputs in self.inputs))}
+
     def weighed(self, groups: Groups | None) -> Step:
         """Give every loss term its share in the batch of all replicas; every rank calls this."""
         totals = add_counts(self.counts)
@@ -188,7 +192,7 @@ class Trainer:
         """Run the model forward; see ``Pipeline.infer``."""
         make = partial(self._for_inference, running, batch, num_microbatches)
         step = self._agreed(running, make, "infer", gather=gather)
-        if num_microbatches > 1:
+        if len(step.inputs) > 1:
             self._check_apart(running, batch, step)
         outputs = self._outputs(running, step, gather=gather)
         return None if outputs is None else merge_outputs(outputs, step.sizes, step.output_dims)
@@ -300,7 +304,9 @@ class Trainer:
         trained = self._trained.before_step() if what == "step" else None
         tensors = digest_inputs(step.inputs) if step is not None and self._checks(running) else None
         try:
-            agree(running.groups, error, "the batch", same, within=within, tensors=tensors, trained=trained)
+            of_step = step.described if step is not None else None
+            checked: dict[str, Any] = {"within": within, "tensors": tensors, "trained": trained, "shown": of_step}
+            agree(running.groups, error, "the batch", same, **checked)
         except ModesChanged:  # of some rank: what was recorded with other flags is not what runs
             self._modes.gather(running.groups)
             self.variants.mode_changed()
@@ -380,9 +386,9 @@ class Trainer:
         dims = dims or self._source.dims
         layout = dims.layout(batch, split=False)
         size = layout.size
-        if not 1 <= num_microbatches <= size:
+        if not isinstance(num_microbatches, int) or not 1 <= num_microbatches <= size:
             raise ScheduleError(
-                f"infer cannot cut a batch of {size} into {num_microbatches} microbatches\n  use 1 to {size}"
+                f"infer cannot cut a batch of {size} into {num_microbatches!r} microbatches\n  use 1 to {size}"
             )
         if num_microbatches > 1:
             layout.check_clear()

@@ -191,6 +191,8 @@ def match_state(
         WeightsError: Lists all faults: names the model does not have, tensors of this rank left out, wrong shapes,
             values that are no tensors, and tied names with different values.
     """
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"the state is a {type(state).__name__}\n  pass a dictionary of tensors by name")
     held = held_tensors(names, stages)
     faults = []
     found: dict[str, tuple[str, torch.Tensor]] = {}
@@ -202,6 +204,8 @@ def match_state(
             faults.append(f"unknown {fqn}")
         elif not isinstance(value, torch.Tensor):
             faults.append(f"{fqn} is a {type(value).__name__}, not a tensor")
+        elif value.is_meta and first in held:
+            faults.append(f"{fqn} has no values (it is on the meta device)")
         elif (shape := _shape(first, names, held)) is not None and tuple(value.shape) != shape:
             faults.append(f"{fqn} has shape {list(value.shape)}, the model's has {list(shape)}")
         elif first in found and not _same(found[first][1], value):

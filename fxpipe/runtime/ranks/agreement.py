@@ -26,6 +26,7 @@ def agree(
     within: Mapping[str, object] | None = None,
     tensors: int | None = None,
     trained: bool | None = None,
+    shown: Callable[[], Mapping[str, object]] | None = None,
 ) -> None:
     """Exchange verdicts with the other ranks, replicas included.
 
@@ -37,6 +38,7 @@ def agree(
         within: What must besides be the same along each pipeline, by what it is and its ``repr``; replicas may differ.
         tensors: A checksum that must be the same along each pipeline, on the ranks that know it; None on others.
         trained: Whether an optimiser has changed the weights: the same on all ranks that know it; None on others.
+        shown: Gives what says in plainer words what ``within`` compares; asked for where something differs.
 
     Raises:
         FxpipeError: On every rank alike, if any rank has an error of fxpipe's or the parts differ: the first failing
@@ -60,7 +62,8 @@ def agree(
     failed, *pairs = votes.tolist()
     if not failed and all(one == -other or one == _NO_VOTE for one, other in zip(pairs[::2], pairs[1::2], strict=True)):
         return
-    held = tuple((name, repr(value)) for name, value in (within or {}).items())
+    told = {**(shown() if shown is not None else {}), **(within or {})}
+    held = tuple((name, repr(value)) for name, value in told.items())
     verdict = _Verdict(_spelled(error), repr(parts), held, tensors, trained, groups.replica)
     raised: Exception = _error(groups.members, subject, groups.gather(verdict))
     if error is not None and not isinstance(error, FxpipeError):

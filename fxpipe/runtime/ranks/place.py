@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.distributed as dist
 
+from fxpipe.errors import MaterializeError
+
 
 def is_distributed() -> bool:
     """Tell whether this process is one of several: a process group exists, or torchrun says so."""
@@ -71,3 +73,37 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+
+def device_of(device: torch.device | str | int | None, dtype: torch.dtype | None) -> torch.device:
+    """Give the device that stages are to be made on.
+
+    Args:
+        device: What ``materialize`` was given; None: ``default_device``.
+        dtype: That of parameters and buffers; None for the model's own.
+
+    Raises:
+        MaterializeError: There is no such device here, it has no memory, or the dtype is none of floating point.
+
+    >>> device_of("cpu", torch.bfloat16)
+    device(type='cpu')
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise MaterializeError(
+            f"dtype={dtype!r} is no dtype of floating point\n  pass one (torch.bfloat16), or None for the model's own"
+        )
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        has_memory = not torch.empty(0, device=found).is_meta
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last from torch without CUDA
+        why = (str(error).splitlines() or [""])[0]
+        raise MaterializeError(
+            f"device={device!r} cannot be used here: {why}\n  pass one that is here, or None for this rank's own"
+        ) from error
+    if not has_memory:
+        raise MaterializeError(
+            f"device={device!r} has no memory for values\n  a pipeline is a plan until materialize: leave that out"
+        )
+    return found

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from fxpipe.errors import MaterializeError, NonFiniteError, ScheduleError
 from fxpipe.ir.schedule import SCHEDULES, schedule_named
 from fxpipe.ir.tree import tree_leaves
-from fxpipe.runtime.build.stage import StageModule
+from fxpipe.runtime.build.stage import PartModule, StageModule
 from fxpipe.runtime.ranks.groups import is_time, patience
 from fxpipe.runtime.run.distributed import DistributedEngine
 from fxpipe.runtime.run.local import LocalEngine
@@ -116,6 +117,7 @@ class RunOptions:
                 f"parallelize= returned a {type(result).__name__} instead of the stage\n"
                 "  change the stage module in place (fully_shard, parallelize_module), and compile with compile="
             )
+        check_wrapped(stage)
         if self.compile is None:
             return
         scope, options = self._compiled()
@@ -138,6 +140,21 @@ class RunOptions:
     def _compiled(self) -> tuple[Any, dict[str, Any]]:
         options = dict(self.compile) if isinstance(self.compile, Mapping) else {"of": self.compile}
         return options.pop("of", "blocks"), options
+
+
+def check_wrapped(stage: StageModule) -> None:
+    """Refuse a sharded module of which the stage runs parts alone: what gathers its weights goes before its forward.
+
+    Raises:
+        MaterializeError: Names the modules, and what of them can be wrapped.
+    """
+    for fqn, part in stage.named_modules():
+        if isinstance(part, PartModule) and isinstance(part, FSDPModule):
+            parts = ", ".join(f"{fqn}.{name}" for name, _ in part.named_children()) or "the stage"
+            raise MaterializeError(
+                f"parallelize= wrapped {fqn}, which a cut crosses: stage {stage.stage_index} runs parts of it, and "
+                f"never calls it\n  wrap {parts} instead, or compile with grain='block'"
+            )
 
 
 def watch_values(stage: StageModule) -> None:
