@@ -371,7 +371,9 @@ class Pipeline:
         """
         running = self._materialized()
         with running.together("optimizer"):
-            return make_optimizer(cls, self.named_parameters(), running.groups, running.device, groups, options)
+            order = {fqn: place for place, fqn in enumerate(running.names.tensors)}
+            own = self.named_parameters()
+            return make_optimizer(cls, own, order, running.groups, running.device, groups, options)
 
     def grad_scaler(self, **options: Any) -> torch.amp.GradScaler:
         """Make a loss scaler for float16, for ``step(scaler=)``; every rank calls it.

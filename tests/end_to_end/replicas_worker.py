@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +88,15 @@ def shard(stage: nn.Module) -> None:
         if fqn.rpartition(".")[2].isdigit():
             fully_shard(block, mesh=mesh()["dp"])
     fully_shard(stage, mesh=mesh()["dp"])
+
+
+def shared_directory() -> str:
+    """A path that is the same on every rank, and is not there yet; it goes with the first one."""
+    box = [tempfile.mkdtemp()] if dist.get_rank() == 0 else [None]
+    if box[0] is not None:
+        atexit.register(shutil.rmtree, box[0], ignore_errors=True)
+    dist.broadcast_object_list(box)
+    return os.path.join(str(box[0]), "checkpoint")
 
 
 def compiled(name: str, schedule: str = "1F1B", model: nn.Module | None = None, **options: Any) -> fxpipe.Pipeline:
@@ -293,6 +306,41 @@ def recomputed_blocks_give_the_same_numbers() -> None:
                 close(whole(parameter.grad), first[fqn], fqn, 1e-11)
 
 
+def a_tie_that_is_divided_in_two_stages_of_a_rank_is_loaded_and_saved_as_one() -> None:
+    """Both shards get what is loaded, weights and state; groups come in the model's order, whatever the placement."""
+    model, batch = copy.deepcopy(model_of("gpt2")), own_half(batch_of("gpt2"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    groups = [torch.optim.SGD([p], 0.1 / p.dim()).param_groups[0]["lr"] for p in model.parameters()]
+    with compiled("gpt2", "ZBVZeroBubble", grain="block").materialize(parallelize=shard) as pipe:
+        (tie,) = pipe.plan.ties
+        assert tie.stages == (0, 3)
+        pipe.load_state_dict(model.state_dict())
+        everything = batch_of("gpt2")
+        target = everything.pop("target")
+        close(pipe.evaluate(**batch), models.CASES["gpt2"].loss_fn(model(**everything), target), "loss")
+        own = {"lr": 0.1, "momentum": 0.9}
+        optimizer = pipe.optimizer(torch.optim.SGD, groups=lambda fqn, p: {"lr": 0.1 / p.dim()}, **own)
+        assert [group["lr"] for group in optimizer.param_groups] == list(dict.fromkeys(groups))
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        path = shared_directory()
+        losses = []
+        for step in range(4):
+            if step == 2:
+                pipe.save(path, optimizer=optimizer, scheduler=scheduler)
+            pipe.zero_grad()
+            losses.append(pipe.step(**batch))
+            optimizer.step()
+            scheduler.step()
+        pipe.load(path, optimizer=optimizer, scheduler=scheduler)
+        for step in (2, 3):
+            pipe.zero_grad()
+            close(pipe.step(**batch), losses[step], f"loss of step {step}")
+            optimizer.step()
+            scheduler.step()
+
+
 def other_dimensions_are_refused_or_divided() -> None:
     """A third dimension of size 1 changes nothing; another one needs ``parallelize``; a slice of a mesh is one."""
     losses, first, _, _ = reference("street")
@@ -342,6 +390,7 @@ def cases() -> dict[str, Callable[[], None]]:
         all_skip_the_step_that_one_finds_infinite,
         recomputed_blocks_give_the_same_numbers,
         other_dimensions_are_refused_or_divided,
+        a_tie_that_is_divided_in_two_stages_of_a_rank_is_loaded_and_saved_as_one,
     ):
         found[case.__name__] = case
     return found

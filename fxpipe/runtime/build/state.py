@@ -171,6 +171,7 @@ def load_state(
         error = found
     agree(groups, error, "the state dictionary")
     write_state(matched)
+    even_copies(names, stages)
     load_extra_states(names.extra, stages, state)
 
 
@@ -232,6 +233,24 @@ def write_state(matched: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             if hasattr(target, "device_mesh"):
                 value = _distributed_like(target, value)
             target.copy_(value)
+
+
+def held_copies(names: StateNames, stages: Sequence[StageModule]) -> list[tuple[str, torch.Tensor]]:
+    """Give what this rank holds once more, by first name: FSDP2 makes a shard in every stage of a tie."""
+    held = held_tensors(names, stages)
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for stage in stages:
+        for fqn, tensor in stage.named_parameters(remove_duplicate=False):
+            first = names.first_of(fqn)
+            if first in held and held[first] is not tensor:
+                found[id(tensor)] = first, tensor
+    return list(found.values())
+
+
+def even_copies(names: StateNames, stages: Sequence[StageModule]) -> None:
+    """Give each copy the values that have come into the first."""
+    held = held_tensors(names, stages)
+    write_state([(copy, held[first].detach()) for first, copy in held_copies(names, stages)])
 
 
 def held_tensors(names: StateNames, stages: Sequence[StageModule]) -> dict[str, torch.Tensor]:

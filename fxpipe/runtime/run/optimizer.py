@@ -22,6 +22,7 @@ GroupRule = Callable[[str, nn.Parameter], Mapping[str, Any]]
 def make_optimizer(
     cls: Callable[..., torch.optim.Optimizer],
     named: Iterable[tuple[str, nn.Parameter]],
+    order: Mapping[str, int],
     groups: Groups | None,
     device: torch.device,
     rule: GroupRule | None,
@@ -35,6 +36,7 @@ def make_optimizer(
     Args:
         cls: ``torch.optim.AdamW`` or another class, called with a list of groups and the options.
         named: This rank's parameters.
+        order: Where in the model each parameter stands, by first FQN.
         groups: The pipeline's groups; None where one process holds it all.
         device: Where this rank's stages run.
         rule: Gives the options of a parameter's group from its FQN and itself; None: all in one group.
@@ -47,6 +49,7 @@ def make_optimizer(
     if rule is not None:
         check_callable("groups", rule, "give a function of a parameter's FQN and itself: groups(fqn, parameter)")
     members: dict[str, tuple[Mapping[str, Any], list[nn.Parameter]]] = {}
+    first: dict[str, tuple[int, str]] = {}  # where in the model the first parameter of each group stands
     error: Exception | None = None
     try:
         for fqn, parameter in named:
@@ -56,12 +59,15 @@ def make_optimizer(
                     raise MaterializeError(
                         f"groups= gave a {type(own).__name__} for {fqn}\n  give a dictionary of the group's options"
                     )
-                members.setdefault(_spelled(own), (own, []))[1].append(parameter)
+                group = _spelled(own)
+                members.setdefault(group, (own, []))[1].append(parameter)
+                place = order.get(fqn, len(order)), fqn
+                first[group] = min(first.get(group, place), place)
     except Exception as raised:  # the user's function
         error = raised
     agree(groups, error, "the optimiser's groups")
     found = []
-    for name, own in _of_all({name: own for name, (own, _) in members.items()}, groups).items():
+    for name, own in _of_all({name: (first[name], own) for name, (own, _) in members.items()}, groups).items():
         parameters = members[name][1] if name in members else []
         found.append({**own, "params": parameters or [nn.Parameter(torch.zeros((0, 0), device=device))]})
     return cls(found, **options)
@@ -71,11 +77,18 @@ def _spelled(options: Mapping[str, Any]) -> str:
     return repr(sorted(options.items()))
 
 
-def _of_all(own: dict[str, Mapping[str, Any]], groups: Groups | None) -> dict[str, Mapping[str, Any]]:
-    """Give the groups that any rank of the pipeline has, in one order: group ``i`` is the same one everywhere."""
+Placed = tuple[tuple[int, str], Mapping[str, Any]]
+"""Where in the model the first parameter of a group stands, and the group's options."""
+
+
+def _of_all(own: dict[str, Placed], groups: Groups | None) -> dict[str, Mapping[str, Any]]:
+    """Give the groups that any rank of the pipeline has, in the model's order: the same one for any plan."""
     everywhere = groups.gather_along(own) if groups is not None else [own]
-    found = {name: options for each in everywhere for name, options in each.items()}
-    return found or {"": {}}
+    found: dict[str, Placed] = {}
+    for name, placed in ((name, placed) for each in everywhere for name, placed in each.items()):
+        found[name] = min(found.get(name, placed), placed, key=lambda each: each[0])
+    in_order = sorted(found.items(), key=lambda each: each[1][0])
+    return {name: options for name, (_, options) in in_order} or {"": {}}
 
 
 def make_scaler(groups: Groups | None, device: torch.device, options: Mapping[str, Any]) -> torch.amp.GradScaler:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fxpipe.errors import WeightsError
 from fxpipe.runtime.build.extra_state import load_extra_states, missing_extra_states
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.build.state import held_tensors, write_state
+from fxpipe.runtime.build.state import even_copies, held_copies, held_tensors, write_state
 from fxpipe.runtime.ranks.agreement import agree
 from fxpipe.runtime.ranks.groups import Groups, busy
 from fxpipe.runtime.weights.conversions import Conversion
@@ -23,7 +23,7 @@ from fxpipe.runtime.weights.disk.manifest import MODULE
 from fxpipe.runtime.weights.disk.plain import decode
 from fxpipe.runtime.weights.matching import Match, Wanted, match, shown
 from fxpipe.runtime.weights.model import Model
-from fxpipe.runtime.weights.optimizer_state import Restored, prepare_restore
+from fxpipe.runtime.weights.optimizer_state import Owned, Restored, prepare_restore
 from fxpipe.runtime.weights.reading import byte_progress, read_into, read_tensors
 
 
@@ -82,7 +82,7 @@ def load(
             prepared.compare_twins()
         prepared.check_modules(model, stages, wanted.strict)
         named = {fqn: tensor for fqn, tensor in held.items() if isinstance(tensor, torch.nn.Parameter)}
-        prepared.check_optimizer(optimizer, scheduler, named)
+        prepared.check_optimizer(optimizer, scheduler, Owned(named, held_copies(model.names, stages)))
     except Exception as raised:  # whatever it is, rename= being the user's own: no rank may wait for this one
         error = raised
     agree(groups, error, "the path to load", prepared.listing.order if prepared else "")
@@ -91,6 +91,7 @@ def load(
     try:
         with busy(groups, "loading"):
             loaded = prepared.apply()
+            even_copies(model.names, stages)
         load_extra_states(model.names.extra, stages, prepared.modules())
     except Exception as raised:
         error = raised
@@ -148,11 +149,11 @@ class _Prepared:
         kept = read_tensors((key for key in manifest.state if key.startswith(MODULE)), manifest.state)
         return {key: decode(value, kept) for key, value in manifest.modules.items()}
 
-    def check_optimizer(self, optimizer: Optimizer | None, scheduler: Any, named: Mapping[str, torch.Tensor]) -> None:
+    def check_optimizer(self, optimizer: Optimizer | None, scheduler: Any, own: Owned) -> None:
         """See that optimiser and scheduler fit."""
         manifest = self.listing.manifest
         if manifest is not None:
-            self._allocate = prepare_restore(manifest, optimizer, scheduler, named)
+            self._allocate = prepare_restore(manifest, optimizer, scheduler, own)
         elif optimizer is not None or scheduler is not None:
             raise WeightsError(
                 f"{self.listing.path} is no checkpoint of pipe.save: it has no optimiser's state\n"

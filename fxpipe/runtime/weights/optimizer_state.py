@@ -22,7 +22,23 @@ from fxpipe.runtime.weights.disk.manifest import (
 from fxpipe.runtime.weights.disk.plain import decode, encode
 from fxpipe.runtime.weights.matching import shown
 
-Parameters = Mapping[str, torch.Tensor]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owned:
+    """This rank's parameters.
+
+    Attributes:
+        named: By first FQN.
+        copies: What it holds once more of some of them, with equal values and state, by first FQN.
+    """
+
+    named: Mapping[str, torch.Tensor]
+    copies: Sequence[tuple[str, torch.Tensor]] = ()
+
+    @property
+    def fqns(self) -> dict[int, str]:
+        """First FQN of each, by ``id``."""
+        return {id(parameter): fqn for fqn, parameter in (*self.copies, *self.named.items())}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,19 +58,19 @@ class OwnState:
     groups: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
 
 
-def own_optimizer_state(optimizer: Optimizer, named: Parameters) -> OwnState:
+def own_optimizer_state(optimizer: Optimizer, parameters: Owned) -> OwnState:
     """Take an optimiser's state apart.
 
     Args:
         optimizer: Over some of this rank's parameters.
-        named: This rank's parameters by first FQN.
+        parameters: Of this rank.
 
     Raises:
         WeightsError: It holds a parameter that is not the pipeline's, or state that neither safetensors nor JSON can
             hold; names the FQN.
     """
-    members = _members(optimizer, named)
-    fqn_of = {id(parameter): fqn for fqn, parameter in named.items()}
+    members = _members(optimizer, parameters)
+    fqn_of = parameters.fqns
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
@@ -135,7 +151,7 @@ class Restored:
 
 
 def prepare_restore(
-    manifest: Manifest, optimizer: Optimizer | None, scheduler: Any, named: Parameters
+    manifest: Manifest, optimizer: Optimizer | None, scheduler: Any, parameters: Owned
 ) -> Callable[[], Restored]:
     """Check that a saved state fits an optimiser and a scheduler; nothing is allocated or changed.
 
@@ -143,7 +159,7 @@ def prepare_restore(
         manifest: Of the checkpoint.
         optimizer: Over this rank's parameters; None: it is left alone.
         scheduler: Its scheduler; None: it is left alone.
-        named: This rank's parameters by first FQN.
+        parameters: Of this rank.
 
     Returns:
         What allocates the tensors to read.
@@ -160,16 +176,16 @@ def prepare_restore(
         raise WeightsError("the checkpoint has no scheduler's state\n  load it without scheduler=")
     groups: list[tuple[dict[str, Any], list[str | None]]] = []
     if optimizer is not None and record is not None:
-        groups = _matched_groups(record, optimizer, named)
+        groups = _matched_groups(record, optimizer, parameters)
     if scheduler is not None:
-        _check_scheduler(record, getattr(scheduler, "optimizer", optimizer), named)
+        _check_scheduler(record, getattr(scheduler, "optimizer", optimizer), parameters)
 
     def allocate() -> Restored:
         targets = {}
         if optimizer is not None:
             own = {fqn for _, fqns in groups for fqn in fqns if fqn is not None}
             targets = {
-                key: _target(entry, named[fqn])
+                key: _target(entry, parameters.named[fqn])
                 for key, entry in manifest.state.items()
                 if key.startswith(OPTIMIZER) and (fqn := parameter_of(key)[0]) in own
             }
@@ -185,9 +201,9 @@ def prepare_restore(
     return allocate
 
 
-def _members(optimizer: Optimizer, named: Parameters) -> list[list[str | None]]:
+def _members(optimizer: Optimizer, parameters: Owned) -> list[list[str | None]]:
     """Give the FQNs of each group's parameters; None for one without elements, which stands where a rank has none."""
-    fqn_of = {id(parameter): fqn for fqn, parameter in named.items()}
+    fqn_of = parameters.fqns
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) not in fqn_of and parameter.numel():
@@ -199,11 +215,11 @@ def _members(optimizer: Optimizer, named: Parameters) -> list[list[str | None]]:
 
 
 def _present(fqns: Sequence[str | None]) -> list[str]:
-    return [fqn for fqn in fqns if fqn is not None]
+    return list(dict.fromkeys(fqn for fqn in fqns if fqn is not None))
 
 
 def _matched_groups(
-    record: OptimizerRecord, optimizer: Optimizer, named: Parameters
+    record: OptimizerRecord, optimizer: Optimizer, parameters: Owned
 ) -> list[tuple[dict[str, Any], list[str | None]]]:
     """Give for every group of the optimiser its saved options and its parameters' FQNs."""
     kind = type(optimizer).__qualname__
@@ -211,7 +227,7 @@ def _matched_groups(
         raise WeightsError(
             f"the checkpoint has the state of {record.kind}, not of {kind}\n  give an optimiser of that class"
         )
-    members = _members(optimizer, named)
+    members = _members(optimizer, parameters)
     place = {fqn: index for index, (_, fqns) in enumerate(record.groups) for fqn in fqns}
     unknown = [fqn for own in members for fqn in _present(own) if fqn not in place]
     if unknown:
@@ -235,20 +251,22 @@ def _matched_groups(
     return found
 
 
-def _check_scheduler(record: OptimizerRecord | None, optimizer: Optimizer | None, named: Parameters) -> None:
+def _check_scheduler(record: OptimizerRecord | None, optimizer: Optimizer | None, parameters: Owned) -> None:
     """A scheduler keeps a list with an entry per group: groups must be as many, and in one order, on every rank."""
     if record is None or optimizer is None:
         return
     saved = record.scheduler_groups
     place = {fqn: index for index, (_, fqns) in enumerate(record.groups) for fqn in fqns}
-    here = [{place.get(fqn) for fqn in _present(own)} for own in _members(optimizer, named)]
+    here = [{place.get(fqn) for fqn in _present(own)} for own in _members(optimizer, parameters)]
     fits = len(here) == len(saved) and all(
         index is None or not own or own == {index} for own, index in zip(here, saved, strict=True)
     )
     if not fits:
+        number = f"{len(saved)} groups of parameters, and this one has {len(here)}"
+        order = f"{len(saved)} groups of parameters in another order, or with other members"
         raise WeightsError(
-            f"the scheduler was saved over {len(saved)} groups of parameters, and this one has {len(here)}, or has "
-            "them in another order\n  make the same groups on every rank in one order; a group may be empty"
+            f"the scheduler was saved over {number if len(here) != len(saved) else order}\n"
+            "  make the same groups on every rank in one order; a group may be empty"
         )
 
 
@@ -278,9 +296,12 @@ def _give(
     before = optimizer.state_dict()["param_groups"]
     merged = [{**now, **options, "params": now["params"]} for now, (options, _) in zip(before, groups, strict=True)]
     indices = [index for group in merged for index in group["params"]]
-    numbered = {
-        index: state[fqn] for index, fqn in zip(indices, order, strict=True) if fqn is not None and fqn in state
-    }
+    numbered: dict[int, dict[str, Any]] = {}
+    given: set[str] = set()
+    for index, fqn in zip(indices, order, strict=True):
+        if fqn is not None and fqn in state:
+            numbered[index] = _cloned(state[fqn]) if fqn in given else state[fqn]  # no two step with one tensor
+            given.add(fqn)
     optimizer.load_state_dict({"state": numbered, "param_groups": merged})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter, fqn in zip(parameters, order, strict=True):
@@ -288,6 +309,10 @@ def _give(
             held = optimizer.state[parameter][name]
             if isinstance(value, torch.Tensor) and held.dtype != value.dtype:
                 optimizer.state[parameter][name] = value.to(held.device)
+
+
+def _cloned(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
 def _give_scheduler(scheduler: Any, saved: Mapping[str, Any]) -> None:

@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 
 from fxpipe.runtime.build.extra_state import own_extra_states
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.build.state import held_tensors
+from fxpipe.runtime.build.state import held_copies, held_tensors
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.weights.disk.files import stored
 from fxpipe.runtime.weights.disk.manifest import MODULE, OPTIMIZER, Manifest, write_manifest
 from fxpipe.runtime.weights.disk.plain import encode
 from fxpipe.runtime.weights.model import Model
 from fxpipe.runtime.weights.optimizer_state import (
+    Owned,
     OwnState,
     join_states,
     own_optimizer_state,
@@ -96,7 +97,11 @@ def take_snapshot(
         if first not in model.names.tensors or model.names.tensors[first].persistent
     }
     named = {fqn: tensor for fqn, tensor in held.items() if isinstance(tensor, nn.Parameter)}
-    own = own_optimizer_state(optimizer, named) if optimizer is not None else None
+    own = (
+        own_optimizer_state(optimizer, Owned(named, held_copies(model.names, stages)))
+        if optimizer is not None
+        else None
+    )
     state = own_scheduler_state(scheduler) if scheduler is not None else None
     tensors = {**kept, **(own.tensors if own is not None else {})}
 
