@@ -312,8 +312,10 @@ class Proof:
         for place, node in enumerate(leaves):
             parts = [gradients[place] for gradients in found]
             joined = self.given.joined(node, parts)
+            if bool((wanted[place].isfinite() & ~joined.isfinite()).any()):
+                return False
             if not torch.equal(joined.isfinite(), wanted[place].isfinite()):
-                return None  # some are no numbers: where the model steps over NaN, say
+                return None  # some of the model's own are no numbers: where it steps over NaN, say
             joined, wanted[place] = (each.nan_to_num(0.0, 0.0, 0.0) for each in (joined, wanted[place]))
             if not _close(joined, wanted[place], [*wanted, joined]):
                 return False
