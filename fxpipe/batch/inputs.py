@@ -88,7 +88,7 @@ class Inputs:
 
     @property
     def without_sizes(self) -> tuple[Any, ...]:
-        """The signature without the sizes of tensors, which keep their numbers of dimensions."""
+        """The signature without the sizes of tensors but for 0 and 1, which broadcast: no symbol stands for those."""
         return _without_sizes(self.signature)
 
     @property
@@ -188,7 +188,10 @@ def _other_kind(own: Kind, example: Kind) -> str:
 
 def _without_sizes(signature: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
-        (name, len(rest[0]), rest[1], bool(rest[2])) if len(rest) == 3 else (name, *rest) for name, *rest in signature
+        (name, tuple(size if size < 2 else None for size in rest[0]), rest[1], bool(rest[2]))
+        if len(rest) == 3
+        else (name, *rest)
+        for name, *rest in signature
     )
 
 

@@ -201,6 +201,27 @@ def test_inference_takes_every_length_too():
             torch.testing.assert_close(pipe.infer(**batch, microbatches=2).logits, wanted, rtol=1e-12, atol=1e-14)
 
 
+def test_microbatches_of_one_row_beside_others_take_every_length():
+    """A size of 1 broadcasts and is no symbol's: such batches have graphs of their own, with symbols for lengths."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Conv1d(3, 3, 3, padding=1) for _ in range(2))
+    model = nn.Sequential(*layers, nn.Tanh()).double()
+    rows = (4, 2, 2, 6, 2, 4, 2, 2, 6)
+    batches = [
+        torch.randn(number, 3, length, dtype=torch.float64)
+        for number, length in zip(rows, range(4, 22, 2), strict=True)
+    ]
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "GPipe"}
+    with fxpipe.compile(model, 2, (batches[0],), {"target": batches[0]}, **options).materialize() as pipe:
+        for x in batches:
+            torch.testing.assert_close(
+                pipe.step(x, target=2 * x), F.mse_loss(model(x), 2 * x).detach(), rtol=1e-12, atol=0
+            )
+        assert (
+            pipe._trainer.variants.num_captures <= 3
+        )  # each kind with numbers, the first in compile, and with symbols
+
+
 def test_no_tensor_of_a_past_batch_is_kept():
     import weakref
 
