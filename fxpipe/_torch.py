@@ -1,4 +1,5 @@
 """Every torch-private name that fxpipe needs; tests/test_torch_private.py fails when torch changes one."""
+# Long: what differs between versions of torch, and every name that torch may change, stands here alone.
 
 from __future__ import annotations
 
@@ -437,14 +438,39 @@ class _Both:
         self._stack.__exit__(*error)
 
 
-def reduce_sharded_gradients(module: Any) -> None:
-    """Reduce and scatter the gradients that an FSDP2 root and what it wraps have accumulated, now."""
+def reduce_sharded_gradients(module: Any, on_all: Callable[[list[bool]], list[bool]] | None = None) -> None:
+    """Reduce and scatter the gradients that an FSDP2 root and what it wraps have accumulated, now.
+
+    Args:
+        module: The root.
+        on_all: Given which parameters have a gradient here, tells which have one on some rank: those get zeros here,
+            since all ranks must reduce the same ones. None: all ranks have the same.
+    """
     from torch.distributed._composable.replicate_with_fsdp import ReplicateModule, replicate
     from torch.distributed.fsdp import fully_shard
 
     api: Any = replicate if isinstance(module, ReplicateModule) else fully_shard
     state = api.state(module)
-    for each in state._state_ctx.all_states:
-        for group in getattr(each, "_fsdp_param_groups", None) or filter(None, [each._fsdp_param_group]):  # until 2.11
-            group.post_backward()
+    groups: list[Any] = []
+    for each in state._state_ctx.all_states:  # the one group of each until 2.11
+        groups += getattr(each, "_fsdp_param_groups", None) or filter(None, [each._fsdp_param_group])
+    if on_all is not None:
+        _give_zeros([parameter for group in groups for parameter in group.fsdp_params], on_all)
+    for group in groups:
+        group.post_backward()
     state._root_post_backward_final_callback()
+
+
+def _give_zeros(parameters: Sequence[Any], on_all: Callable[[list[bool]], list[bool]]) -> None:
+    """Give zeros to the parameters that have no gradient here, and have one on another rank."""
+    trained = [each for each in parameters if each.sharded_param.requires_grad]
+    whole = [getattr(each, "_unsharded_param", None) for each in trained]  # None: its module has never run
+    has_one = [
+        each.unsharded_accumulated_grad is not None or (tensor is not None and tensor.grad is not None)
+        for each, tensor in zip(trained, whole, strict=True)
+    ]
+    wanted = on_all(has_one)
+    for each, tensor, has, wants in zip(trained, whole, has_one, wanted, strict=True):
+        if wants and not has and tensor is not None:
+            tensor.grad = torch.zeros_like(tensor)
+            each.to_accumulated_grad_if_needed()

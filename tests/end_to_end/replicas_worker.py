@@ -306,6 +306,20 @@ def recomputed_blocks_give_the_same_numbers() -> None:
                 close(whole(parameter.grad), first[fqn], fqn, 1e-11)
 
 
+def a_replica_without_valid_targets_holds_nobody_up() -> None:
+    """It has no gradients in the last stage; what the other replica has is reduced all the same."""
+    case, model, batch = models.CASES["gpt2"], copy.deepcopy(model_of("gpt2")), batch_of("gpt2")
+    batch["target"][HALF:] = -100
+    inputs = {name: value for name, value in batch.items() if name != "target"}
+    loss = case.loss_fn(model(**inputs), batch["target"])
+    loss.backward()
+    for sharded in (False, True):
+        with compiled("gpt2").materialize(parallelize=shard if sharded else None) as pipe:
+            close(pipe.step(**own_half(batch)), loss.detach(), "loss")
+            for fqn, parameter in pipe.named_parameters():
+                close(whole(parameter.grad), model.get_parameter(fqn).grad, fqn)
+
+
 def a_tie_that_is_divided_in_two_stages_of_a_rank_is_loaded_and_saved_as_one() -> None:
     """Both shards get what is loaded, weights and state; groups come in the model's order, whatever the placement."""
     model, batch = copy.deepcopy(model_of("gpt2")), own_half(batch_of("gpt2"))
@@ -391,6 +405,7 @@ def cases() -> dict[str, Callable[[], None]]:
         recomputed_blocks_give_the_same_numbers,
         other_dimensions_are_refused_or_divided,
         a_tie_that_is_divided_in_two_stages_of_a_rank_is_loaded_and_saved_as_one,
+        a_replica_without_valid_targets_holds_nobody_up,
     ):
         found[case.__name__] = case
     return found

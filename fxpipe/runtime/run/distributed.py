@@ -45,7 +45,7 @@ class DistributedEngine:
         self._stages = [EngineStage(stage, num_stages, device, groups.pipeline) for stage in stages]
         for stage in self._stages:
             stage.checkpoints = self._checkpoints
-            stage.over_replicas = groups.replicas is not None
+            stage.replicas = groups.replicas.control if groups.replicas is not None else None
             stage.when_done = when_done or stage.when_done
             stage.work = groups.work
             stage.one_by_one = schedule_named(schedule).stages_per_rank == 1

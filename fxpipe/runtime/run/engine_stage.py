@@ -57,7 +57,8 @@ class EngineStage(WithoutMetadata, PipelineStage):
         losses: On the last stage: the terms of the loss of each microbatch so far.
         loss_dtype: On the last stage: dtype of the model's own loss.
         work: Goes around this stage's own work, with its index, the kind of action, the microbatch, and the module.
-        over_replicas: Whether the losses of replicas are parts of one batch's.
+        replicas: The group of the replicas, whose losses are parts of one batch's, for tensors on the CPU; None: there
+            are none.
         one_by_one: Whether the schedule lets a stage wait for a send before the next one of its kind.
         recorder: Records what is done when; None for nothing.
         when_done: Called with the stage's index after its last backward of a step.
@@ -72,7 +73,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.losses: dict[int, Terms] = {}
         self.loss_dtype: torch.dtype | None = None
         self.work: Work = lambda *_: nullcontext()
-        self.over_replicas = False
+        self.replicas: dist.ProcessGroup | None = None
         self.one_by_one = False
         self.recorder: SpanRecorder | None = None
         self.when_done: Callable[[int], None] = lambda stage_index: None
@@ -169,7 +170,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         """Reduce the gradients of sharded modules, once per step, and say that no others will come."""
         with self.work(self.stage_index, "REDUCE_GRAD", -1, self.submod), self._timed("communication", -1):
             if self._sharded:
-                reduce_now(self.submod)
+                reduce_now(self.submod, self.replicas)
             self.when_done(self.stage_index)
 
     def clear_runtime_states(self) -> None:
@@ -179,7 +180,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         if self._exchange is not None:
             self._exchange.clear()
         self._weights = None
-        self._sharded = hold_reduction(self.submod, over_replicas=self.over_replicas)
+        self._sharded = hold_reduction(self.submod, over_replicas=self.replicas is not None)
 
     def end_sends(self) -> None:
         """Wait until all that was sent has left; torch's engine waits for its own operations by itself."""

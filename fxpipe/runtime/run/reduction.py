@@ -7,6 +7,7 @@ wrapped. Here it holds for every outermost wrapped module, so that blocks may be
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,13 +130,20 @@ def hold_reduction(module: nn.Module, *, over_replicas: bool = False) -> bool:
     return bool(sharded)
 
 
-def reduce_now(module: nn.Module) -> None:
-    """Reduce and scatter what has accumulated."""
+def reduce_now(module: nn.Module, replicas: dist.ProcessGroup | None = None) -> None:
+    """Reduce and scatter what has accumulated.
+
+    Args:
+        module: A stage.
+        replicas: The group of those that hold the same stage, for tensors on the CPU: what one of them has no gradient
+            of (no target in its batch is valid, say) it reduces as zeros. None: there are none.
+    """
+    on_all = partial(any_over, replicas) if replicas is not None else None
     for part in _outermost(module):
         part.set_is_last_backward(True)
         part.set_reshard_after_backward(True)
         part.set_requires_gradient_sync(True)
-        reduce_sharded_gradients(part)
+        reduce_sharded_gradients(part, on_all)
 
 
 def let_shards_return(modules: Iterable[nn.Module]) -> None:
