@@ -338,6 +338,7 @@ class Trainer:
         for variant in dict.fromkeys(found) if len(parts) > 1 else ():
             if running.groups is not None and running.plan.num_ranks > 1:
                 refuse_overlap(variant.program)
+        _check_alike(found)
         return Step(inputs, found, sizes, self._counts(found, inputs, sizes, parts))
 
     @contextmanager
@@ -406,3 +407,18 @@ def _computed_in(device: torch.device) -> torch.dtype | None:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None if device.type == "cpu" else torch.float16  # as many digits as TF32 has
+
+
+def _check_alike(variants: Sequence[Variant]) -> None:
+    """Refuse microbatches of which some weigh by their samples and others by what counts in them.
+
+    Raises:
+        CaptureError: Some do: another path was proved of another loss.
+    """
+    places = zip(*([term.kind for term in variant.program.loss_terms] for variant in variants), strict=False)
+    if any({"samples", "tokens"} <= set(kinds) for kinds in places):
+        raise CaptureError(
+            "the microbatches of this batch take different paths, whose losses weigh in different ways: some by their "
+            "samples, others by what counts in them\n  write one loss for both (sums over a count kept from 0), "
+            "or pass loss_weight="
+        )

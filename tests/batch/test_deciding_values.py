@@ -152,3 +152,38 @@ def test_rows_that_are_repeated_by_counts_weigh_as_many() -> None:
 def test_a_loss_that_couples_the_rows_of_a_selection_is_refused() -> None:
     with pytest.raises(fxpipe.CaptureError, match="couples the samples of a batch"):
         check(Selects("mask"), rows, lambda o, t: F.cross_entropy(o - o.mean(0), t[0][t[1]]))
+
+
+def classes(seed: int) -> Any:
+    labels = torch.randint(5, (SAMPLES,), generator=torch.Generator().manual_seed(seed))
+    return (drawn(seed, SAMPLES, WIDTH),), labels
+
+
+def by_class(o: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(o, t, reduction="none")
+
+
+COUPLED_BY_LABELS = {
+    "over how often each stands": lambda o, t: (by_class(o, t) / torch.bincount(t, minlength=5)[t]).sum(),
+    "over how many there are": lambda o, t: by_class(o, t).sum() / (torch.bincount(t, minlength=5) > 0).sum(),
+    "pairs of unlike ones": lambda o, t: ((1 - torch.cdist(o, o)).relu() * (t[:, None] != t)).sum() / len(o),
+    "a gate for the largest": lambda o, t: o.square().mean() * torch.where(t.max() > 40, 2.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED_BY_LABELS)
+def test_a_loss_that_labels_couple_is_refused_for_single_samples(name: str) -> None:
+    """Of one sample alone there is one label: others stand beside it."""
+    args, labels = classes(0)
+    with pytest.raises(fxpipe.CaptureError, match="couples the samples of a batch"):
+        fxpipe.compile(
+            Tower().double(), 2, args, {"target": labels}, loss_fn=COUPLED_BY_LABELS[name], microbatches=SAMPLES
+        )
+
+
+def test_a_guarded_count_that_is_small_for_most_values_is_no_sum() -> None:
+    def confident(o: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sure = (t.softmax(-1).max(-1)[0] > 0.95).double()
+        return (F.cross_entropy(o, t.argmax(-1), reduction="none") * sure).sum() / sure.sum().clamp(min=1)
+
+    check(Tower(), lambda seed: ((drawn(seed, SAMPLES, WIDTH),), (1 + 3 * seed) * drawn(5, SAMPLES, WIDTH)), confident)

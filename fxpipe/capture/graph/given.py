@@ -24,10 +24,16 @@ PATTERNS = ((0.5, 0.15, 0.3), (0.0, 0.7, 0.35), (1.0, 0.25, 0.6), (0.3, 0.0, 1.0
 BY_ROWS = (0.5, 0.0, 1.0)
 """Shares of samples of which all is ignored, or is one of the values that calls compare with: in further trials."""
 MOST_TRIALS = 12
-SCALES = {1: (0.1, 1.0, 5.0), 3: (30.0, 0.3, 0.01)}
+SCALES = {
+    1: (0.1, 1.0, 5.0),
+    2: (0.05, 0.05, 0.05),
+    3: (30.0, 5.0, 0.01),
+    4: (8.0, 8.0, 8.0),
+    5: (40.0, 10.0, 40.0),
+}
 """How large numbers are in each microbatch, by trial: what a batch's mean decides, some of them decide otherwise."""
 FLOATS = ("normal", "unit", "positive")
-INTEGERS = ("wide", "as given", "bits", "zero")
+INTEGERS = ("beyond", "wide", "beside", "as given", "bits", "zero")
 Values = dict[fx.Node, Any]
 
 
@@ -66,14 +72,15 @@ class Kind:
 
     Attributes:
         floats: One of ``FLOATS``: what the blocks hand out, and inputs without values.
-        integers: One of ``INTEGERS``: the example's values and what may be ignored, the example's alone, 0 and 1, 0.
+        integers: One of ``INTEGERS``: the example's values, what may be ignored, and what lies beside either; without
+            what lies beside; without what may be ignored; the example's alone; 0 and 1; 0.
         masks: Whether a mask of which the example has all ones may have zeros.
         major: Whether samples come first where several rows belong to each.
         alike: Whether inputs that are equal in the example, a mask given to the model and to the loss, are equal.
     """
 
     floats: str = "normal"
-    integers: str = "wide"
+    integers: str = "beyond"
     masks: bool = True
     major: bool = True
     alike: bool = False
@@ -95,6 +102,7 @@ class Given:
         self.rows = rows
         self.inputs = inputs
         self._special = self._specials()
+        self._beside = self._bounds()
         self._asked = self._asks()
         self.same = self._same_inputs()
         self._major = True
@@ -102,7 +110,7 @@ class Given:
     @property
     def trials(self) -> int:
         """How many batches to try."""
-        return min(len(PATTERNS) + max([1, *map(len, self._asked.values())]), MOST_TRIALS)
+        return min(len(PATTERNS) + max([2, *map(len, self._asked.values())]), MOST_TRIALS)
 
     @property
     def asked(self) -> bool:
@@ -172,7 +180,8 @@ class Given:
         shape = self.sizes.shape(*shapes, self.rows)
         by_rows = trial - len(PATTERNS)
         shares: tuple[float, ...] = PATTERNS[trial] if by_rows < 0 else BY_ROWS
-        shares = shares[place % PARTS :] + shares[: place % PARTS] if place > 1 and trial < 2 else shares
+        turned = trial < 2 or (by_rows > 0 and by_rows % 2 == 1)
+        shares = shares[place % PARTS :] + shares[: place % PARTS] if place > 1 and turned else shares
         if at is None:
             own = self._own(node, shape)
             piece = own if own is not None else self._one(node, shape, kind, _Hiding(), generator)
@@ -215,6 +224,8 @@ class Given:
             return hiding.hide(value, self._missing(node), generator).requires_grad_(meta.requires_grad)
         usual, ignored = pool
         value = usual[torch.randint(len(usual), tuple(shape), generator=generator)]
+        if node in self._asked and kind.integers in ("beyond", "wide"):
+            value = value * hiding.scale
         value = hiding.hide(value, ignored, generator)
         return value.double().requires_grad_(meta.requires_grad) if dtype.is_floating_point else value.to(dtype)
 
@@ -227,6 +238,9 @@ class Given:
             if known is None:
                 return None
             found = torch.unique(known.double())
+            few_by_chance = known.numel() == len(found) <= 4 and not set(found.tolist()) <= {0, 1}
+            if few_by_chance and found.isfinite().all():
+                return torch.cat([found, 0.5 * found + 0.25 * found.sign(), 1.5 * found]), found[:0]
             if len(found) > 4 or not found.isfinite().all():
                 if bool((found >= 0).all()) and kind.floats == "normal":  # weights, probabilities
                     return found[:: max(len(found) // 64, 1)], found[:0]
@@ -234,16 +248,21 @@ class Given:
         elif dtype == torch.bool or known is None or kind.integers in ("bits", "zero"):
             found = torch.tensor([0] if kind.integers == "zero" else [0, 1])
         else:
-            found = torch.tensor(
-                sorted({self.sizes.identify(int(value)) for value in torch.unique(known)[:4096].tolist()})
-            )
+            values = {self.sizes.identify(int(value)) for value in torch.unique(known)[:4096].tolist()}
+            if kind.integers in ("beyond", "beside"):  # of a few samples all may be of one class, or be ignored
+                values |= {0, *(value - 1 for value in values if value > 0)}
+                values |= {1} if max(values) == 0 else set()
+            found = torch.tensor(sorted(values))
         if kind.masks and set(found.tolist()) <= {0, 1}:
             found = found.new_tensor([0, 1])
         if set(found.tolist()) == {0, 1} and kind.integers != "zero":
             special = found.new_tensor([each for each in self._special if each < 0])
             is_label = len(special) > 0 and not dtype.is_floating_point and dtype != torch.bool
-            return (found, special) if is_label else (found[1:], found[:1])
-        special = [] if dtype.is_floating_point or kind.integers != "wide" else list(self._special)
+            if is_label:
+                return found, special if kind.integers in ("beyond", "wide") else special[:0]
+            return found[1:], found[:1]
+        special = {"beyond": (*self._special, *self._beside), "wide": self._special}.get(kind.integers, ())
+        special = () if dtype.is_floating_point else special
         usual = found[found >= 0] if not dtype.is_floating_point else found
         ignored = {*special, *(found[found < 0].tolist() if not dtype.is_floating_point else ())}
         return (usual if len(usual) else found), found.new_tensor(sorted(ignored))
@@ -261,7 +280,7 @@ class Given:
         usual = known[known.isfinite()] if known is not None else torch.linspace(-2, 2, 64, dtype=torch.float64)
         if not len(usual) or set(usual[:3].tolist()) <= {0.0, 1.0}:  # a mask by itself
             return None
-        beyond = usual.new_tensor(asked if kind.integers == "wide" else [])
+        beyond = usual.new_tensor(asked if kind.integers in ("beyond", "wide") else [])
         return usual[:: max(len(usual) // 64, 1)], torch.cat([beyond, self._missing(node)])
 
     def _asks(self) -> dict[fx.Node, list[float]]:
@@ -315,6 +334,20 @@ class Given:
             elif node.op == "call_module":
                 module = self.tail.twins.skeleton.module.get_submodule(str(node.target))
                 look(getattr(module, "ignore_index", None))
+        return tuple(sorted(found))
+
+    def _bounds(self) -> tuple[int, ...]:
+        """Give the integers on either side of what calls compare with."""
+        found: set[int] = set()
+
+        def look(leaf: Any) -> Any:
+            if isinstance(leaf, int) and not isinstance(leaf, bool):
+                found.update((self.sizes.identify(leaf) - 1, self.sizes.identify(leaf) + 1))
+            return leaf
+
+        for node in self.tail.nodes:
+            if spoken(node) in ("lt", "le", "gt", "ge"):
+                fill(node.args, look)
         return tuple(sorted(found))
 
     def _attribute(self, node: fx.Node) -> Any:

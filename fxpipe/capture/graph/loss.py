@@ -207,17 +207,22 @@ def _summands(twins: Twins, result: fx.Node) -> list[Summand]:
         name = spoken(node)
         parts = [part for part in node.args if isinstance(part, fx.Node)]
         adds = name in ("add", "iadd", "add_") and "alpha" not in node.kwargs and len(node.args) == 2
-        two = len(parts) == 2 and len(node.args) == 2 and all(map(_is_number, parts)) and "alpha" not in node.kwargs
+        two = (
+            len(parts) == 2
+            and len(node.args) == 2
+            and all(_is_number(twins, part) for part in parts)
+            and "alpha" not in node.kwargs
+        )
         if adds and two:
             todo += [(part, outer) for part in reversed(parts)]
         elif (
             name in ("sub", "isub", "sub_")
             and "alpha" not in node.kwargs
             and len(parts) == 2
-            and all(map(_is_number, parts))
+            and all(_is_number(twins, part) for part in parts)
         ):
             todo += [(parts[1], (Scaling(node, parts[1], parts[0]), *outer)), (parts[0], outer)]
-        elif adds and len(parts) == 1 and 0 in node.args and _is_number(parts[0]):  # sum(list of losses)
+        elif adds and len(parts) == 1 and 0 in node.args and _is_number(twins, parts[0]):  # sum(list of losses)
             todo.append((parts[0], outer))
         else:
             inner = _scaled(twins, node, name)
@@ -231,14 +236,14 @@ def _summands(twins: Twins, result: fx.Node) -> list[Summand]:
 def _scaled(twins: Twins, node: fx.Node, name: str) -> fx.Node | None:
     """Give the number that a call only scales, casts or moves; None if it does more."""
     first = node.args[0] if node.args else None
-    if isinstance(first, fx.Node) and _is_number(first):
+    if isinstance(first, fx.Node) and _is_number(twins, first):
         if name in _UNARY or (name in ("sum", "mean") and len(node.args) == 1):
             return first
         other = node.args[1] if len(node.args) > 1 else None
         if name in ("mul", "div", "truediv", "imul", "itruediv", "mul_", "div_") and _is_same_everywhere(twins, other):
             return first
     second = node.args[1] if len(node.args) > 1 else None
-    if name in ("mul", "imul") and isinstance(second, fx.Node) and _is_number(second):
+    if name in ("mul", "imul") and isinstance(second, fx.Node) and _is_number(twins, second):
         return second if _is_same_everywhere(twins, first) else None
     return None
 
@@ -247,7 +252,7 @@ def _is_same_everywhere(twins: Twins, factor: object) -> bool:
     """Whether a factor is the same for every microbatch: it depends on nothing that is split."""
     if not isinstance(factor, fx.Node) or info(factor).number is not None:
         return True
-    if not _is_number(factor):
+    if not _is_number(twins, factor):
         return False
     plain = ("placeholder", "get_attr", "call_function", "call_method")
     return all(node.op in plain and twins.is_constant(node) for node in reached([factor]))
@@ -273,9 +278,10 @@ def _swapped(swap: Mapping[fx.Node, fx.Node], arg: fx.Node) -> fx.Node:
     return swap.get(arg, arg)
 
 
-def _is_number(node: fx.Node) -> bool:
+def _is_number(twins: Twins, node: fx.Node) -> bool:
+    """Whether a value is one number, however many samples there are."""
     meta = info(node).tensor
-    return meta is not None and meta.numel == 1
+    return meta is not None and meta.numel == 1 and twins.is_constant(node)
 
 
 _UNARY = frozenset(

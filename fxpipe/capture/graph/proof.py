@@ -17,7 +17,7 @@ from fxpipe.capture.graph.counts import Candidate, candidates
 from fxpipe.capture.graph.given import FLOATS, INTEGERS, PARTS, Given, Kind, Values
 from fxpipe.capture.graph.sizes import KEPT, Sizes, Unsuited, small_sizes
 from fxpipe.capture.graph.tail import Tail, TailProgram, find_tail
-from fxpipe.capture.graph.twins import Twins, tensor_of
+from fxpipe.capture.graph.twins import Twins, spoken, tensor_of
 from fxpipe.capture.model.preserve import random_states
 from fxpipe.capture.record.node import info
 
@@ -130,7 +130,8 @@ def _settings(tail: Tail) -> Iterator[tuple[Sizes, int]]:
     them cost little as they are, and of what is left the largest, mostly the classes, still gets a small name.
     """
     samples = tail.twins.samples
-    rows = dict.fromkeys([samples, min(samples, 2)] if samples <= 8 else [2, samples])
+    few = [2, 1] if samples == 1 else [samples, 2]  # of single samples each is all there is
+    rows = dict.fromkeys(few if samples <= 8 else [2, samples])
     sizes = tail.sizes()
     names = [small_sizes(sizes), small_sizes(sizes, apart=KEPT)]
     names += [small_sizes(sizes, above) for above in sorted({size for size in sizes if size > KEPT})]
@@ -206,14 +207,16 @@ class Proof:
                 continue
             if len(runs) < 2:
                 continue
-            if self._depends and all(map(self._is_nothing, runs)):  # whatever weighs nothing gives nothing
+            telling = [run for run in runs if not self._is_nothing(run)]  # whatever weighs nothing gives nothing
+            if self._depends and len(telling) < 2:
                 failed = "it is 0 for all values that were tried"
                 kinds = [each for each in kinds if (each.integers, each.masks) != (kind.integers, kind.masks)]
                 runs = []
                 continue
+            runs = telling or runs
             for candidate in candidates(self.tail):
                 found = [self._holds(candidate, run) for run in runs]
-                if False not in found and found.count(True) > 1:
+                if False not in found and found.count(True) >= max(2, found.count(None)):
                     return Verdict(candidate)
             if kind.major and _has_turns(self.tail):
                 continue  # rows may come before samples: that order is tried next
@@ -241,7 +244,10 @@ class Proof:
 
     @property
     def _depends(self) -> bool:
-        """Whether the summand depends on what changes from batch to batch."""
+        """Whether the summand depends on what changes from batch to batch, and is not multiplied by 0."""
+        node = self.summand.node
+        if spoken(node) in ("mul", "imul", "mul_") and any(type(arg) in (int, float) and not arg for arg in node.args):
+            return False
         return any(node.op != "get_attr" and info(node).number is None for node in self.tail.sources)
 
     def _is_nothing(self, run: Run) -> bool:
