@@ -109,6 +109,15 @@ def test_an_optimiser_of_a_model_that_is_trained_beside_its_pipeline_steps():
         assert not torch.equal(model[1].bias, before)
 
 
+def test_a_stage_that_computes_in_another_dtype_than_planned_is_told_how():
+    def narrow(stage):
+        stage.register_forward_hook(lambda stage, given, results: tuple(each.bfloat16() for each in results))
+
+    told = pytest.raises(fxpipe.ScheduleError, match=r"MixedPrecisionPolicy .* needs output_dtype=torch\.float32")
+    with compiled().materialize(device="cpu", parallelize=narrow) as pipe, told:
+        pipe.step(X, target=TARGET)
+
+
 def test_sharding_a_module_of_which_a_stage_runs_parts_is_refused(monkeypatch):
     class Sharded:
         pass

@@ -331,13 +331,18 @@ def check_sent(program: StageProgram, outputs: Tensors) -> None:
         meta = declared.meta
         if tuple(tensor.shape) != meta.shape or str(tensor.dtype) != f"torch.{meta.dtype}":
             kind = tensor.device.type
-            casts = tuple(tensor.shape) == meta.shape and torch.is_autocast_enabled(kind)
-            way_out = (
-                f"autocast on {kind} casts other operations than where the model was captured: cast {declared.name} in "
-                "the model, or cut elsewhere (leaves=)"
-                if casts
-                else "capture the model with an example that takes this path (and under the same autocast)"
-            )
+            if tuple(tensor.shape) != meta.shape:
+                way_out = "capture the model with an example that takes this path"
+            elif torch.is_autocast_enabled(kind):
+                way_out = (
+                    f"autocast on {kind} casts other operations than where the model was captured: cast "
+                    f"{declared.name} in the model, or cut elsewhere (leaves=)"
+                )
+            else:
+                way_out = (
+                    f"a MixedPrecisionPolicy that parallelize= gives the stage needs output_dtype=torch.{meta.dtype}; "
+                    "else capture the model with an example that takes this path, under the same autocast"
+                )
             raise ScheduleError(
                 f"stage {program.stage_index} computed {declared.name} as {tensor.dtype} of shape "
                 f"{list(tensor.shape)}, but the plan sends {meta}\n  {way_out}"
