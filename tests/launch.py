@@ -14,6 +14,7 @@ import json
 import multiprocessing.forkserver
 import os
 import pathlib
+import random
 import runpy
 import signal
 import socket
@@ -49,9 +50,7 @@ def launch(
     Fresh ones are interpreters of their own, which also end as such; the others are forked. A script that prepares runs
     once and forks the ranks itself, by ``fork_ranks``. Gives what each rank printed and its exit code.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     common = {
         "PYTHONPATH": import_path(),
         "MASTER_ADDR": "127.0.0.1",
@@ -80,6 +79,18 @@ def launch(
             subprocess.CompletedProcess(command, code, *(path.read_text() for path in pair))
             for code, pair in zip(codes, said, strict=True)
         ]
+
+
+def free_port() -> int:
+    """Give a port that nobody listens on, of those that no connection gets by itself where there are such."""
+    ports = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(ports.read_text().split()[0]) if ports.exists() else 32768
+    others = range(min(first // 2, 10000), first)
+    for port in (*random.SystemRandom().sample(others, 100), 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise OSError("no port is free")
 
 
 def import_path() -> str:

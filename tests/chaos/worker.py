@@ -12,7 +12,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ import time
 import torch
 import torch.nn.functional as F
 from chaos.faults import ENDED, RANKS, STALL_S, Fault, Said, faults_of, possible
-from launch import stay_of_one_thread
+from launch import free_port, stay_of_one_thread
 from torch import nn
 
 import fxpipe
@@ -309,9 +308,7 @@ class Injection:
 
     def __init__(self, fault: Fault, pipe: fxpipe.Pipeline | None) -> None:
         context = multiprocessing.get_context("fork")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.fault, self.folder, self.start = fault, pathlib.Path(tempfile.mkdtemp()), time.monotonic()
         self.injected_at: float | None = None
         self.processes = [

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import socket
 import subprocess
 import sys
 
@@ -26,12 +25,9 @@ def run(command):
 
 
 def torchrun(ranks):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"),
-        *("--master-addr=127.0.0.1", f"--master-port={port}"),
+        *("--master-addr=127.0.0.1", f"--master-port={launch.free_port()}"),
         "--",  # or torchrun takes the script's --log for an abbreviation of its own options
     ]
 
