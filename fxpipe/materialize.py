@@ -6,7 +6,7 @@ Everything above this file is values; from here on there are effects.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,11 +134,11 @@ class Running:
         Inference mode ends before it: a step in it would leave no gradients, without a word, and what a forward alone
         makes and keeps (graphs, buffers) could not be trained with afterwards.
         """
-        with ExitStack() as stack:
-            if self.groups is not None:
-                stack.enter_context(self.groups.guard(call))
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
+        inside = torch.is_inference_mode_enabled()
+        with (
+            self.groups.guard(call) if self.groups is not None else nullcontext(),
+            torch.inference_mode(False) if inside else nullcontext(),
+        ):
             yield
 
     @property

@@ -187,3 +187,19 @@ def test_a_guarded_count_that_is_small_for_most_values_is_no_sum() -> None:
         return (F.cross_entropy(o, t.argmax(-1), reduction="none") * sure).sum() / sure.sum().clamp(min=1)
 
     check(Tower(), lambda seed: ((drawn(seed, SAMPLES, WIDTH),), (1 + 3 * seed) * drawn(5, SAMPLES, WIDTH)), confident)
+
+
+def test_microbatches_that_weigh_in_different_ways_are_refused() -> None:
+    """What share a mean over samples and a mean over a mask have in one batch is not told by either."""
+
+    def loss_fn(output: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Tensor:
+        error = (output - target["y"]).square().mean(-1)
+        return (error * target["mask"]).sum() / target["mask"].sum() if "mask" in target else error.mean()
+
+    x, y, mask = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([1.0, 0.0])
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    plain, masked = ({"input": x[:2], "target": {"y": y[:2], **own}} for own in ({}, {"mask": mask}))
+    with fxpipe.compile(model, 2, (x,), {"target": {"y": y}}, loss_fn=loss_fn, microbatches=2).materialize() as pipe:
+        with pytest.raises(fxpipe.CaptureError, match="whose losses weigh in different ways"):
+            pipe.step(microbatches=[plain, masked])
+        pipe.step(microbatches=[masked, masked])
