@@ -140,6 +140,31 @@ class Written(nn.Module):
         return x
 
 
+class Gate(Layer):
+    """Lets through the samples whose mean lies above a limit."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x):
+        (through,) = (x.mean((1, 2)) > self.limit).nonzero(as_tuple=True)
+        return (
+            torch.zeros_like(x).index_add(0, through, self.linear(x[through])) if len(through) else torch.zeros_like(x)
+        )
+
+
+class Valve(nn.Module):
+    """Passes on what it is given, or nothing of it, without a weight of its own."""
+
+    def __init__(self, passes):
+        super().__init__()
+        self.passes = passes
+
+    def forward(self, x):
+        return x if self.passes(x.detach()) else torch.zeros_like(x)
+
+
 class Tied(nn.Module):
     """An embedding and a head of one weight; ``kind`` says through which of them gradients come."""
 
@@ -223,6 +248,34 @@ def test_before_a_block_with_weights_that_gives_no_gradient(kind, stages, grain)
 def test_other_ways_to_a_gradient(kind):
     ends = check(between(kind(), kind()), torch.randn(4, 6, 8), 3, microbatches=2, grain="op")
     assert bool(ends) == (kind is Alone)
+
+
+@pytest.mark.parametrize("limits", [(9.0,), (-9.0, 9.0), (9.0, -9.0), (-9.0,)])
+def test_a_gate_that_lets_nothing_of_the_batch_through(limits):
+    ends = check(between(*map(Gate, limits)), torch.randn(4, 6, 8), 4, microbatches=4, grain="block")
+    assert bool(ends) == (9.0 in limits)
+
+
+@pytest.mark.parametrize(
+    "passes", [lambda x: x.sum() > 1e-3, lambda x: x.sum() < -1e-3, lambda x: x.amax() > 2, lambda x: x.norm() < 1e-3]
+)
+def test_a_path_by_values_may_take_a_gradient_where_the_one_of_zeros_takes_none(passes):
+    """Whatever the batch, and where it comes to nothing it is None."""
+    model = nn.Sequential(Layer(), nn.Linear(8, 8), Valve(passes), Layer(), Layer())
+    ended = set()
+    for bias in (1.0, -1.0, 0.0):
+        with torch.no_grad():
+            model[1].weight.mul_(0.0 if bias == 0 else 1.0)
+            model[1].bias.fill_(3 * bias)
+        ended.add(bool(check(copy.deepcopy(model), torch.randn(4, 6, 8), 3, microbatches=2, grain="block")))
+    assert ended == {True, False}
+
+
+def test_a_gate_that_lets_nothing_of_some_microbatches_through():
+    model, inputs = between(Gate(0.0)), torch.randn(4, 6, 8)
+    means = model[:2](inputs).mean((1, 2)).tolist()
+    model[2].limit = sum(sorted(means)[1:3]) / 2
+    assert not check(model, inputs, 4, microbatches=4, grain="block")
 
 
 @pytest.mark.parametrize("kind", [Asking, Force])

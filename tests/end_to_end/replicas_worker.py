@@ -222,6 +222,41 @@ def a_parameter_that_no_replica_reaches_gets_no_gradient() -> None:
             assert (parameter.grad is None) == (fqn == "idle"), fqn
 
 
+def a_gate_that_lets_nothing_of_a_batch_through_leaves_none() -> None:
+    """In the stage before it, of plain and of sharded weights: where it is shut in all replicas, and only there."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.gate, self.head = Gate(), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x) + 0 * self.layers[0].bias.sum()
+            return self.head(self.gate(x))
+
+    class Gate(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else torch.zeros_like(x)
+
+    model = Gated()
+    batch = {"x": torch.ones(4, 4), "target": torch.ones(4, 4)}
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.weight.copy_(torch.eye(4))
+            layer.bias.zero_()
+    options = {"loss_fn": nn.functional.mse_loss, "mesh": mesh(), "microbatches": 2, "grain": "block"}
+    for parallelize in (None, shard):
+        with fxpipe.compile(model, 2, (), batch, **options).materialize(parallelize=parallelize) as pipe:
+            for is_open in (-1, 0, 1):  # nowhere, in one replica, in both
+                pipe.zero_grad()
+                sign = 1 if mesh().get_local_rank("dp") <= is_open else -1
+                pipe.step(x=sign * batch["x"], target=batch["target"])
+                for fqn, parameter in pipe.named_parameters():
+                    assert (parameter.grad is None) == (is_open < 0 and fqn.startswith("layers.")), (fqn, is_open)
+
+
 def everything_else_goes_over_both_dimensions() -> None:
     """Inference, evaluation, verification, state dictionaries."""
     losses, _, _, _ = reference("gpt2")
@@ -399,6 +434,7 @@ def cases() -> dict[str, Callable[[], None]]:
         accumulated_steps_are_reduced_once,
         dropout_differs_between_replicas_and_repeats_with_the_seed,
         a_parameter_that_no_replica_reaches_gets_no_gradient,
+        a_gate_that_lets_nothing_of_a_batch_through_leaves_none,
         everything_else_goes_over_both_dimensions,
         a_wrong_batch_on_one_replica_is_everybodys_error,
         all_skip_the_step_that_one_finds_infinite,

@@ -296,20 +296,76 @@ class Ended(nn.Module):
         return x
 
 
-def gradients_that_the_model_leaves_none_are_none(schedule: str) -> None:
-    """On every rank; and no rank waits for what is not sent."""
+class Gate(nn.Module):
+    """Lets through the samples whose mean lies above a limit."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.linear, self.limit = nn.Linear(6, 6), limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (open_for,) = (x.mean(1) > self.limit).nonzero(as_tuple=True)
+        shut = self.linear.bias.expand_as(x)
+        return shut.index_put((open_for,), self.linear(x[open_for])) if len(open_for) else shut
+
+
+class Gated(nn.Module):
+    """Two streams, one of which passes a gate."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.others = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.gate = Gate(limit)
+
+    def streams(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x
+        for layer, other in zip(self.layers, self.others, strict=True):
+            x, y = layer(x).tanh(), other(y).tanh()
+        return x, y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, y = self.streams(x)
+        return self.gate(x) * 3 + y
+
+
+def gated(share: float) -> Gated:
+    """Give a model whose gate is open for a share of the samples."""
     torch.manual_seed(0)
-    model, x = Ended(), torch.randn(8, 6)
-    model(x).pow(2).mean().backward()
-    wanted = gradients(model.named_parameters())
-    options = {"batch": {"x": x}, "loss_fn": lambda y: y.pow(2).mean(), "microbatches": 8, "grain": "block"}
-    with compiled(copy.deepcopy(model), schedule, **options) as pipe:
-        pipe.zero_grad()
-        pipe.step(x=x)
-        found = gradients(pipe.named_parameters())
-        assert [fqn for fqn in found if found[fqn] is None] == [fqn for fqn in found if wanted[fqn] is None]
-        there = {fqn: gradient for fqn, gradient in found.items() if gradient is not None}
-        judge.assert_close(there, {fqn: wanted[fqn] for fqn in there}, "gradients")
+    model = Gated(0.0)
+    means = model.streams(samples())[0].mean(1).tolist()
+    ordered = [*sorted(means, reverse=True), -9.0]
+    number = round(share * len(means))
+    model.gate.limit = (ordered[number] + ordered[number - 1]) / 2 if number else 9.0
+    return model
+
+
+def samples() -> torch.Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def gradients_that_the_model_leaves_none_are_none(schedule: str) -> None:
+    """On every rank; and no rank waits for what is not sent.
+
+    Where values decide: a gate is shut for all samples, for all but one, or open. What crosses says so to the host, or
+    hosts tell each other.
+    """
+    x = samples()
+    torch.manual_seed(0)
+    for model, named in ((Ended(), True), (gated(0.0), True), (gated(1 / 8), True), (gated(1 / 8), False)):
+        model(x).pow(2).mean().backward()
+        wanted = gradients(model.named_parameters())
+        options = {"batch": {"x": x}, "loss_fn": lambda y: y.pow(2).mean(), "microbatches": 8, "grain": "block"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fxpipe.runtime.run.engine_stage, "carries_names", lambda device, named=named: named)
+            pipe = compiled(copy.deepcopy(model), schedule, **options)
+        with pipe:
+            pipe.zero_grad()
+            pipe.step(x=x)
+            found = gradients(pipe.named_parameters())
+            assert [fqn for fqn in found if found[fqn] is None] == [fqn for fqn in found if wanted[fqn] is None]
+            there = {fqn: gradient for fqn, gradient in found.items() if gradient is not None}
+            judge.assert_close(there, {fqn: wanted[fqn] for fqn in there}, "gradients")
 
 
 def ranks_may_differ_in_what_they_set_for_themselves() -> None:

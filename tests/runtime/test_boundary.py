@@ -14,8 +14,10 @@ from fxpipe.ir.tensor import TensorMeta
 from fxpipe.program import BoundaryTensor
 from fxpipe.runtime.build.boundary import (
     PACKED_BYTES,
+    absent,
     conform,
     gradient_layout,
+    is_absent,
     join,
     message_layout,
     pack,
@@ -53,6 +55,33 @@ def filled(declared):
 
 def bits(tensor):
     return tensor.flatten().view(torch.uint8) if tensor.numel() else tensor
+
+
+@settings(deadline=None, max_examples=60)
+@given(boundaries(), st.data())
+def test_a_gradient_that_is_none_is_told_from_those_that_are_not(declared, data):
+    declared = tuple(what for what in declared if getattr(torch, what.meta.dtype).is_floating_point)
+    layout = message_layout(declared)
+    flags = [data.draw(st.booleans()) for _ in declared]
+    sent = [absent(what, CPU) if flag else filled(what) for flag, what in zip(flags, declared, strict=True)]
+    buffers, received = receive_buffers(layout, CPU)
+    for message, buffer in zip(pack(layout, sent), buffers, strict=True):
+        buffer.copy_(message)
+    assert [is_absent(each) for each in received] == [
+        flag and each.numel() > 0 for flag, each in zip(flags, received, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_no_number_stands_for_none(dtype):
+    finfo = torch.finfo(dtype)
+    values = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, finfo.max, finfo.min, finfo.tiny]
+    values = torch.tensor(values, dtype=dtype)
+    zero = torch.zeros((), dtype=dtype)
+    made = torch.stack([zero / zero, -(zero / zero), values[2] - values[2], zero * values[3], values[3] / values[3]])
+    for value in (*values, *made):
+        assert not is_absent(value.expand(2, 3).contiguous())
+    assert not is_absent(torch.cat([absent(BoundaryTensor("", TensorMeta((3,), str(dtype)[6:])), CPU), values]))
 
 
 @settings(deadline=None, max_examples=60)

@@ -74,7 +74,7 @@ def test_what_becomes_trainable_after_compiling_is_refused():
     jobs = handmade.jobs_of(case, stages, 4, 1)
     stages[0].requires_grad_(True)
     with pytest.raises(
-        ScheduleError, match="which stage 0 sends, needs a gradient, but nothing before it was trainable"
+        ScheduleError, match="which stage 0 sends, needs a gradient, and needed none when the model was"
     ):
         LocalEngine(stages).train(jobs)
 

@@ -56,7 +56,7 @@ def on_zeros(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
-    other: bool = False,
+    span: tuple[float, float] | None = None,
     skeleton: Skeleton | None = None,
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Give a function and arguments in which real zeros stand for fake tensors; to be called without modes.
@@ -65,13 +65,15 @@ def on_zeros(
         function: The function.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        other: Whether parameters and integers are ones, and other arguments rise from -1 to 1, instead.
+        span: From where to where floats that are given rise instead; parameters and integers are ones then.
         skeleton: Knows the values of buffers that a module reads as numbers; those it has keep them.
     """
     if isinstance(function, nn.Module):
-        memo: dict[int, Any] = {id(tensor): _weight(tensor, other, skeleton) for _, tensor in named_tensors(function)}
+        memo: dict[int, Any] = {
+            id(tensor): _weight(tensor, span is not None, skeleton) for _, tensor in named_tensors(function)
+        }
         function = copy.deepcopy(function, memo)
-    real_args, real_kwargs = map_tree(lambda _, leaf: _real(leaf, other), (args, dict(kwargs)))
+    real_args, real_kwargs = map_tree(lambda _, leaf: _real(leaf, span), (args, dict(kwargs)))
     return function, real_args, real_kwargs
 
 
@@ -119,20 +121,20 @@ def with_other_integers(
         yield found
 
 
-def _weight(tensor: torch.Tensor, other: bool, skeleton: Skeleton | None) -> torch.Tensor:
+def _weight(tensor: torch.Tensor, one: bool, skeleton: Skeleton | None) -> torch.Tensor:
     if not isinstance(tensor, nn.Parameter):  # buffers are written to
         known = skeleton.number_in(tensor) if skeleton is not None else None
         return torch.zeros(tensor.shape, dtype=tensor.dtype) if known is None else known.cpu().clone()
-    value = torch.full((), int(other), dtype=tensor.dtype)
+    value = torch.full((), int(one), dtype=tensor.dtype)
     return nn.Parameter(value.expand(tensor.shape), tensor.requires_grad)
 
 
-def _real(leaf: Any, other: bool) -> Any:
+def _real(leaf: Any, span: tuple[float, float] | None) -> Any:
     if isinstance(leaf, slice):
-        return slice(*(_real(part, other) for part in (leaf.start, leaf.stop, leaf.step)))
+        return slice(*(_real(part, span) for part in (leaf.start, leaf.stop, leaf.step)))
     if not isinstance(leaf, FakeTensor):
         return leaf
-    values = torch.full(leaf.shape, int(other), dtype=leaf.dtype)
-    if other and leaf.is_floating_point():
-        values = torch.linspace(-1, 1, leaf.numel(), dtype=leaf.dtype).view(leaf.shape)
+    values = torch.full(leaf.shape, int(span is not None), dtype=leaf.dtype)
+    if span is not None and leaf.is_floating_point():
+        values = torch.linspace(*span, leaf.numel(), dtype=leaf.dtype).view(leaf.shape)
     return values.requires_grad_() + 0 if leaf.requires_grad else values  # not a leaf: it may be written to

@@ -386,9 +386,9 @@ def _only_checks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     ``F.gaussian_nll_loss`` asks whether a variance is below zero; the stage that runs it does so again.
     """
     shapes = []
-    for other in (False, True):
+    for span in (None, (-1.0, 1.0)):
         with without_functions(), without_modes():
-            call, real_args, real_kwargs = on_zeros(func, args, kwargs, other=other)
+            call, real_args, real_kwargs = on_zeros(func, args, kwargs, span=span)
             try:
                 result = call(*real_args, **real_kwargs)
             except ValueError:  # the values that it refuses

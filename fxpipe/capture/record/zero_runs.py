@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxpipe._torch import FakeTensor, without_functions, without_modes
@@ -108,20 +109,44 @@ class ZeroRuns:
             Blocked: The shape of what it returns depends on values.
         """
         with without_functions(), without_modes():
-            call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs, other=True, skeleton=forward.skeleton)
-            forward.counting = True
             tensors = tensors_in(run.result)
-            try:
-                other = tensors_in(call(*real_args, **real_kwargs))
-            except Exception:  # whatever the module raises for values that make no sense
-                other = tensors
-            finally:
-                forward.counting = False
-            if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in other]:
-                raise Blocked("the shape of what it returns depends on values that are not known", frame.fqn)
-            for tensor, another in zip(tensors, other, strict=True):
-                if another.requires_grad and not tensor.requires_grad:
-                    tensor.requires_grad_()
+            for span in _SPANS:
+                if span is not _SPANS[0] and not any(_lacks_gradient(tensor) for tensor in tensors):
+                    break
+                other = self._other(forward, frame, args, kwargs, span)
+                if other is None:
+                    continue
+                if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in other]:
+                    raise Blocked("the shape of what it returns depends on values that are not known", frame.fqn)
+                for tensor, another in zip(tensors, other, strict=True):
+                    if another.requires_grad and not tensor.requires_grad:
+                        tensor.requires_grad_()
+
+    def _other(
+        self,
+        forward: Forward,
+        frame: Frame,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        span: tuple[float, float],
+    ) -> list[torch.Tensor] | None:
+        """Give what a module returns for other values; None where it raises something for them."""
+        call, real_args, real_kwargs = on_zeros(frame.module, args, kwargs, span=span, skeleton=forward.skeleton)
+        forward.counting = True
+        try:
+            return tensors_in(call(*real_args, **real_kwargs))
+        except Exception:  # whatever the module raises for values that make no sense
+            return None
+        finally:
+            forward.counting = False
+
+
+_SPANS = ((-1.0, 1.0), (0.1, 100.0), (-100.0, -0.1))
+"""What values rise from and to in further runs: those after the first only where a result takes no gradient yet."""
+
+
+def _lacks_gradient(tensor: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.is_floating_point() and not tensor.requires_grad
 
 
 def _numbers(forward: Forward, module: nn.Module) -> tuple[Any, ...]:

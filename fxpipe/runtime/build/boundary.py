@@ -2,6 +2,9 @@
 
 A message is a flat tensor of bytes, so every dtype crosses as it is. Small tensors share one message, since a message
 costs about as much as 100 KiB; large ones are sent and received in place, without a copy.
+
+A gradient that is None crosses as a tensor with every bit set: a NaN that no arithmetic gives, whatever the dtype. It
+costs no message, and a look at one element.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from fxpipe._torch import UNVIEWED
 from fxpipe.program import BoundaryTensor
@@ -22,6 +26,7 @@ MOST_LAYOUTS = 256
 """How many are remembered: a run whose every step has other lengths needs none of them again."""
 
 _ALIGNMENT = 16  # bytes; the widest dtype, complex128, needs as much
+_ALL_BITS = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +166,35 @@ def conform(tensor: torch.Tensor, declared: BoundaryTensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, declared.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+def absent(declared: BoundaryTensor, device: torch.device) -> torch.Tensor:
+    """Give what crosses for a gradient that is None.
+
+    >>> from fxpipe.ir.tensor import TensorMeta
+    >>> mark = absent(BoundaryTensor("x", TensorMeta((2, 3), "float32", True)), torch.device("cpu"))
+    >>> is_absent(mark), is_absent(torch.full((2, 3), float("nan")))
+    (True, False)
+    """
+    shape, strides = declared.meta.shape, declared.strides or _contiguous(declared.meta.shape)
+    mark = torch.empty_strided(shape, strides, dtype=getattr(torch, declared.meta.dtype), device=device)
+    _flat_bytes(mark).fill_(_ALL_BITS)
+    return mark
+
+
+def is_absent(gradient: torch.Tensor) -> bool:
+    """Tell whether what crossed stands for None; waits for the device. One without elements never does."""
+    if gradient.numel() == 0:
+        return False
+    first = gradient[(0,) * gradient.dim()].item()
+    return first != first and bool((_flat_bytes(gradient) == _ALL_BITS).all())
+
+
 class _Join(torch.autograd.Function):
     """Tensors as they are, not views, behind one node of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
+        ctx.joins = _Join
         return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
@@ -199,6 +227,25 @@ def join(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     for index, tensor in zip(places, through, strict=True):
         joined[index] = tensor
     return tuple(joined)
+
+
+def before_join(tensor: torch.Tensor) -> GradientEdge:
+    """Give where a backward starts that is of some of what ``join`` gave alone.
+
+    From the one node on, it would go on to all that was joined, with gradients that are None: hooks would be called
+    that are not called in the model, and custom functions take None for zeros.
+
+    >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    >>> _ = y.register_hook(lambda gradient: gradient * 2)
+    >>> joined = join([x * 3, y * 3])
+    >>> torch.autograd.backward([before_join(joined[0])], [torch.ones(2)])
+    >>> x.grad, y.grad
+    (tensor([3., 3.]), None)
+    """
+    node = tensor.grad_fn
+    if node is None or getattr(node, "joins", None) is not _Join:
+        return torch.autograd.graph.get_gradient_edge(tensor)
+    return GradientEdge(*node.next_functions[tensor.output_nr])  # type: ignore[arg-type]
 
 
 def _stands_alone(tensor: torch.Tensor) -> bool:

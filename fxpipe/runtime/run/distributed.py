@@ -42,7 +42,7 @@ class DistributedEngine:
         self._defer_recv = defer_recv
         self._placement = placement(schedule, num_stages, len(groups.ranks))
         self._checkpoints = CheckpointWatch(self._split_by)
-        self._stages = [EngineStage(stage, num_stages, device, groups.pipeline) for stage in stages]
+        self._stages = [EngineStage(stage, num_stages, device, groups.pipeline, groups.control) for stage in stages]
         for stage in self._stages:
             stage.checkpoints = self._checkpoints
             stage.replicas = groups.replicas.control if groups.replicas is not None else None

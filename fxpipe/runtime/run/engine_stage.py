@@ -7,7 +7,7 @@ Invariants:
   messages carry names in any (``Exchange``; torch's engine then finds nothing to exchange).
 - Shapes are the job's own. Nothing of a microbatch is kept for the next, and nothing outlives the step.
 - What is received has no graph and is the stage's own: it becomes a leaf here, and the stage may write into it.
-- Every received tensor that a gradient flows through gives one back, zeros where nothing came: the other side waits.
+- Every received tensor that a gradient may flow through gives one back, or says that none came: the other side waits.
 - ``failed`` is set before an error of the stage's own work leaves, and by nothing else: it tells a cause from a lost
   connection.
 """
@@ -25,13 +25,22 @@ from torch.distributed.pipelining import PipelineStage
 
 from fxpipe._torch import WithoutMetadata
 from fxpipe.program import StageProgram
-from fxpipe.runtime.build.boundary import MessageLayout, gradient_layout, message_layout, pack, receive_buffers
+from fxpipe.runtime.build.boundary import (
+    MessageLayout,
+    absent,
+    gradient_layout,
+    is_absent,
+    message_layout,
+    pack,
+    receive_buffers,
+)
 from fxpipe.runtime.build.stage import StageModule
-from fxpipe.runtime.run.exchange import Exchange, Kind, carries_names
+from fxpipe.runtime.run.exchange import Absences, Exchange, Kind, carries_names
 from fxpipe.runtime.run.reduction import hold_reduction, reduce_now
 from fxpipe.runtime.run.refusals import CheckpointWatch, named_backward_error
 from fxpipe.runtime.run.timeline import SpanRecorder
 from fxpipe.runtime.run.work import (
+    BoundaryGradients,
     Job,
     Pass,
     Tensors,
@@ -66,7 +75,15 @@ class EngineStage(WithoutMetadata, PipelineStage):
 
     submod: StageModule
 
-    def __init__(self, module: StageModule, num_stages: int, device: torch.device, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        module: StageModule,
+        num_stages: int,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        control: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Store what to run; ``control`` is the group for tensors on the CPU, ``group`` itself for None."""
         super().__init__(module, module.stage_index, num_stages, device, group=group)
         self.jobs: Sequence[Job] = ()
         self.checkpoints = CheckpointWatch()
@@ -79,13 +96,16 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.when_done: Callable[[int], None] = lambda stage_index: None
         self._passes: dict[int, Pass] = {}
         self._received: dict[int, Tensors] = {}
-        self._gradients: dict[int, Tensors] = {}
-        self._given: dict[int, Tensors] = {}
+        self._gradients: dict[int, BoundaryGradients] = {}
+        self._given: dict[int, BoundaryGradients] = {}
         self._weights: list[torch.Tensor] | None = None
         self._sharded = False
         self._exchange: Exchange | None = None
+        self._absences: Absences | None = None
         if carries_names(device):
             self._exchange = Exchange(group, module.stage_index, device)
+        else:
+            self._absences = Absences(control or group, module.stage_index)
 
     # --- what crosses ---
 
@@ -108,13 +128,22 @@ class EngineStage(WithoutMetadata, PipelineStage):
         """Send the gradients of what was received, where one flows."""
         layout = gradient_layout(self._program(bwd_chunk_id).received)
         given = self._given.pop(bwd_chunk_id, ())
-        return self._send("backward", bwd_chunk_id, layout, given, self.stage_index - 1)
+        if self._absences is not None and given:
+            rank = self.stage_index_to_group_rank[self.stage_index - 1]
+            self._absences.tell(bwd_chunk_id, rank, [gradient is None for gradient in given])
+        sent = tuple(
+            [
+                absent(what, self.device) if each is None else each
+                for what, each in zip(layout.tensors, given, strict=True)
+            ]
+        )
+        return self._send("backward", bwd_chunk_id, layout, sent, self.stage_index - 1)
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         """Take what the stage before, on this rank, computed."""
         self._received[mb_index] = tuple(output.detach() for output in prev_stage_outputs)
 
-    def get_local_bwd_output(self, mb_index: int) -> Tensors:
+    def get_local_bwd_output(self, mb_index: int) -> BoundaryGradients:
         """Give the gradients of what was received to the stage before, on this rank."""
         return self._given.pop(mb_index)
 
@@ -148,7 +177,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """Run the backward of one microbatch, or the half of it that other stages wait for."""
-        gradients = self._taken("backward", self._gradients, bwd_chunk_id)
+        gradients = self._gradients_taken(bwd_chunk_id)
         kind = "B" if full_backward else "I"
         with self.work(self.stage_index, kind, bwd_chunk_id, self.submod), self._timed("backward", bwd_chunk_id):
             try:
@@ -186,6 +215,8 @@ class EngineStage(WithoutMetadata, PipelineStage):
         """Wait until all that was sent has left; torch's engine waits for its own operations by itself."""
         if self._exchange is not None:
             self._exchange.end_sends()
+        if self._absences is not None:
+            self._absences.end()
 
     def let_go(self) -> None:
         """Let go of the groups, and of what is under way."""
@@ -195,6 +226,8 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self.clear_runtime_states()
         if self._exchange is not None:
             self._exchange.close()
+        if self._absences is not None:
+            self._absences.close()
 
     def _timed(self, kind: str, microbatch: int) -> AbstractContextManager[None]:
         return _UNTIMED if self.recorder is None else self.recorder.span(kind, self.stage_index, microbatch)
@@ -213,7 +246,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         program = self._program(index)
         return message_layout(program.received) if kind == "forward" else gradient_layout(program.sent)
 
-    def _receive(self, kind: Kind, kept: dict[int, Tensors], index: int, stage: int) -> list[dist.P2POp]:
+    def _receive(self, kind: Kind, kept: dict[int, Any], index: int, stage: int) -> list[dist.P2POp]:
         if not 0 <= stage < self.num_stages:
             return []
         if self._exchange is not None:
@@ -227,7 +260,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         kept[index] = tuple(tensors)
         return [self._operation(dist.irecv, message, stage) for message in messages]
 
-    def _taken(self, kind: Kind, kept: dict[int, Tensors], index: int) -> Tensors:
+    def _taken(self, kind: Kind, kept: dict[int, Any], index: int) -> Tensors:
         """Give what was received for a microbatch, once it is there; a stage of this rank has kept it."""
         found = kept.pop(index, None)
         if found is None and self._exchange is not None:
@@ -235,6 +268,20 @@ class EngineStage(WithoutMetadata, PipelineStage):
             if found and kind == "backward":
                 self._exchange.end_send("forward", index)  # it has arrived: this is the answer
         return found or ()
+
+    def _gradients_taken(self, index: int) -> BoundaryGradients:
+        """Give the gradients of what was sent for a microbatch; a next stage on this rank gives them as they are."""
+        if self.is_last:
+            return ()
+        next_rank = self.stage_index_to_group_rank[self.stage_index + 1]
+        if next_rank == self.group_rank:
+            return self._gradients.pop(index)
+        found = self._taken("backward", self._gradients, index)
+        if self._absences is None:
+            flags = [is_absent(gradient) for gradient in found]
+        else:
+            flags = self._absences.hear(index, next_rank, len(found)) if found else []
+        return tuple([None if flag else gradient for flag, gradient in zip(flags, found, strict=True)])
 
     def _send(self, kind: Kind, index: int, layout: MessageLayout, tensors: Tensors, stage: int) -> list[dist.P2POp]:
         if stage < 0:

@@ -6,7 +6,7 @@ a stage waits for nothing but what it needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +23,46 @@ AHEAD = 2
 def carries_names(device: torch.device) -> bool:
     """Tell whether messages on such devices have names: NCCL's have none, and one that waits holds up all others."""
     return device.type == "cpu"
+
+
+class Absences:
+    """Which gradients are None, told from host to host where a look at what crossed would wait for the device; live.
+
+    A stage's host waits for the next one's, which has told its device by then what to do for the microbatch.
+
+    Args:
+        group: The pipeline's ranks, for tensors on the CPU.
+        stage_index: The stage.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, stage_index: int) -> None:
+        self._group: dist.ProcessGroup | None = group
+        self._stage_index = stage_index
+        self._sent: list[tuple[dist.Work, torch.Tensor]] = []
+
+    def tell(self, microbatch: int, rank: int, flags: Sequence[bool]) -> None:
+        """Begin to tell the stage before, which ``rank`` holds, which of a microbatch's gradients are None."""
+        assert self._group is not None
+        message = torch.tensor(flags, dtype=torch.uint8)
+        tag = _tag("backward", microbatch, self._stage_index - 1)
+        self._sent.append((self._group.send([message], rank, tag), message))
+
+    def hear(self, microbatch: int, rank: int, number: int) -> list[bool]:
+        """Wait for what the next stage, which ``rank`` holds, tells of its ``number`` gradients."""
+        assert self._group is not None
+        message = torch.empty(number, dtype=torch.uint8)
+        self._group.recv([message], rank, _tag("backward", microbatch, self._stage_index)).wait()
+        return [bool(flag) for flag in message.tolist()]
+
+    def end(self) -> None:
+        """Wait until all has left."""
+        while self._sent:
+            self._sent.pop()[0].wait()
+
+    def close(self) -> None:
+        """Let go of the group."""
+        self._sent.clear()
+        self._group = None
 
 
 class Exchange:

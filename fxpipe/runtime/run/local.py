@@ -11,7 +11,7 @@ from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.failures import named_place
 from fxpipe.runtime.run.refusals import CheckpointWatch, named_backward_error, refuse_modules
 from fxpipe.runtime.run.timeline import SpanRecorder
-from fxpipe.runtime.run.work import Job, Pass, Tensors, Terms, add_losses, run_backward, run_forward
+from fxpipe.runtime.run.work import BoundaryGradients, Job, Pass, Tensors, Terms, add_losses, run_backward, run_forward
 
 _UNTIMED: AbstractContextManager[None] = nullcontext()
 
@@ -81,7 +81,7 @@ class LocalEngine:
                 passes.append(_forward(stage, job, received, index, training=True))
             received = tuple(output.detach() for output in passes[-1].outputs)
         loss = passes[-1].terms(), passes[-1].outputs[-1].dtype
-        gradients: Tensors = ()
+        gradients: BoundaryGradients = ()
         while passes:
             stage = self._stages[len(passes) - 1]
             try:

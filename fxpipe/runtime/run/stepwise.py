@@ -15,7 +15,7 @@ import torch.distributed as dist
 from fxpipe.runtime.build.stage import StageModule
 from fxpipe.runtime.ranks.groups import Groups
 from fxpipe.runtime.run.reduction import let_shards_return
-from fxpipe.runtime.run.work import Job, Pass, Tensors, add_losses, run_backward, run_forward
+from fxpipe.runtime.run.work import BoundaryGradients, Job, Pass, Tensors, add_losses, run_backward, run_forward
 
 
 class StepwiseEngine:
@@ -78,17 +78,17 @@ class StepwiseEngine:
         return passes, tensors
 
     def _backward(self, number: int, passes: dict[int, Pass]) -> None:
-        gradients: Tensors = ()
+        gradients: BoundaryGradients = ()
         for index, rank in reversed(list(enumerate(self._placement))):
-            own: Tensors = ()
+            own: BoundaryGradients = ()
             if index in passes:
                 with self._groups.work(index, "B", number, self._stages[index]):
                     own = run_backward(passes.pop(index), gradients)
             gradients = self._shared(rank, own)
 
-    def _shared(self, rank: int, tensors: Tensors) -> Tensors:
-        """Give every rank what one of them has."""
-        box: list[Any] = [tuple(tensor.detach().cpu() for tensor in tensors)]
+    def _shared(self, rank: int, tensors: BoundaryGradients) -> Any:
+        """Give every rank what one of them has: tensors, or gradients that may be None."""
+        box: list[Any] = [tuple(None if tensor is None else tensor.detach().cpu() for tensor in tensors)]
         with self._groups.waiting():
             dist.broadcast_object_list(box, group=self._groups.control, group_src=rank)
-        return tuple(tensor.to(self._device) for tensor in box[0])
+        return tuple(None if tensor is None else tensor.to(self._device) for tensor in box[0])

@@ -16,10 +16,12 @@ from torch.autograd.graph import GradientEdge, Node
 from fxpipe._torch import splits_backward, tried, weight_groups
 from fxpipe.errors import ScheduleError
 from fxpipe.program import BoundaryTensor, Program, StageProgram
-from fxpipe.runtime.build.boundary import conform
+from fxpipe.runtime.build.boundary import before_join, conform
 from fxpipe.runtime.build.stage import StageModule
 
 Tensors = tuple[torch.Tensor, ...]
+BoundaryGradients = tuple[torch.Tensor | None, ...]
+"""Gradients of the tensors of a boundary that one may flow through, in order; None where none came."""
 Terms = tuple[tuple[torch.Tensor, float], ...]
 """Terms of a loss, and what each weighs in the batch's."""
 
@@ -148,25 +150,30 @@ def _check_left_out(job: Job, terms: Tensors) -> None:
             )
 
 
-def run_backward(work: Pass, gradients: Tensors = ()) -> Tensors:
+def run_backward(work: Pass, gradients: BoundaryGradients = ()) -> BoundaryGradients:
     """Run the whole backward.
 
     Args:
         work: The microbatch; spent afterwards.
-        gradients: Of the sent tensors a gradient flows through, in order; none on the last stage.
+        gradients: Of the sent tensors a gradient may flow through, in order; nothing on the last stage.
 
     Returns:
-        The gradients of the received tensors a gradient flows through, in order and declared strides.
+        The gradients of the received tensors a gradient may flow through, in order and declared strides; None for one
+        that none came to, as in the model (a gate was closed for the whole microbatch).
     """
     roots, of_roots = _roots(work, gradients)
     if roots:
+        apart = any(gradient is None for gradient in gradients)
+        starts = [before_join(root) for root in roots] if apart else roots
         with outside_autocast():
-            torch.autograd.backward(roots, of_roots)
+            torch.autograd.backward(starts, of_roots)
     leaves = _leaves(work)
     return _gradients(work, leaves, [leaf.grad for leaf in leaves])
 
 
-def run_backward_for_inputs(work: Pass, weights: Sequence[torch.Tensor], gradients: Tensors = ()) -> Tensors:
+def run_backward_for_inputs(
+    work: Pass, weights: Sequence[torch.Tensor], gradients: BoundaryGradients = ()
+) -> BoundaryGradients:
     """Run the first half of a split backward: the gradients of the received tensors.
 
     Args:
@@ -174,6 +181,8 @@ def run_backward_for_inputs(work: Pass, weights: Sequence[torch.Tensor], gradien
         weights: The stage's trainable parameters.
         gradients: As of ``run_backward``.
     """
+    if any(gradient is None for gradient in gradients):
+        return run_backward(work, gradients)  # rare, and does not begin at the one node that the halves need
     roots, of_roots = _roots(work, gradients)
     leaves = _leaves(work)
     work.pending = ([torch.autograd.graph.get_gradient_edge(root) for root in roots], of_roots)
@@ -281,12 +290,13 @@ _AUTOCAST = ("cpu", "cuda", "xpu")
 _AS_IT_IS: AbstractContextManager[object] = nullcontext()
 
 
-def _roots(work: Pass, gradients: Tensors) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _roots(work: Pass, gradients: BoundaryGradients) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Give where the backward starts, and the gradients it starts with."""
     declared = work.declared[1]
     if declared:
         crossing = [output for output, what in zip(work.outputs, declared, strict=True) if what.meta.requires_grad]
-        pairs = list(zip(crossing, gradients, strict=True))
+        came = zip(crossing, gradients, strict=True)
+        pairs = [(output, gradient) for output, gradient in came if gradient is not None]
     else:
         pairs = [(term, _started(term, share, work.scale)) for term, share in work.shares]
     # A frozen output still gets a gradient from the next stage, which cannot know.
@@ -305,13 +315,13 @@ def _leaves(work: Pass) -> list[torch.Tensor]:
     return [tensor for tensor in work.received if tensor.requires_grad]
 
 
-def _gradients(work: Pass, leaves: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None]) -> Tensors:
+def _gradients(work: Pass, leaves: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None]) -> BoundaryGradients:
     declared = [what for what in work.declared[0] if what.meta.requires_grad or what.ends]
-    given = []
+    given: list[torch.Tensor | None] = []
     for leaf, what, gradient in zip(leaves, declared, found, strict=True):
         leaf.grad = None
         if not what.ends:
-            given.append(torch.zeros_like(leaf) if gradient is None else conform(gradient, what))
+            given.append(None if gradient is None else conform(gradient, what))
         elif gradient is not None:
             raise ScheduleError(
                 f"a gradient comes back to {what.name}, and none did when the model was captured\n"
@@ -349,7 +359,7 @@ def check_sent(program: StageProgram, outputs: Tensors) -> None:
             )
         if tensor.requires_grad and not meta.requires_grad:
             raise ScheduleError(
-                f"{declared.name}, which stage {program.stage_index} sends, needs a gradient, but nothing before it "
-                "was trainable when the model was compiled\n"
-                "  call requires_grad_ on the model's parameters before fxpipe.compile"
+                f"{declared.name}, which stage {program.stage_index} sends, needs a gradient, and needed none when the "
+                "model was compiled\n  call requires_grad_ on the model's parameters before fxpipe.compile; where "
+                "values decide, let every path through the module depend on its input (x * 0, say)"
             )
