@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from fxpipe.capture.graph.twins import Twins, spoken
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import info, reached, set_info
 from fxpipe.capture.record.observe import Observation
+from fxpipe.capture.record.recorder import find_storage
 from fxpipe.program import LossKind, LossTerm
 
 WAY_OUT = (
@@ -201,11 +203,15 @@ def _in_loss_fn(node: fx.Node) -> bool:
 def _summands(twins: Twins, result: fx.Node) -> list[Summand]:
     """Take a scalar apart."""
     found: list[Summand] = []
+    place = {node: at for at, node in enumerate(twins.one.recorder.graph.nodes)}
     todo: list[tuple[fx.Node, tuple[Scaling, ...]]] = [(result, ())]
     while todo:
         node, outer = todo.pop()
         name = spoken(node)
         parts = [part for part in node.args if isinstance(part, fx.Node)]
+        if any(_is_written_between(twins, part, node, place) for part in parts):
+            found.append(Summand(node, outer))  # it takes another value than the part was made with
+            continue
         adds = name in ("add", "iadd", "add_") and "alpha" not in node.kwargs and len(node.args) == 2
         two = (
             len(parts) == 2
@@ -231,6 +237,17 @@ def _summands(twins: Twins, result: fx.Node) -> list[Summand]:
             else:
                 todo.append((inner, (Scaling(node, inner), *outer)))
     return [Summand(result)] if len(found) == 1 else found
+
+
+def _writers(twins: Twins, node: fx.Node) -> Sequence[fx.Node]:
+    """Give the calls that write to what holds a node's value."""
+    storage = find_storage(twins.one.recorder.storages, node)
+    return storage.writers if storage is not None else ()
+
+
+def _is_written_between(twins: Twins, part: fx.Node, reader: fx.Node, place: Mapping[fx.Node, int]) -> bool:
+    """Whether another call writes to a value, by one of its names, before a call that reads it."""
+    return any(place[part] < place[each] < place[reader] for each in _writers(twins, part) if each in place)
 
 
 def _scaled(twins: Twins, node: fx.Node, name: str) -> fx.Node | None:
@@ -259,9 +276,14 @@ def _is_same_everywhere(twins: Twins, factor: object) -> bool:
 
 
 def _scaled_copy(twins: Twins, summand: Summand) -> fx.Node:
-    """Apply what is done to several summands to one of them."""
+    """Apply what is done to several summands to one of them: to a copy of its own, of which others may write to it."""
     graph = twins.one.recorder.graph
     value = summand.node
+    if any(each is not value for each in _writers(twins, value)):
+        with graph.inserting_after(value):
+            value = graph.call_method("clone", (summand.node,))
+        own = replace(info(summand.node), **_ALONE)
+        set_info(value, replace(own, after=(), reads=(summand.node,), made=(), flows=None, part_of=None, counts=None))
     for scaling in summand.outer:
         order = {node: place for place, node in enumerate(graph.nodes)}
         with graph.inserting_after(max((scaling.node, value), key=order.__getitem__)):
@@ -269,7 +291,11 @@ def _scaled_copy(twins: Twins, summand: Summand) -> fx.Node:
                 copy = graph.call_function(torch.neg, (value,))
             else:
                 copy = graph.node_copy(scaling.node, functools.partial(_swapped, {scaling.through: value}))
-        set_info(copy, replace(info(scaling.node)))
+                copy.target = _OUT_OF_PLACE.get(spoken(copy), copy.target)
+                copy.op = "call_function" if callable(copy.target) else copy.op
+        others = {writer for each in scaling.factors for writer in _writers(twins, each)}
+        after = tuple(each for each in info(scaling.node).after if each in others)
+        set_info(copy, replace(info(scaling.node), **_ALONE, after=after))
         value = copy
     return value
 
@@ -284,6 +310,9 @@ def _is_number(twins: Twins, node: fx.Node) -> bool:
     return meta is not None and meta.numel == 1 and twins.is_constant(node)
 
 
+_ALONE: dict[str, Any] = {"writes": (), "before": (), "where": "", "storage": None}
+"""What a copy does not have of a call that writes: it makes a value of its own."""
+_OUT_OF_PLACE = {"imul": operator.mul, "mul_": torch.mul, "itruediv": operator.truediv, "div_": torch.div}
 _UNARY = frozenset(
     {"to", "float", "double", "half", "bfloat16", "clone", "squeeze", "view", "reshape", "neg", "type_as"}
 )

@@ -20,6 +20,7 @@ from fxpipe.capture.graph.tail import Tail, TailProgram, find_tail
 from fxpipe.capture.graph.twins import Twins, spoken, tensor_of
 from fxpipe.capture.model.preserve import random_states
 from fxpipe.capture.record.node import info
+from fxpipe.capture.record.recorder import find_storage
 
 MOST_ELEMENTS = 1 << 21
 """Elements of all values of one run: with their gradients and three microbatches, 64 MB in float64."""
@@ -214,16 +215,28 @@ class Proof:
                 runs = []
                 continue
             runs = telling or runs
-            for candidate in candidates(self.tail):
-                found = [self._holds(candidate, run) for run in runs]
-                if False not in found and found.count(True) >= max(2, found.count(None)):
-                    return Verdict(candidate)
+            if not all(self._is_apart(node, run) for node in self.tail.drawn for run in runs):
+                return Verdict(coupling=self.coupling(runs))
+            try:
+                found = self._found(runs)
+            except RuntimeError as error:  # of a backward: what it needs was written to, say
+                return Verdict(reason=f"its backward failed: {error}".split("\n")[0])
+            if found is not None:
+                return Verdict(found)
             if kind.major and _has_turns(self.tail):
                 continue  # rows may come before samples: that order is tried next
             return Verdict(coupling=self.coupling(runs))
         if runs:
             return Verdict(coupling=self.coupling(runs))
         return Verdict(reason=failed)
+
+    def _found(self, runs: Sequence[Run]) -> Candidate | None:
+        """Give the first of the candidates under which the microbatches of all batches add up."""
+        for candidate in candidates(self.tail):
+            held = [self._holds(candidate, run) for run in runs]
+            if False not in held and held.count(True) >= max(2, held.count(None)):
+                return candidate
+        return None
 
     def runs(self, kind: Kind) -> Iterator[Run]:
         """Run several batches, whole and split; those whose value is no number, or that take another path, are out."""
@@ -262,6 +275,7 @@ class Proof:
     def _value(self, env: Mapping[fx.Node, Any], samples: int) -> torch.Tensor:
         """Give the summand as it stands in the loss."""
         value = env[self.summand.node]
+        value = value.clone() if self.summand.outer else value  # what scales it may do so in place
         for each in self.summand.outer:
             if each.zero is not None:
                 value = -value
@@ -336,22 +350,35 @@ class Proof:
         run = runs[0]
         tried = candidates(self.tail)
         for node in self.tail.nodes:
+            if self._is_written_later(node):
+                continue  # its value is what the last of those calls made of it
             value = run.whole[node]
-            parts = [env[node] for env in run.parts]
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                 continue
             if node in twins.structure.derived and node is not self.summand.node:
                 continue
-            at = twins.sample_dim(node)
-            if at is not None:
-                joined = self.given.joined(node, parts) if all(p.dim() > at for p in parts) else None
-                if joined is None or not _close(joined.nan_to_num(), value.nan_to_num(), [value.nan_to_num()]):
+            if twins.sample_dim(node) is not None:
+                if not self._is_apart(node, run):
                     return node
             elif not twins.is_constant(node) or not any(
                 self._explains(candidate, each, node) for candidate in tried for each in [run]
             ):
                 return node
         return self.summand.node
+
+    def _is_apart(self, node: fx.Node, run: Run) -> bool:
+        """Whether a value of the batch is its microbatches' side by side."""
+        at = self.tail.twins.sample_dim(node)
+        value, parts = run.whole[node], [env[node] for env in run.parts]
+        if at is None:
+            return True
+        joined = self.given.joined(node, parts) if all(part.dim() > at for part in parts) else None
+        return joined is not None and _close(joined.nan_to_num(), value.nan_to_num(), [value.nan_to_num()])
+
+    def _is_written_later(self, node: fx.Node) -> bool:
+        storage = find_storage(self.tail.twins.one.recorder.storages, node)
+        writers = set(storage.writers) if storage is not None else set()
+        return any(each in writers for each in self.tail.nodes[self.tail.nodes.index(node) + 1 :])
 
     def _explains(self, candidate: Candidate, run: Run, node: fx.Node) -> bool:
         shares = self._shares(candidate, run)

@@ -43,6 +43,8 @@ class Tail:
         sources: What they are given: inputs, weights, constants, and what the blocks hand out.
         opaque: Those of the sources that come out of the model and have no dimension of samples.
         reads: Nodes whose values Python read, and which say something of the same inputs, with the answer.
+        drawn: What random numbers are drawn with outside of blocks (logits, what dropout is given): what is drawn is
+            one of the sources, so of these it is seen by themselves whether they couple samples.
     """
 
     twins: Twins
@@ -51,6 +53,7 @@ class Tail:
     sources: tuple[fx.Node, ...]
     opaque: tuple[fx.Node, ...]
     reads: tuple[tuple[fx.Node, Any], ...]
+    drawn: tuple[fx.Node, ...] = ()
 
     @property
     def steps_over_nan(self) -> bool:
@@ -84,6 +87,7 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
     """
     given: set[fx.Node] = set()
     opaque: set[fx.Node] = set()
+    drawn: dict[fx.Node, None] = {}
 
     def follow(node: fx.Node) -> Sequence[fx.Node]:
         if node.op in ("placeholder", "get_attr"):
@@ -92,6 +96,9 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
             given.add(node)
             if twins.sample_dim(node) is None:
                 opaque.add(node)
+            before = _drawn_with(node)
+            drawn.update(dict.fromkeys(before))
+            return before
         else:
             return sources(node)
         return ()
@@ -108,7 +115,7 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
     calls = tuple(node for node in ordered if node not in given)
     starts = tuple(node for node in ordered if node in given)
     reads = tuple((node, answer) for node, answer, _ in related)
-    tail = Tail(twins, result, calls, starts, tuple(node for node in starts if node in opaque), reads)
+    tail = Tail(twins, result, calls, starts, tuple(node for node in starts if node in opaque), reads, tuple(drawn))
     _check_reads(tail, related)
     return tail
 
@@ -138,7 +145,13 @@ def is_handed_out(twins: Twins, node: fx.Node) -> bool:
         is_criterion = meta.numel == 1 and is_builtin(module)
         return grows or not is_criterion
     known = info(node)
-    return grows and (known.position is not None or bool(known.writes) or bool(known.block))
+    return grows and (known.position is not None or bool(known.block) or _writes_to_model(twins, node))
+
+
+def _writes_to_model(twins: Twins, node: fx.Node) -> bool:
+    """Whether a call writes to a parameter or buffer: to what outlasts the forward."""
+    storages = twins.one.recorder.storages
+    return any(each.op == "get_attr" for key in info(node).writes for each in storages[key].aliases)
 
 
 def is_of_model(twins: Twins, node: fx.Node) -> bool:
@@ -152,6 +165,16 @@ def is_of_model(twins: Twins, node: fx.Node) -> bool:
 def _draws(node: fx.Node) -> bool:
     frame = info(node).frame
     return frame is not None and bool(frame.drew or frame.inside)
+
+
+def _drawn_with(node: fx.Node) -> list[fx.Node]:
+    """Give the values that a call outside of blocks draws random numbers with; not what it takes a shape of."""
+    known = info(node)
+    name = spoken(node)
+    if known.position is None or known.block or name.endswith("_like"):
+        return []
+    overwrites = name.endswith("_") and "dropout" not in name
+    return [each for each in node.all_input_nodes if not (overwrites and each is node.args[0]) and info(each).tensor]
 
 
 def inputs_of(node: fx.Node) -> set[fx.Node]:
@@ -177,6 +200,7 @@ class TailProgram:
     _calls: list[tuple[fx.Node, Any, Any]] = field(default_factory=list)
     _selected: set[tuple[int, int]] = field(default_factory=set)
     _answers: dict[Any, fx.Node] = field(default_factory=dict)
+    _writes: bool = False
 
     def __post_init__(self) -> None:
         self._selected = set(self._selected_sizes())
@@ -184,6 +208,7 @@ class TailProgram:
             if not isinstance(one, bool) and isinstance(one, int | float):
                 self._answers.setdefault((one, two), node)
         self._calls = [(node, *self._prepared(node)) for node in self.tail.nodes]
+        self._writes = any(info(node).writes for node in self.tail.nodes)
 
     def _prepared(self, node: fx.Node) -> tuple[Any, Any]:
         """Give the arguments of a call, numbers that change with the samples marked."""
@@ -233,7 +258,7 @@ class TailProgram:
         Raises:
             Unsuited: A shape is another than expected: sizes that were renamed have more than one meaning.
         """
-        env = {node: value.clone() if _is_leaf(value) else value for node, value in values.items()}
+        env = {node: value.clone() if _is_leaf(value) or self._writes else value for node, value in values.items()}
         twins = self.tail.twins
         data_dependent: set[fx.Node] = set()
         for node, args, kwargs in self._calls:

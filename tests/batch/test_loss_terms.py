@@ -1,0 +1,162 @@
+"""Losses put together in place, and what couples samples before random numbers are drawn: right, or refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from losses import SAMPLES, Chain, Loss, check_equal, compiled, entropy, inputs, per_token, sequence
+
+import fxpipe
+
+
+def square(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return F.mse_loss(o, t["real"])
+
+
+def check(loss: Loss) -> None:
+    """A step in equal microbatches, and one in unequal ones of other values, give what the batch does."""
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    target = {key: value for key, value in sequence().items() if key in ("labels", "clean", "real", "weights", "mask")}
+    with compiled(model, loss, inputs(), target).materialize(device="cpu") as pipe:
+        for seed, cuts in ((1, ()), (7, (5, 1, 2))):
+            x = inputs(seed)
+            plain.zero_grad()
+            pipe.zero_grad()
+            wanted = loss(plain(x), target)
+            wanted.backward()
+            if not cuts:
+                check_equal(pipe, plain, pipe.step(x, target=target), wanted.detach())
+                continue
+            split = zip(x.split(cuts), *(value.split(cuts) for value in target.values()), strict=True)
+            parts = [((part,), {}, dict(zip(target, rest, strict=True))) for part, *rest in split]
+            check_equal(pipe, plain, pipe.step(microbatches=parts), wanted.detach())
+
+
+def added(o: torch.Tensor, t: Any) -> torch.Tensor:
+    loss = square(o, t)
+    loss += entropy(o, t)
+    return loss / 2
+
+
+def scaled(o: torch.Tensor, t: Any) -> torch.Tensor:
+    loss = square(o, t)
+    loss *= 0.3
+    loss += entropy(o, t)
+    loss *= 2
+    loss -= 0.1 * o.abs().mean()
+    loss /= 3
+    return loss
+
+
+def named_twice(o: torch.Tensor, t: Any) -> torch.Tensor:
+    first = loss = square(o, t)
+    loss += entropy(o, t)
+    return loss + 0.1 * first
+
+
+def kept_before(o: torch.Tensor, t: Any) -> torch.Tensor:
+    loss = square(o, t)
+    logged = loss.detach() + 0
+    loss += entropy(o, t)
+    return loss + logged
+
+
+def saved_by_its_backward(o: torch.Tensor, t: Any) -> torch.Tensor:
+    loss = o.square().mean((1, 2)).sqrt().mean() + entropy(o, t)
+    loss /= 2
+    return loss
+
+
+def masked(o: torch.Tensor, t: Any) -> torch.Tensor:
+    each = per_token(o, t)
+    each *= t["weights"]
+    return each.sum() / t["weights"].sum()
+
+
+def within_the_sample(o: torch.Tensor, t: Any) -> torch.Tensor:
+    x = o.clone()
+    x[:, 1:] = o[:, :-1]
+    x -= x.mean(1, keepdim=True)
+    return F.mse_loss(x, t["real"])
+
+
+@pytest.mark.parametrize(
+    "loss", [added, scaled, named_twice, kept_before, saved_by_its_backward, masked, within_the_sample]
+)
+def test_a_loss_that_is_put_together_in_place_is_that_of_the_batch(loss: Loss) -> None:
+    check(loss)
+
+
+def shares_of_the_batch(o: torch.Tensor, t: Any) -> torch.Tensor:
+    with torch.no_grad():
+        share = (o[:, 0] / 0.5).exp().T
+        share /= share.sum()
+    return -(share.T * o[:, 1].log_softmax(-1)).sum(-1).mean()
+
+
+def centred(o: torch.Tensor, t: Any) -> torch.Tensor:
+    x = o.clone()
+    x.sub_(x.mean(0))
+    return x.square().mean()
+
+
+def written_through_a_view(o: torch.Tensor, t: Any) -> torch.Tensor:
+    loss = square(o, t)
+    other = loss.view(())
+    other += entropy(o, t)
+    return other + 0.1 * loss
+
+
+def dropped_out(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return F.mse_loss(F.dropout(o.softmax(0), 0.5), t["real"])
+
+
+def sampled(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return (F.gumbel_softmax(o - o.mean(0)) * t["real"]).mean()
+
+
+def drawn_in_the_batch(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return (torch.bernoulli((o / o.norm()).sigmoid()) * o).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "call"),
+    [
+        (shares_of_the_batch, "div_"),
+        (centred, "sub_"),
+        (written_through_a_view, "add_"),
+        (dropped_out, "softmax"),
+        (sampled, "sub"),
+        (drawn_in_the_batch, "norm"),
+    ],
+)
+def test_what_is_written_in_place_or_drawn_afterwards_couples_samples_all_the_same(loss: Loss, call: str) -> None:
+    with pytest.raises(fxpipe.CaptureError, match=rf"^{call} \(loss\.\w+\) couples the samples of a batch"):
+        compiled(Chain(), loss, inputs(), sequence())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: F.mse_loss(F.dropout(o, 0.5), t["real"]),
+        lambda o, t: F.mse_loss(o + o.exp() * torch.randn_like(o), t["real"]),
+        lambda o, t: (F.gumbel_softmax(o) * t["real"]).mean(),
+        lambda o, t: (per_token(o, t) * (torch.rand(len(o), 5) < 0.5)).mean(),
+    ],
+)
+def test_what_is_drawn_for_each_sample_couples_none(loss: Loss) -> None:
+    assert "loss: a mean over samples" in str(compiled(Chain(), loss, inputs(), sequence(), microbatches=SAMPLES // 2))
+
+
+def test_a_loss_whose_backward_fails_is_refused_by_what_torch_says() -> None:
+    def overwritten(o: torch.Tensor, t: Any) -> torch.Tensor:
+        return F.nll_loss(o.softmax(-1).log_().transpose(1, 2), t["clean"])
+
+    with pytest.raises(fxpipe.CaptureError, match="cannot be tried: its backward failed: one of the variables needed"):
+        compiled(Chain(), overwritten, inputs(), sequence())
