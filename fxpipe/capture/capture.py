@@ -17,11 +17,10 @@ from fxpipe.capture.calls.counting import LayerCounter
 from fxpipe.capture.calls.values import tensors_in
 from fxpipe.capture.cut.stage_graphs import Holders, make_program
 from fxpipe.capture.failed import failed_forward
-from fxpipe.capture.graph.growth import output_dims
 from fxpipe.capture.graph.layers import make_layer_graph
 from fxpipe.capture.graph.loss import WAY_OUT, Loss, Term, describe_terms, find_loss_terms, given_terms, loss_terms
 from fxpipe.capture.graph.reading import Read, read_again
-from fxpipe.capture.graph.sizes import Unsuited
+from fxpipe.capture.graph.sizes import Unsuited, output_dims
 from fxpipe.capture.graph.structure import Structure, computation_of, expressions_of, make_structure
 from fxpipe.capture.graph.symbolic import Symbolic
 from fxpipe.capture.graph.trace import trace_layers

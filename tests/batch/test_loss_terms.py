@@ -18,24 +18,14 @@ def square(o: torch.Tensor, t: Any) -> torch.Tensor:
 
 
 def check(loss: Loss) -> None:
-    """A step in equal microbatches, and one in unequal ones of other values, give what the batch does."""
     torch.manual_seed(0)
     model = Chain()
     plain = copy.deepcopy(model)
-    target = {key: value for key, value in sequence().items() if key in ("labels", "clean", "real", "weights", "mask")}
+    target = {key: value for key, value in sequence().items() if key in ("labels", "clean", "real", "weights")}
     with compiled(model, loss, inputs(), target).materialize(device="cpu") as pipe:
-        for seed, cuts in ((1, ()), (7, (5, 1, 2))):
-            x = inputs(seed)
-            plain.zero_grad()
-            pipe.zero_grad()
-            wanted = loss(plain(x), target)
-            wanted.backward()
-            if not cuts:
-                check_equal(pipe, plain, pipe.step(x, target=target), wanted.detach())
-                continue
-            split = zip(x.split(cuts), *(value.split(cuts) for value in target.values()), strict=True)
-            parts = [((part,), {}, dict(zip(target, rest, strict=True))) for part, *rest in split]
-            check_equal(pipe, plain, pipe.step(microbatches=parts), wanted.detach())
+        wanted = loss(plain(inputs(7)), target)
+        wanted.backward()
+        check_equal(pipe, plain, pipe.step(inputs(7), target=target), wanted.detach())
 
 
 def added(o: torch.Tensor, t: Any) -> torch.Tensor:
@@ -160,3 +150,49 @@ def test_a_loss_whose_backward_fails_is_refused_by_what_torch_says() -> None:
 
     with pytest.raises(fxpipe.CaptureError, match="cannot be tried: its backward failed: one of the variables needed"):
         compiled(Chain(), overwritten, inputs(), sequence())
+
+
+def one_after_the_other(o: torch.Tensor, t: Any) -> torch.Tensor:
+    each = [F.cross_entropy(*sample) for sample in zip(o, t["clean"], strict=True)]
+    return (torch.stack(each).mean() - 0.1).abs()
+
+
+class Logits(Chain):
+    """Reaches any logits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 20
+
+
+@pytest.mark.parametrize(
+    ("loss", "call"),
+    [
+        (lambda o, t: (entropy(o, t) - 0.1).abs() + 0.1, "abs"),
+        (lambda o, t: entropy(o, t).clamp(max=1.5) + square(o, t), "clamp"),
+        (lambda o, t: torch.maximum(entropy(o, t), entropy(o, t).new_tensor(0.2)), "maximum"),
+        (lambda o, t: (F.binary_cross_entropy_with_logits(o, t["bits"]) - 0.05).relu(), "relu"),
+        (lambda o, t: (0.5 * (o.square() + o.exp() - 1 - o)).mean((0, 1)).clamp(min=0.2).sum(), "clamp"),
+        (one_after_the_other, ""),
+    ],
+    ids=["flooded", "from above", "from below", "hinge", "free bits", "one after the other"],
+)
+def test_a_bound_on_a_mean_that_a_trained_model_reaches_is_seen(loss: Loss, call: str) -> None:
+    with pytest.raises(fxpipe.CaptureError, match=rf"^{call or '.*'} \(loss\.\w+\) couples the samples of a batch"):
+        compiled(Logits(), loss, inputs(), sequence())
+
+
+def test_a_sum_over_more_than_is_counted_is_weighed_by_what_is() -> None:
+    def soft_targets(o: torch.Tensor, t: Any) -> torch.Tensor:
+        quality = t["probabilities"] * t["mask"][..., None]
+        return F.binary_cross_entropy_with_logits(o, quality, reduction="none").sum() / (quality > 0).sum()
+
+    target = {"probabilities": sequence()["probabilities"], "mask": torch.arange(5)[None] < torch.arange(1, 9)[:, None]}
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    with compiled(model, soft_targets, inputs(), target).materialize(device="cpu") as pipe:
+        wanted = soft_targets(plain(inputs()), target)
+        wanted.backward()
+        check_equal(pipe, plain, pipe.step(inputs(), target=target), wanted.detach())
+        with pytest.raises(fxpipe.ScheduleError, match="though nothing in it counts"):
+            pipe.step(inputs(), target={**target, "mask": target["mask"] & (torch.arange(8) > 3)[:, None]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +211,16 @@ class Given:
         turns = [torch.unflatten(piece, at, (-1, self.rows)) for piece in pieces]
         return torch.cat(turns, at + 1).flatten(at, at + 1)
 
+    def parted(self, node: fx.Node, value: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Take what ``joined`` puts together apart again; of what has a dimension of samples."""
+        at, shapes = self.tail.twins.sample_dim(node), self.tail.twins.growing(node)
+        assert at is not None
+        assert shapes is not None
+        if self._major or shapes[0][at] == self.tail.twins.samples:
+            return value.chunk(PARTS, at)
+        turns = torch.unflatten(value, at, (-1, PARTS * self.rows)).chunk(PARTS, at + 1)
+        return [each.flatten(at, at + 1) for each in turns]
+
     def _one(
         self, node: fx.Node, shape: Sequence[int], kind: Kind, hiding: _Hiding, generator: torch.Generator
     ) -> torch.Tensor:
@@ -367,6 +377,28 @@ class Given:
             raise Unsuited("it reads a constant that depends on the number of samples")
         found = value.detach().cpu()[tuple(slice(int(self.sizes.rename(size))) for size in value.shape)]
         return found.double() if found.is_floating_point() else found.clone()
+
+
+def kinds_of(tail: Tail, asked: bool) -> Iterator[Kind]:
+    """Yield the kinds of values to try, the likeliest first."""
+    inputs = [n for n in tail.sources if n.op == "placeholder" and info(n).number is None]
+    has_integers = any("float" not in tensor_of(n).dtype for n in inputs) or asked
+    for masks in (True, False):
+        for integers in INTEGERS if has_integers else INTEGERS[:1]:
+            for floats in FLOATS:
+                yield Kind(floats, integers, masks)
+                if has_turns(tail):
+                    yield Kind(floats, integers, masks, major=False)
+
+
+def has_turns(tail: Tail) -> bool:
+    """Whether some value has several rows for each sample."""
+    twins = tail.twins
+    for node in tail.sources:
+        at, shapes = twins.sample_dim(node), twins.growing(node)
+        if at is not None and shapes is not None and shapes[0][at] != twins.samples:
+            return True
+    return False
 
 
 def _varied(number: float, trial: int) -> float:

@@ -17,6 +17,7 @@ from torch import fx
 from fxpipe._torch import FakeTensor
 from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.calls.reads import answer_of
+from fxpipe.capture.graph.driven import DRIVEN
 from fxpipe.capture.graph.given import PARTS, Kind, Values
 from fxpipe.capture.graph.proof import MOST_ELEMENTS, Proof, Run, Summand, Verdict, tried_quietly
 from fxpipe.capture.graph.sizes import Sizes, Unsuited
@@ -113,9 +114,9 @@ class _Loops(Proof):
     def runs(self, kind: Kind) -> Iterator[Run]:
         """Run several batches, each whole as it was recorded, and split."""
         self._parts.program.floats = self._whole.program.floats = kind.floats
-        for trial in range(self.given.trials):
-            whole, parts = self.given.make(kind, trial)
+        for trial in range(self.given.trials + DRIVEN):
             try:
+                whole, parts = self._values(kind, trial)
                 envs = [self._parts.run(part) for part in parts]
                 found = self._whole.run({self._thrice[node]: value for node, value in whole.items()})
             except Unsuited:
@@ -124,11 +125,17 @@ class _Loops(Proof):
                 if trial == 0:
                     raise
                 continue
-            done = {mine: found[theirs] for mine, theirs in self._thrice.items() if theirs in found}
-            done[self.summand.node] = found[self._whole.tail.result]
+            done = self._as_mine(found)
             same = self._whole.takes_path(found) and all(map(self._parts.takes_path, envs))
             if same and math.isfinite(float(done[self.summand.node].detach())):
                 yield Run((whole, parts), done, envs)
+
+    def _as_mine(self, found: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        done = {mine: found[theirs] for mine, theirs in self._thrice.items() if theirs in found}
+        return {**done, self.summand.node: found[self._whole.tail.result]}
+
+    def _run_whole(self, whole: Values) -> dict[fx.Node, Any]:
+        return self._as_mine(self._whole.run({self._thrice[node]: value for node, value in whole.items()}))
 
     def coupling(self, runs: Sequence[Run]) -> fx.Node | None:
         """Give the loss: which call couples samples is not told."""

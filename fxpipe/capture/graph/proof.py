@@ -14,7 +14,8 @@ from torch import fx
 
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.graph.counts import Candidate, candidates
-from fxpipe.capture.graph.given import FLOATS, INTEGERS, PARTS, Given, Kind, Values
+from fxpipe.capture.graph.driven import DRIVEN, driven
+from fxpipe.capture.graph.given import PARTS, Given, Kind, Values, has_turns, kinds_of
 from fxpipe.capture.graph.sizes import KEPT, Sizes, Unsuited, small_sizes
 from fxpipe.capture.graph.tail import Tail, TailProgram, find_tail
 from fxpipe.capture.graph.twins import Twins, spoken, tensor_of
@@ -194,7 +195,7 @@ class Proof:
         """Try what may weigh the microbatches on several batches."""
         failed = "it could not be run on small values"
         runs: list[Run] = []
-        kinds = list(_kinds(self.tail, self.given.asked))
+        kinds = list(kinds_of(self.tail, self.given.asked))
         while kinds:
             kind = kinds.pop(0)
             try:
@@ -223,7 +224,7 @@ class Proof:
                 return Verdict(reason=f"its backward failed: {error}".split("\n")[0])
             if found is not None:
                 return Verdict(found)
-            if kind.major and _has_turns(self.tail):
+            if kind.major and has_turns(self.tail):
                 continue  # rows may come before samples: that order is tried next
             return Verdict(coupling=self.coupling(runs))
         if runs:
@@ -234,17 +235,17 @@ class Proof:
         """Give the first of the candidates under which the microbatches of all batches add up."""
         for candidate in candidates(self.tail):
             held = [self._holds(candidate, run) for run in runs]
-            if False not in held and held.count(True) >= max(2, held.count(None)):
+            if False not in held and held.count(True) >= max(2, held.count(None) / 2):
                 return candidate
         return None
 
     def runs(self, kind: Kind) -> Iterator[Run]:
         """Run several batches, whole and split; those whose value is no number, or that take another path, are out."""
         self.program.floats = kind.floats
-        for trial in range(self.given.trials):
-            whole, parts = self.given.make(kind, trial)
+        for trial in range(self.given.trials + DRIVEN):
             try:
-                done = self.program.run(whole, PARTS * self.rows)
+                whole, parts = self._values(kind, trial)
+                done = self._run_whole(whole)
                 run = Run((whole, parts), done, [self.program.run(part, self.rows) for part in parts])
             except Unsuited:
                 raise
@@ -254,6 +255,26 @@ class Proof:
                 continue
             if self._same_path(run) and math.isfinite(float(self._value(run.whole, PARTS * self.rows).detach())):
                 yield run
+
+    def _values(self, kind: Kind, trial: int) -> tuple[Values, list[Values]]:
+        """Give random values; in the last trials those of a trained model."""
+        which = trial - self.given.trials
+        return self.given.make(kind, trial) if which < 0 else driven(self.given, kind, which, self._slope)
+
+    def _slope(self, whole: Values) -> dict[fx.Node, torch.Tensor]:
+        """Give the gradients of what all samples of a batch are first reduced to."""
+        env, twins = self._run_whole(whole), self.tail.twins
+        leaves = [node for node, value in whole.items() if _is_leaf(value) and twins.sample_dim(node) is not None]
+        reduced = (env[node] for node in self.tail.nodes if node in env and twins.is_constant(node))
+        for value in filter(_is_leaf, reduced):
+            found = dict(zip(leaves, _gradients(value.sum(), [whole[node] for node in leaves]), strict=True))
+            parts = zip(*(self.given.parted(*each) for each in found.items()), strict=True)
+            if all(any(bool(own.any()) for own in part) for part in parts):
+                return found
+        return {}
+
+    def _run_whole(self, whole: Values) -> dict[fx.Node, Any]:
+        return self.program.run(whole, PARTS * self.rows)
 
     @property
     def _depends(self) -> bool:
@@ -347,21 +368,21 @@ class Proof:
         What has several dimensions that grow, or none but a nonlinear origin, couples samples.
         """
         twins = self.tail.twins
-        run = runs[0]
+        told = (runs[0], *runs[-DRIVEN:])
         tried = candidates(self.tail)
         for node in self.tail.nodes:
             if self._is_written_later(node):
                 continue  # its value is what the last of those calls made of it
-            value = run.whole[node]
+            value = runs[0].whole[node]
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                 continue
             if node in twins.structure.derived and node is not self.summand.node:
                 continue
             if twins.sample_dim(node) is not None:
-                if not self._is_apart(node, run):
+                if not all(self._is_apart(node, run) for run in told):
                     return node
             elif not twins.is_constant(node) or not any(
-                self._explains(candidate, each, node) for candidate in tried for each in [run]
+                all(self._explains(candidate, run, node) for run in told) for candidate in tried
             ):
                 return node
         return self.summand.node
@@ -387,28 +408,6 @@ class Proof:
             return False
         weighed = [part * share for part, share in zip(parts, shares, strict=True) if share]
         return _close(sum(weighed, torch.zeros(())), run.whole[node], [*weighed, run.whole[node]])
-
-
-def _kinds(tail: Tail, asked: bool) -> Iterator[Kind]:
-    """Yield the kinds of values to try, the likeliest first."""
-    inputs = [n for n in tail.sources if n.op == "placeholder" and info(n).number is None]
-    has_integers = any("float" not in tensor_of(n).dtype for n in inputs) or asked
-    for masks in (True, False):
-        for integers in INTEGERS if has_integers else INTEGERS[:1]:
-            for floats in FLOATS:
-                yield Kind(floats, integers, masks)
-                if _has_turns(tail):
-                    yield Kind(floats, integers, masks, major=False)
-
-
-def _has_turns(tail: Tail) -> bool:
-    """Whether some value has several rows for each sample."""
-    twins = tail.twins
-    for node in tail.sources:
-        at, shapes = twins.sample_dim(node), twins.growing(node)
-        if at is not None and shapes is not None and shapes[0][at] != twins.samples:
-            return True
-    return False
 
 
 def _is_leaf(value: Any) -> bool:
