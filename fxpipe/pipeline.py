@@ -27,6 +27,7 @@ from fxpipe.report.sources import with_sources
 from fxpipe.report.table import render
 from fxpipe.report.terminal import terminal
 from fxpipe.runtime.build.state import full_state, load_state, own_state
+from fxpipe.runtime.ranks.modes import switch
 from fxpipe.runtime.ranks.place import is_first
 from fxpipe.runtime.run.optimizer import (
     check_kept,
@@ -339,11 +340,9 @@ class Pipeline:
         yield from self._materialized().named(nn.Module.named_buffers)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch every module to training mode, or with False to evaluation."""
-        self._source.capture.skeleton.module.train(mode)
+        """Switch every module to training mode, or with False to evaluation, as the model's own ``train`` does."""
+        switch(self._source.capture.skeleton.module, self._running.stages if self._running is not None else (), mode)
         self._trainer.variants.mode_changed()
-        for stage in self._running.stages if self._running is not None else ():
-            stage.train(mode)
         return self
 
     def eval(self) -> Self:

@@ -399,9 +399,13 @@ def _moved(batch: Microbatch, device: torch.device) -> Microbatch:
 
 @contextmanager
 def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Switch a module to evaluation, and every part of it back to the mode it was in."""
+    """Switch a module to evaluation, and every part of it back to the mode it was in.
+
+    By its flags alone: ``eval`` may do more (adapters that are merged into the weights), which no flag undoes.
+    """
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    for part, _ in modes:
+        part.training = False
     try:
         yield
     finally:

@@ -127,3 +127,43 @@ def test_functions_on_weights_infer_and_evaluate():
     with fxpipe.compile(model, 2, (x,), {"target": x}, **options).materialize(device="cpu") as pipe, torch.no_grad():
         torch.testing.assert_close(pipe.infer(x), model(x))
         torch.testing.assert_close(pipe.evaluate(x, target=x), F.mse_loss(model(x), x))
+
+
+class Kept(modes.Block):
+    """Keeps its statistics, as a backbone that is fine-tuned does, and its first layer frozen."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        self.drop.eval()
+        self.training = False
+        if mode:
+            self.first.requires_grad_(False)
+        return self
+
+
+class KeptTower(modes.Tower):
+    def train(self, mode=True):
+        super().train(mode)
+        self.blocks[2].eval()
+        return self
+
+
+@pytest.mark.parametrize("stages", [1, 3, 7])
+def test_the_model_s_own_train_counts(stages):
+    model = modes.tower()
+    modes.quiet(model.named_modules())
+    model.__class__ = KeptTower
+    for block in model.blocks[:2]:
+        block.__class__ = Kept
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "GPipe", "grain": "op"}
+    with fxpipe.compile(model, stages, (modes.X,), {"target": modes.TARGET}, **options).materialize("cpu") as pipe:
+        pipe.train()
+        model.train()
+        parts = [named for part in (*pipe.stage_modules, model) for named in part.named_modules()]
+        assert not any(part.training for fqn, part in parts if fqn in ("blocks.0.norm", "blocks.2", "blocks.2.drop"))
+        modes.quiet(named for named in parts if named[0].startswith("blocks.3"))
+        modes.check(pipe, model)
+        pipe.eval()
+        model.eval()
+        modes.check(pipe, model)

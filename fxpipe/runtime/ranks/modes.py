@@ -9,6 +9,30 @@ from torch import nn
 from fxpipe.runtime.ranks.groups import Groups
 
 
+def switch(model: nn.Module, stages: Iterable[nn.Module], mode: bool) -> None:
+    """Switch the model and this rank's stages as ``model.train(mode)`` does, whatever the model's own method does.
+
+    Models keep parts in evaluation there (the statistics of a backbone), or freeze them: a stage has no such method of
+    the model, nor of a module that a cut goes through, so that it takes what the model's has left.
+
+    Args:
+        model: The model's modules, as they are recorded.
+        stages: This rank's stages; their modules have the model's names.
+        mode: True for training, False for evaluation.
+    """
+    before = {fqn: parameter.requires_grad for fqn, parameter in model.named_parameters(remove_duplicate=False)}
+    model.train(mode)
+    flags = {fqn: part.training for fqn, part in model.named_modules(remove_duplicate=False)}
+    taken = {fqn: parameter.requires_grad for fqn, parameter in model.named_parameters(remove_duplicate=False)}
+    for stage in stages:
+        stage.train(mode)
+        for fqn, part in stage.named_modules(remove_duplicate=False):
+            part.training = flags.get(fqn, part.training)
+        for fqn, parameter in stage.named_parameters(remove_duplicate=False):
+            if fqn in taken and taken[fqn] != before.get(fqn):
+                parameter.requires_grad_(taken[fqn])
+
+
 class Modes:
     """The flags of the modules in this rank's stages, by the model's names, and those that graphs are recorded with.
 
