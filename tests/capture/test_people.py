@@ -308,3 +308,60 @@ def test_what_exchanges_gradients_by_itself_is_refused_by_name(kind, make, lone_
     where = "the model" if type(model).__name__ == name else "2"
     with pytest.raises(fxpipe.CaptureError, match=rf"^{where} is a {name}, .*\n  compile the module inside it"):
         fxpipe.compile(model, 2, (torch.randn(4, 4),), loss_fn=torch.mean)
+
+
+class Experts(nn.Module):
+    """Sends each row to one of its experts: how many each gets only values say."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        chosen, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            (rows,) = torch.where(chosen == number)
+            y = y.index_add(0, rows, expert(x[rows]))
+        return y
+
+
+class Folder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.experts = nn.LayerNorm(6), Experts()
+
+
+class InFolders(nn.Module):
+    """Its blocks are kept in folders, not called: lists, dictionaries and modules without a forward."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(folder() for _ in range(3)), nn.Linear(6, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            norm, experts = layer.children()
+            x = x + experts(norm(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        Folder,
+        lambda: nn.ModuleList([nn.LayerNorm(6), Experts()]),
+        lambda: nn.ModuleDict({"norm": nn.LayerNorm(6), "experts": Experts()}),
+    ],
+)
+def test_what_a_folder_in_a_list_holds_is_a_block(folder):
+    torch.manual_seed(0)
+    model, x = InFolders(folder).double(), torch.randn(6, 6, dtype=torch.float64)
+    assert_trains_as_the_model(model, x)
+
+
+def test_a_module_that_cannot_be_opened_is_named_for_leaves():
+    model, x = nn.Sequential(nn.Linear(6, 6), Experts(), nn.Linear(6, 6)), torch.randn(6, 6)
+    with pytest.raises(fxpipe.CaptureError, match=r"name it in leaves= \(leaves=\[Experts\]"):
+        fxpipe.compile(model, 2, (x,), loss_fn=mean_square, microbatches=2)
+    pipe = fxpipe.compile(model, 2, (x,), loss_fn=mean_square, microbatches=2, leaves=[Experts])
+    assert "1" in [layer for stage in pipe.plan.stages for layer in stage.layers]

@@ -51,8 +51,10 @@ def block_fqns(model: nn.Module) -> tuple[str, ...]:
     return tuple(_walk(model, "", seen))
 
 
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[str]:
+def _walk(module: nn.Module, prefix: str, seen: set[int], *, is_listed: bool = False) -> Iterator[str]:
+    """Yield the blocks below a module; of one that a list repeats and that only holds others, each child is one."""
     repeated = _repeated(module) if isinstance(module, nn.Sequential) else frozenset()
+    is_listed = is_listed or type(module) in _PLAIN_LISTS
     for name, child in module.named_children():
         fqn = f"{prefix}.{name}" if prefix else name
         if id(child) in seen:
@@ -60,15 +62,14 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[str]:
         if type(child) in repeated:
             seen.add(id(child))
             yield fqn
-        elif type(child) in (nn.ModuleList, nn.ModuleDict):
-            for key, block in child.named_children():
-                if _is_folder(block) or (isinstance(block, nn.Sequential) and len(block) > 1):
-                    yield from _walk(block, f"{fqn}.{key}", seen)
-                elif id(block) not in seen:
-                    seen.add(id(block))
-                    yield f"{fqn}.{key}"
+        elif is_listed and _is_folder(child):
+            yield from _walk(child, fqn, seen, is_listed=True)
+        elif is_listed and not (isinstance(child, nn.Sequential) and len(child) > 1):
+            seen.add(id(child))
+            yield fqn
         elif (
             isinstance(child, nn.Sequential)
+            or type(child) in _PLAIN_LISTS
             or _is_folder(child)
             or any(_is_list_of_blocks(part) for part in child.modules())
         ):
@@ -83,6 +84,7 @@ def _is_folder(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward and any(True for _ in module.children())
 
 
+_PLAIN_LISTS = (nn.ModuleList, nn.ModuleDict)
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
