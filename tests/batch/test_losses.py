@@ -265,3 +265,47 @@ def test_a_head_for_selected_targets_weighs_each_microbatch_by_them() -> None:
     with fxpipe.compile(model, 2, (x, labels), microbatches=2).materialize(device="cpu") as pipe:
         for given in (labels, labels.roll(1, 1), labels.flip(0)):
             torch.testing.assert_close(pipe.step(x, given), model(x, given).detach(), rtol=1e-12, atol=0)
+
+
+def drawn_for_samples(output: torch.Tensor, target: Any) -> torch.Tensor:
+    step = torch.randint(0, 20, (len(output),))
+    return (torch.linspace(0.1, 2, 20)[step] * output.square().mean((1, 2))).mean()
+
+
+def sampled(output: torch.Tensor, target: Any) -> torch.Tensor:
+    chosen = torch.multinomial(output.flatten(0, 1).softmax(-1), 2, replacement=True)
+    return output.flatten(0, 1).gather(1, chosen).square().mean()
+
+
+def drawn_for_all(output: torch.Tensor, target: Any) -> torch.Tensor:
+    return (output[..., torch.randperm(output.shape[-1])[:2]] * torch.rand(())).square().mean()
+
+
+def in_another_order(output: torch.Tensor, target: Any) -> torch.Tensor:
+    return (output - output[torch.randperm(len(output))]).square().mean()
+
+
+def of_another_sample(output: torch.Tensor, target: Any) -> torch.Tensor:
+    return (output * output[torch.randint(0, len(output), (len(output),))]).mean()
+
+
+def rarely_counted(output: torch.Tensor, target: Any) -> torch.Tensor:
+    counted = torch.randint(0, 1000, (len(output),)) < 5
+    return (output.square().mean((1, 2)) * counted).sum() / counted.sum().clamp(min=1)
+
+
+@pytest.mark.parametrize("loss", [drawn_for_samples, sampled, drawn_for_all])
+def test_what_is_drawn_for_samples_or_for_all_of_them_couples_none(loss: Loss) -> None:
+    losses = []
+    for stages in (1, 2):
+        torch.manual_seed(0)
+        with fxpipe.compile(Chain(), stages, (inputs(),), {"target": sequence()}, loss_fn=loss, microbatches=4) as pipe:
+            assert "mean over samples" in str(pipe)
+            losses.append(pipe.materialize(device="cpu").step(inputs(), target=sequence()))
+    assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.parametrize("loss", [in_another_order, of_another_sample, rarely_counted])
+def test_what_is_drawn_about_samples_is_refused(loss: Loss) -> None:
+    with pytest.raises(fxpipe.CaptureError, match=r"the microbatches' losses|the losses of microbatches"):
+        fxpipe.compile(Chain(), 2, (inputs(),), {"target": sequence()}, loss_fn=loss, microbatches=4)

@@ -212,10 +212,10 @@ class Given:
         return torch.cat(turns, at + 1).flatten(at, at + 1)
 
     def parted(self, node: fx.Node, value: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Take what ``joined`` puts together apart again; of what has a dimension of samples."""
+        """Take what ``joined`` puts together apart again; each gets all of what has no dimension of samples."""
         at, shapes = self.tail.twins.sample_dim(node), self.tail.twins.growing(node)
-        assert at is not None
-        assert shapes is not None
+        if at is None or shapes is None:
+            return (value,) * PARTS
         if self._major or shapes[0][at] == self.tail.twins.samples:
             return value.chunk(PARTS, at)
         turns = torch.unflatten(value, at, (-1, PARTS * self.rows)).chunk(PARTS, at + 1)

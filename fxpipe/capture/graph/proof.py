@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,6 +158,7 @@ def tried_quietly() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")  # of values that are not the user's own
         torch.set_default_dtype(torch.float64)
+        torch.default_generator.manual_seed(0)
         try:
             yield
         finally:
@@ -246,7 +247,7 @@ class Proof:
             try:
                 whole, parts = self._values(kind, trial)
                 done = self._run_whole(whole)
-                run = Run((whole, parts), done, [self.program.run(part, self.rows) for part in parts])
+                run = Run((whole, parts), done, self._run_parts(parts, done))
             except Unsuited:
                 raise
             except Exception:
@@ -275,6 +276,19 @@ class Proof:
 
     def _run_whole(self, whole: Values) -> dict[fx.Node, Any]:
         return self.program.run(whole, PARTS * self.rows)
+
+    def _run_parts(self, parts: Sequence[Values], whole: Mapping[fx.Node, Any]) -> list[dict[fx.Node, Any]]:
+        """Run the microbatches with what was drawn for the batch: each its samples', or what these share.
+
+        Where that cannot be (an order of the samples, or one of them), each draws for itself.
+        """
+        values = {node: whole[node] for node in self.tail.draws}
+        if values and not any(value.requires_grad for value in values.values()):
+            drawn = zip(*(self.given.parted(node, value) for node, value in values.items()), strict=True)
+            pairs = [(part, dict(zip(values, own, strict=True))) for part, own in zip(parts, drawn, strict=True)]
+            with suppress(IndexError, RuntimeError):
+                return [self.program.run(part, self.rows, own) for part, own in pairs]
+        return [self.program.run(part, self.rows) for part in parts]
 
     @property
     def _depends(self) -> bool:

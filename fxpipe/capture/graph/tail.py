@@ -45,6 +45,8 @@ class Tail:
         reads: Nodes whose values Python read, and which say something of the same inputs, with the answer.
         drawn: What random numbers are drawn with outside of blocks (logits, what dropout is given): what is drawn is
             one of the sources, so of these it is seen by themselves whether they couple samples.
+        draws: Calls among ``nodes`` that draw what is no source (whole numbers, what has no samples): a batch and its
+            microbatches are given the same.
     """
 
     twins: Twins
@@ -54,6 +56,7 @@ class Tail:
     opaque: tuple[fx.Node, ...]
     reads: tuple[tuple[fx.Node, Any], ...]
     drawn: tuple[fx.Node, ...] = ()
+    draws: tuple[fx.Node, ...] = ()
 
     @property
     def steps_over_nan(self) -> bool:
@@ -115,7 +118,10 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
     calls = tuple(node for node in ordered if node not in given)
     starts = tuple(node for node in ordered if node in given)
     reads = tuple((node, answer) for node, answer, _ in related)
-    tail = Tail(twins, result, calls, starts, tuple(node for node in starts if node in opaque), reads, tuple(drawn))
+    draws = _draws_among(calls)
+    drawn.update(dict.fromkeys(each for node in draws for each in _drawn_with(node)))
+    handed = tuple(node for node in starts if node in opaque)
+    tail = Tail(twins, result, calls, starts, handed, reads, tuple(drawn), draws)
     _check_reads(tail, related)
     return tail
 
@@ -165,6 +171,13 @@ def is_of_model(twins: Twins, node: fx.Node) -> bool:
 def _draws(node: fx.Node) -> bool:
     frame = info(node).frame
     return frame is not None and bool(frame.drew or frame.inside)
+
+
+def _draws_among(calls: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Give the calls that draw; none where a mask comes of one: of what it hits rarely a few values do not tell."""
+    draws = [node for node in calls if info(node).position is not None and not info(node).writes]
+    masks = [node for node in calls if getattr(info(node).tensor, "dtype", "") == "bool"]
+    return () if reached(masks).keys() & set(draws) else tuple(draws)
 
 
 def _drawn_with(node: fx.Node) -> list[fx.Node]:
@@ -245,12 +258,15 @@ class TailProgram:
             raise Unsuited("it takes the number of selected elements from a shape; use the mask's sum()")
         return leaf
 
-    def run(self, values: Mapping[fx.Node, Any], samples: int) -> dict[fx.Node, Any]:
+    def run(
+        self, values: Mapping[fx.Node, Any], samples: int, drawn: Mapping[fx.Node, Any] | None = None
+    ) -> dict[fx.Node, Any]:
         """Run the calls.
 
         Args:
             values: Of the sources.
             samples: Their number.
+            drawn: What calls that draw give; others draw.
 
         Returns:
             The value of every node.
@@ -265,7 +281,8 @@ class TailProgram:
             context = info(node).context
             quiet = context is not None and context.grad_enabled is False
             with torch.set_grad_enabled(not quiet):
-                env[node] = self.call(node, args, kwargs, env, samples)
+                is_known = drawn is not None and node in drawn
+                env[node] = drawn[node] if is_known else self.call(node, args, kwargs, env, samples)  # type: ignore[index]
             moved = data_dependent.intersection(node.all_input_nodes)
             shapes = twins.growing(node)
             value = env[node]
