@@ -391,14 +391,10 @@ class Capture:
             return "write the loss without it: it must not look at values that only a run has"
         holder = type(self.skeleton.module.get_submodule(blocked.fqn)).__name__
         if blocked.fqn and blocked.fqn not in self._kept | self._closed.keys() | self._opened.keys():
-            return (
-                f"name it in leaves= (leaves=[{holder}], or a pattern of FQNs): it is recorded as one call then; or "
-                "take that part out of its forward"
-            )
-        return (
-            f"move that part of {holder} into a module of its own and name it in leaves= (its class or a pattern of "
-            "FQNs), or take it out of the forward"
-        )
+            first, then = "", f"leaves=[{holder}], or a pattern of FQNs"
+        else:
+            first, then = f"move that part of {holder} into a module of its own and ", "its class or a pattern of FQNs"
+        return f"{first}name it in leaves= ({then}), or take it out of the forward"
 
     def _closed_criterion(self, structure: Structure) -> str | None:
         """Give the module that computes the loss as a whole, if what it does must be seen and it can be opened."""
