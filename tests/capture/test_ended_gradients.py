@@ -2,6 +2,7 @@
 
 import copy
 
+import judge
 import pytest
 import torch
 import torch.nn.functional as F
@@ -213,6 +214,21 @@ class Alone(Layer):
         return self.linear.weight[0].expand(*x.shape[:2], 8) * 1.0
 
 
+class Experts(nn.Module):
+    """Each sample goes through one of two layers, as its first element says, and around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Layer(), Layer()
+
+    def forward(self, x):
+        found = torch.zeros_like(x)
+        for expert, mine in ((self.one, x[:, 0] > 0), (self.other, x[:, 0] <= 0)):
+            if mine.any():
+                found = found.index_add(0, mine.nonzero()[:, 0], expert(x[mine]))
+        return x + 0.1 * found
+
+
 def mean_square(output):
     return output.pow(2).mean()
 
@@ -276,6 +292,30 @@ def test_a_gate_that_lets_nothing_of_some_microbatches_through():
     means = model[:2](inputs).mean((1, 2)).tolist()
     model[2].limit = sum(sorted(means)[1:3]) / 2
     assert not check(model, inputs, 4, microbatches=4, grain="block")
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        F.cross_entropy,
+        lambda x, target: (F.cross_entropy(x, target, reduction="none") * (target >= 0)).sum() / (target >= 0).sum(),
+        lambda x, target: F.cross_entropy(x, target, reduction="none")[target >= 0].mean(),
+    ],
+)
+def test_what_leads_to_ignored_targets_alone_gets_zeros_as_in_the_model(loss_fn, stages):
+    inputs, target = torch.randn(8, 8), torch.randint(0, 8, (8,))
+    inputs[:, 0] = torch.where(torch.arange(8) < 2, -3.0, 3.0)
+    model = nn.Sequential(Experts(), Experts(), Experts(), nn.Linear(8, 8))
+    options = {"loss_fn": loss_fn, "microbatches": 4, "grain": "block"}
+    pipe = fxpipe.compile(copy.deepcopy(model), stages, (inputs,), {"target": target}, **options)
+    target = target.where(torch.arange(8) >= 2, -100)
+    loss_fn(model(inputs), target).backward()
+    with pipe.materialize(device="cpu") as pipe:
+        pipe.step(inputs, target=target)
+        wanted = {fqn: parameter.grad for fqn, parameter in model.named_parameters()}
+        judge.assert_close({fqn: parameter.grad for fqn, parameter in pipe.named_parameters()}, wanted, "gradients")
+        assert not wanted["0.other.linear.weight"].any()
 
 
 @pytest.mark.parametrize("kind", [Asking, Force])

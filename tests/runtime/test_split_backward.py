@@ -1,6 +1,7 @@
 """A backward in two halves gives the gradients of the whole one, whatever weights share."""
 
 import judge
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,3 +72,24 @@ def test_halves_give_what_the_whole_gives(steps, ends, absent):
         results.append([*given_back, *[tensor.grad for tensor in (*matrices, *biases)]])
     whole, halves = ({at: each for at, each in enumerate(found) if each is not None} for found in results)
     judge.assert_close(halves, whole, "gradients")
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("counts", [False, True])
+def test_what_leads_to_a_term_that_is_left_out_gets_zeros_and_nothing_else_does(counts, split):
+    used, unused, others = [torch.ones(2, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    received = tuple(torch.ones(2, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    first, second = join(received)
+    term, left_out, _ = join([(second * others).sum(), (first * used).sum() / 0, unused * 2])
+    work = Pass(received, (), (BOUNDARY, ()), ((term, 1.0),) if counts else (), (left_out,))
+    given_back = run_backward_for_inputs(work, [used, unused, others]) if split else run_backward(work)
+    run_backward_for_weights(work)
+    ones = torch.ones(2, WIDTH, dtype=torch.float64)
+    assert torch.equal(used.grad, 0 * ones)
+    assert unused.grad is None
+    assert torch.equal(given_back[0], 0 * ones)
+    if counts:
+        assert torch.equal(others.grad, ones)
+        assert torch.equal(given_back[1], ones)
+    else:
+        assert others.grad is given_back[1] is None

@@ -229,8 +229,8 @@ def join(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(joined)
 
 
-def before_join(tensor: torch.Tensor) -> GradientEdge:
-    """Give where a backward starts that is of some of what ``join`` gave alone.
+def before_join(edge: GradientEdge) -> GradientEdge:
+    """Give where a gradient goes on to that comes to some of what ``join`` gave alone: other edges are as they were.
 
     From the one node on, it would go on to all that was joined, with gradients that are None: hooks would be called
     that are not called in the model, and custom functions take None for zeros.
@@ -238,14 +238,14 @@ def before_join(tensor: torch.Tensor) -> GradientEdge:
     >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     >>> _ = y.register_hook(lambda gradient: gradient * 2)
     >>> joined = join([x * 3, y * 3])
-    >>> torch.autograd.backward([before_join(joined[0])], [torch.ones(2)])
+    >>> start = before_join(torch.autograd.graph.get_gradient_edge(joined[0]))
+    >>> torch.autograd.backward([start], [torch.ones(2)])
     >>> x.grad, y.grad
     (tensor([3., 3.]), None)
     """
-    node = tensor.grad_fn
-    if node is None or getattr(node, "joins", None) is not _Join:
-        return torch.autograd.graph.get_gradient_edge(tensor)
-    return GradientEdge(*node.next_functions[tensor.output_nr])  # type: ignore[arg-type]
+    if getattr(edge.node, "joins", None) is not _Join:
+        return edge
+    return GradientEdge(*edge.node.next_functions[edge.output_nr])  # type: ignore[arg-type]
 
 
 def _stands_alone(tensor: torch.Tensor) -> bool:

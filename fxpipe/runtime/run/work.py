@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from fxpipe._torch import splits_backward, tried, weight_groups
 from fxpipe.errors import ScheduleError
@@ -63,6 +63,7 @@ class Pass:
         outputs: What the stage's graph returned.
         declared: What crosses to this stage, and from it (nothing on the last one).
         shares: On the last stage: the loss terms that count, and their weights.
+        left_out: On the last stage: those that do not count.
         scale: What the loss is multiplied by before the backward.
         groups: Between the halves of a split backward: what the second half needs; None to do all of it then.
     """
@@ -71,6 +72,7 @@ class Pass:
     outputs: Tensors
     declared: tuple[tuple[BoundaryTensor, ...], tuple[BoundaryTensor, ...]]
     shares: Terms = ()
+    left_out: Tensors = ()
     scale: torch.Tensor | None = None
     groups: list[Fork] | None = None
     pending: tuple[list[Any], list[torch.Tensor]] = field(default_factory=lambda: ([], []))
@@ -124,13 +126,15 @@ def stage_arguments(
 def take_outputs(program: StageProgram, job: Job, received: Tensors, outputs: Tensors) -> Pass:
     """Keep what a stage gave for a microbatch; raises as ``run_forward``."""
     shares: Terms = ()
+    left_out: Tensors = ()
     if program.stage_index < len(job.program.stages) - 1:
         check_sent(program, outputs)
     else:
         terms = outputs[len(job.program.outputs) :]
         _check_left_out(job, terms)
         shares = tuple((term, share) for term, share in zip(terms, job.shares, strict=True) if share != 0)
-    return Pass(received, outputs, (program.received, program.sent), shares, job.scale)
+        left_out = tuple(term for term, share in zip(terms, job.shares, strict=True) if share == 0)
+    return Pass(received, outputs, (program.received, program.sent), shares, left_out, job.scale)
 
 
 def _check_left_out(job: Job, terms: Tensors) -> None:
@@ -164,7 +168,7 @@ def run_backward(work: Pass, gradients: BoundaryGradients = ()) -> BoundaryGradi
     roots, of_roots = _roots(work, gradients)
     if roots:
         apart = any(gradient is None for gradient in gradients)
-        starts = [before_join(root) for root in roots] if apart else roots
+        starts = [before_join(get_gradient_edge(root)) for root in roots] if apart else roots
         with outside_autocast():
             torch.autograd.backward(starts, of_roots)
     leaves = _leaves(work)
@@ -185,7 +189,7 @@ def run_backward_for_inputs(
         return run_backward(work, gradients)  # rare, and does not begin at the one node that the halves need
     roots, of_roots = _roots(work, gradients)
     leaves = _leaves(work)
-    work.pending = ([torch.autograd.graph.get_gradient_edge(root) for root in roots], of_roots)
+    work.pending = ([get_gradient_edge(root) for root in roots], of_roots)
     found: Sequence[torch.Tensor | None] = [None] * len(leaves)
     if leaves and roots:
         with outside_autocast():
@@ -311,23 +315,50 @@ def _started(term: torch.Tensor, share: float, scale: torch.Tensor | None) -> to
     return (wide * scale).to(term.dtype)
 
 
+def _give_zeros(work: Pass) -> set[int]:
+    """Give gradients of zero to what leads to terms that are left out: in the batch's loss they are multiplied by 0.
+
+    A backward from such a term is no way to them: its own value may be 0 / 0.
+
+    Returns:
+        The ids of the leaves that were reached, those of received tensors among them.
+    """
+    reached: set[int] = set()
+    seen: set[Node] = set()
+    todo = [get_gradient_edge(term) for term in work.left_out if term.requires_grad]
+    while todo:
+        node = before_join(todo.pop()).node
+        if node in seen:
+            continue
+        seen.add(node)
+        todo += [GradientEdge(each, place) for each, place in node.next_functions if each is not None]
+        leaf = getattr(node, "variable", None)  # of what accumulates a gradient
+        if not node.next_functions and isinstance(leaf, torch.Tensor):
+            reached.add(id(leaf))
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)
+    return reached
+
+
 def _leaves(work: Pass) -> list[torch.Tensor]:
     return [tensor for tensor in work.received if tensor.requires_grad]
 
 
 def _gradients(work: Pass, leaves: Sequence[torch.Tensor], found: Sequence[torch.Tensor | None]) -> BoundaryGradients:
     declared = [what for what in work.declared[0] if what.meta.requires_grad or what.ends]
+    reached = _give_zeros(work) if work.left_out else ()
     given: list[torch.Tensor | None] = []
     for leaf, what, gradient in zip(leaves, declared, found, strict=True):
         leaf.grad = None
         if not what.ends:
-            given.append(None if gradient is None else conform(gradient, what))
+            came = torch.zeros_like(leaf) if gradient is None and id(leaf) in reached else gradient
+            given.append(None if came is None else conform(came, what))
         elif gradient is not None:
             raise ScheduleError(
                 f"a gradient comes back to {what.name}, and none did when the model was captured\n"
                 "  compile the model as it is to be trained: an attribute that decides about this was set since"
             )
-    work.received = work.outputs = work.shares = ()
+    work.received = work.outputs = work.shares = work.left_out = ()
     return tuple(given)
 
 
