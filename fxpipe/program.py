@@ -221,6 +221,7 @@ class Program:
         draw_names: Names (``__name__``) of the torch functions that draw random numbers in this model, sorted.
         overwritten: FQNs of buffers that each forward writes to and whose value its backward needs: forwards of several
             microbatches must not run before the first one's backward.
+        loss_dtype: Of the model's own loss, where it is another one than that of its last summand, else None.
     """
 
     stages: tuple[StageProgram, ...]
@@ -231,3 +232,4 @@ class Program:
     drawing: Mapping[str, Literal["once", "each"]]
     draw_names: tuple[str, ...]
     overwritten: tuple[str, ...] = ()
+    loss_dtype: torch.dtype | None = None

@@ -174,6 +174,39 @@ def test_a_loss_function_of_one_parameter_gets_the_output_alone() -> None:
         pipe.step(inputs(), target=inputs())
 
 
+def added_in_place(y: torch.Tensor) -> torch.Tensor:
+    total = torch.tensor(0.0)
+    total += y.square().mean()
+    return total
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it where it looks, but not from such as raise
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    [
+        (added_in_place, torch.float32),
+        (lambda y: y.float().square().mean() + 0.1 * y.bfloat16().abs().mean(), torch.float32),
+        (lambda y: y.bfloat16().abs().mean() + y.square().mean(), torch.float64),
+    ],
+)
+def test_a_loss_has_the_dtype_that_the_model_gives_it_whatever_its_terms_have(loss: Any, dtype: torch.dtype) -> None:
+    # Lxmert's, found among the families of transformers: 0.0 of float32 to which a loss of float64 is added in place.
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    wanted = loss(plain(inputs()))
+    assert wanted.dtype == dtype
+    pipe = compiled(model, loss, inputs()).materialize(device="cpu")
+    for found in (pipe.step(inputs()), pipe.evaluate(inputs())):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted.detach(), rtol=1e-2, atol=0)
+
+
+def test_a_loss_has_the_dtype_that_the_stages_compute_it_in() -> None:
+    pipe = compiled(Chain(), lambda y: y.square().mean(), inputs()).materialize(device="cpu", dtype=torch.float32)
+    assert pipe.step(inputs().float()).dtype == torch.float32
+
+
 class Vocabulary(nn.Module):
     """A head of many classes over long sequences."""
 

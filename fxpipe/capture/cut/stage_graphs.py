@@ -17,6 +17,7 @@ from fxpipe.capture.model.preserve import without_collection
 from fxpipe.capture.record.frames import draw_at, scope_at
 from fxpipe.capture.record.node import CONSTANT, info, is_own, made_by, reached, sources
 from fxpipe.capture.record.observe import Observation
+from fxpipe.ir.tensor import dtype_name
 from fxpipe.program import BoundaryTensor, LossTerm, Program, RunInfo, StageProgram, run_info, set_run_info
 
 
@@ -62,7 +63,15 @@ def make_program(
         drawing=observation.frames.drawing(draw_names),
         draw_names=draw_names,
         overwritten=observation.overwritten,
+        loss_dtype=_loss_dtype(observation, results) if terms else None,
     )
+
+
+def _loss_dtype(observation: Observation, terms: Sequence[fx.Node]) -> torch.dtype | None:
+    """Give the dtype of the loss where the sum of its terms has another: one was added to it in place, say."""
+    last = info(terms[-1]).tensor
+    own = observation.loss.dtype if observation.loss is not None else None
+    return own if last is not None and own is not None and last.dtype != dtype_name(own) else None
 
 
 class _Cutter:

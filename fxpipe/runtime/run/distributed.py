@@ -119,7 +119,7 @@ class DistributedEngine:
             let_shards_return(self._modules)
             if self._placement[-1] != self._groups.position:
                 return self._share_loss(jobs[0].shared_key, [], None)
-            return self._share_loss(jobs[0].shared_key, [work.terms() for work in passes], passes[-1].outputs[-1].dtype)
+            return self._share_loss(jobs[0].shared_key, [work.terms() for work in passes], passes[-1].loss_dtype)
 
     def _schedule(self, num_microbatches: int) -> Any:
         if num_microbatches not in self._schedules:

@@ -170,7 +170,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         self._passes[fwd_chunk_id] = work
         if self.is_last:
             self.losses[fwd_chunk_id] = work.terms()
-            self.loss_dtype = work.outputs[-1].dtype
+            self.loss_dtype = work.loss_dtype
         return work.outputs
 
     def backward_one_chunk(

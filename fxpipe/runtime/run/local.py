@@ -67,7 +67,7 @@ class LocalEngine:
         """
         with torch.no_grad():
             passes = [self._forward_one(job, index) for index, job in enumerate(jobs)]
-        return add_losses([work.terms() for work in passes]).to(passes[0].outputs[-1].dtype)
+        return add_losses([work.terms() for work in passes]).to(passes[0].loss_dtype)
 
     def _timed(self, kind: str, stage: int, microbatch: int) -> AbstractContextManager[None]:
         return _UNTIMED if self._recorder is None else self._recorder.span(kind, stage, microbatch)
@@ -80,7 +80,7 @@ class LocalEngine:
             with self._timed("forward", stage.stage_index, index):
                 passes.append(_forward(stage, job, received, index, training=True))
             received = tuple(output.detach() for output in passes[-1].outputs)
-        loss = passes[-1].terms(), passes[-1].outputs[-1].dtype
+        loss = passes[-1].terms(), passes[-1].loss_dtype
         gradients: BoundaryGradients = ()
         while passes:
             stage = self._stages[len(passes) - 1]

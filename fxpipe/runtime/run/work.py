@@ -66,6 +66,7 @@ class Pass:
         left_out: On the last stage: those that do not count.
         scale: What the loss is multiplied by before the backward.
         groups: Between the halves of a split backward: what the second half needs; None to do all of it then.
+        loss_dtype: On the last stage: dtype of the model's own loss.
     """
 
     received: Tensors
@@ -76,6 +77,7 @@ class Pass:
     scale: torch.Tensor | None = None
     groups: list[Fork] | None = None
     pending: tuple[list[Any], list[torch.Tensor]] = field(default_factory=lambda: ([], []))
+    loss_dtype: torch.dtype = torch.float64
 
     def terms(self) -> Terms:
         """Give this microbatch's part of the batch's loss: terms and what they weigh."""
@@ -127,14 +129,16 @@ def take_outputs(program: StageProgram, job: Job, received: Tensors, outputs: Te
     """Keep what a stage gave for a microbatch; raises as ``run_forward``."""
     shares: Terms = ()
     left_out: Tensors = ()
+    dtype = torch.float64
     if program.stage_index < len(job.program.stages) - 1:
         check_sent(program, outputs)
     else:
+        dtype = job.program.loss_dtype or (outputs[-1].dtype if outputs else dtype)
         terms = outputs[len(job.program.outputs) :]
         _check_left_out(job, terms)
         shares = tuple((term, share) for term, share in zip(terms, job.shares, strict=True) if share != 0)
         left_out = tuple(term for term, share in zip(terms, job.shares, strict=True) if share == 0)
-    return Pass(received, outputs, (program.received, program.sent), shares, left_out, job.scale)
+    return Pass(received, outputs, (program.received, program.sent), shares, left_out, job.scale, loss_dtype=dtype)
 
 
 def _check_left_out(job: Job, terms: Tensors) -> None:
