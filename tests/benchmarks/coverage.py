@@ -5,7 +5,7 @@
     python -m tests.benchmarks coverage variants
     python -m tests.benchmarks coverage scale
     python -m tests.benchmarks coverage page
-    python -m tests.benchmarks coverage hf | vision [--seconds N] [--limit N]    (``library_families``)
+    python -m tests.benchmarks coverage hf | vision [--seconds N] [--limit N]    (``families``)
 
 Times are seconds of processor time of one thread, the model's library imported. ``page`` runs all but the last two.
 """
@@ -417,6 +417,7 @@ A Llama of 405 billion parameters (126 layers, 4,096 tokens) on meta, counted, i
 
 def main() -> None:
     if sys.argv[1:2] in (["hf"], ["vision"]):
+        sys.path.insert(0, str(Path(__file__).parent / "families"))
         sys.exit(importlib.import_module("library_families").main())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -75,6 +75,9 @@ class Sizes:
 class Inputs:
     """What each argument of one model's forward may be."""
 
+    most = MOST_OF_EACH
+    again = False  # whether an error said what makes going on with the same arguments useless
+
     def __init__(self, model: Any, samples: int) -> None:
         self.model, self.samples = model, samples
         self.sizes = Sizes(model.config)
@@ -269,7 +272,7 @@ class Inputs:
     def marked_series(self) -> Iterator[dict[str, Make]]:
         b, context = self.samples, self.sizes.first("context_length", "prediction_length", default=16)
         ahead = self.sizes.first("prediction_length", default=4)
-        lags = [v for v in self.sizes.of.get("lags_sequence", ()) if isinstance(v, list)]
+        lags = [v for v in self.sizes.of.get("lags_sequence", ()) if isinstance(v, list | tuple)]
         past = context + max(lags[0] if lags else [0])
         features = self.sizes.first("num_time_features", default=0) or 1
         planes = self.sizes.first("input_size", default=1)
@@ -301,6 +304,8 @@ class Inputs:
 
     def all_batches(self) -> Batches:
         for joint in self.joint():
+            if self.again:
+                return
             rest = [name for name in self.required if name not in joint]
             yield from self.made(joint, rest)
         if isinstance(asked := getattr(self.model, "main_input_name", ""), str):
@@ -322,12 +327,14 @@ class Inputs:
     def made(self, given: Mapping[str, Make], names: Iterable[str], labelled: bool = False) -> Batches:
         names = list(names)
         every = [self.options(name) for name in names]
-        for choice in itertools.islice(itertools.product(*every), MOST_OF_EACH):
+        for choice in itertools.islice(itertools.product(*every), self.most):
             chosen = {**given, **dict(zip(names, choice, strict=True))}
             for labels in [*(self.labels() if labelled and "labels" in self.taken else ()), None]:
                 batch = {name: make() for name, make in chosen.items()}
                 batch = batch if labels is None else {**batch, "labels": labels}
                 self.learn((yield batch), batch)
+                if self.again:
+                    return
 
     def labels(self) -> list[torch.Tensor]:
         ids = self.ids(self.samples, LENGTH)()

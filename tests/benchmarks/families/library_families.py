@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -44,13 +45,15 @@ from fxpipe.errors import FxpipeError
 
 SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
 FINDING_S = 10  # of processor time; after that no other size of a model is looked at
+FURTHER_S = 30  # the same for one that took none of the likeliest inputs
 PATIENCE = 20  # times that: when a model that waits is given up
 FORK = multiprocessing.get_context("fork")
-MEMORY_BYTES = 6 * 2**30
+MEMORY_BYTES = 8 * 2**30
 CLOSE = 1e-5  # of a tensor's largest element: many a model casts to float32 inside, whatever its weights are
 NOTHING = 1e-7  # of the largest of all tensors: such a one is zero but for rounding
 TITLES = {"hf": "Every family of transformers", "vision": "Families of torchvision and timm"}
 CASES: dict[str, Callable[[], dict[str, Case]]] = {"hf": hugging_face_cases, "vision": vision_cases}
+OF_DTYPES = re.compile(r"dtype|Double|Float|double|float")
 
 WARM = {"hf": "gpt2 (", "vision": "torchvision alexnet ("}
 
@@ -141,10 +144,25 @@ def calibrated(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
 
 def suitable(case: Case) -> Found:
     """Find a small model and a batch that it can be trained with."""
-    why = Unsuitable("no small model was found")
-    end = time.process_time() + FINDING_S
     try:
-        for build in case.find():
+        return found_in(case, FINDING_S, 4)
+    except Unsuitable:
+        if case.further is None:
+            raise
+    gc.collect()
+    return found_in(case.further, FURTHER_S, 12)
+
+
+def found_in(case: Case, seconds: float, each: float) -> Found:
+    """Find it within some seconds of processor time, as many at most for one size of the model."""
+    why = Unsuitable("no small model was found")
+    end, models, failed = time.process_time() + seconds, case.find(), None
+    try:
+        while True:
+            try:
+                build, failed = models.send(failed), None
+            except StopIteration:
+                break
             for wide in (True, False):  # some kernels know no float64
                 torch.manual_seed(0)
                 real = build().eval()
@@ -152,7 +170,7 @@ def suitable(case: Case) -> Found:
                 initial = {fqn: parameter.detach().clone() for fqn, parameter in real.named_parameters()}
                 amplify(real)
                 try:
-                    for batch, output in case.batch_for(real, SAMPLES):
+                    for batch, output in case.batch_for(real, SAMPLES, each):
                         try:
                             if calibrated(real, batch):
                                 output = real(**copy.deepcopy(batch))
@@ -170,6 +188,10 @@ def suitable(case: Case) -> Found:
                         real.zero_grad()
                 except Unsuitable as error:
                     why = error
+                    if isinstance(error.__cause__, Exception):
+                        failed = failed or error.__cause__
+                        if case.further is None and not OF_DTYPES.search(str(failed)):
+                            break
             if time.process_time() > end:
                 break
     except Unsuitable as error:

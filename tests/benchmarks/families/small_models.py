@@ -8,21 +8,27 @@ import functools
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from further_inputs import FurtherInputs
+from repairs import Repairs, fitting, lessened, size_of
 from small_inputs import Batch, Batches, Inputs
 from torch import nn
 
 PARAMETERS = 40_000_000  # a model that is larger is made narrower, or left out
 LARGE = 100_000_000  # a model for images, which is not made narrower
+LARGEST = 140_000_000  # the same where nothing smaller is found
 
 
 class Unsuitable(Exception):
     """No small model of the family, or no input for it, was found."""
+
+
+Found = Generator[Callable[[], nn.Module], Exception | None, None]
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,12 @@ class Case:
         find: Gives what makes it on the default device, small in one way after the other.
         batches: Gives batches that a model of the kind may take, by the model and the number of samples; is sent the
             error that the model raised for the last one.
+        further: The same two where those gave nothing; ``find`` is sent the error of the likeliest batch, if any.
     """
 
-    find: Callable[[], Iterator[Callable[[], nn.Module]]]
+    find: Callable[[], Found]
     batches: Callable[[nn.Module, int], Batches]
+    further: Case | None = None
 
     def batch_for(self, model: nn.Module, samples: int, seconds: float = 4) -> Iterator[tuple[Batch, Any]]:
         """Give the batches that the model takes, each with what the model returns; raise why if there is none."""
@@ -63,7 +71,7 @@ class Case:
         if why is None:
             raise Unsuitable("it has no input of a kind that is known here")
         if not taken:
-            raise Unsuitable(f"no input was found: {type(why).__name__}: {str(why).strip().splitlines()[:1]}")
+            raise Unsuitable(f"no input was found: {type(why).__name__}: {str(why).strip().splitlines()[:1]}") from why
 
 
 # --- transformers ---
@@ -88,9 +96,17 @@ HEADS = ("attention_heads", "num_heads", "n_head", "key_value_heads")
 WORDS = ("vocab_size", "num_buckets", "max_position", "n_positions", "image_size", "num_labels", "_token", "_id")
 KEPT = re.compile(r"patch|kernel|stride|sampling_rate|hop|pool|scale|factor|group|ratio|length|head|frames|channels$")
 SERIES = ("informer", "autoformer", "time_series_transformer")
+KINDS, TURNING = ("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 10000.0}
 NEEDED = {  # what a configuration's defaults leave to the user
     "xmod": {"default_language": "en_XX"},
     **{name: {"prediction_length": 4, "context_length": 12} for name in SERIES},
+    "chameleon": {"vocabulary_map": {"<image>": 8, "IMGIMGA": 9}},
+    **{name: {"rope_parameters": dict.fromkeys(KINDS, TURNING)} for name in ("cohere_compass_text",)},
+    "cohere_compass": {"text_config": {"rope_parameters": dict.fromkeys(KINDS, TURNING)}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 0}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]]},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
 }
 HOW = (  # ways to make a configuration small, and how many parameters are small; a number divides its widths
@@ -98,14 +114,22 @@ HOW = (  # ways to make a configuration small, and how many parameters are small
     *(("16", PARAMETERS), ("narrow", PARAMETERS), ("few layers", PARAMETERS), ("whole", PARAMETERS)),
 )
 
+FURTHER = (  # the same where no input was found for those
+    *(("16", PARAMETERS), ("narrow", PARAMETERS), ("few layers", LARGE), ("deep", PARAMETERS), ("8", PARAMETERS)),
+    *(("whole", LARGE), ("4", PARAMETERS), ("2", LARGE)),
+)
+REPAIRS = 10  # of one configuration
+
 
 def shrunk(config: Any, how: str) -> Any:
     """Make a configuration, and those inside it, small: few layers and words; as ``how`` says, narrow too."""
     if how == "whole":
         return config
+    deep, how = how == "deep", "narrow" if how == "deep" else how
+    layers = 8 if deep else 2
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            shrunk(value, how)
+            shrunk(value, "deep" if deep else how)
         elif name in ("depths", "num_layers", "layers", "num_block_repeats") and isinstance(value, list | tuple):
             _set(config, name, type(value)(min(v, 2) if isinstance(v, int) else v for v in value))
         elif isinstance(value, list | tuple) and how == "narrow" and (most := _most(name)) is not None:
@@ -117,8 +141,8 @@ def shrunk(config: Any, how: str) -> Any:
             _set(config, name, 1.0)
         elif isinstance(value, bool) or not isinstance(value, int):
             continue
-        elif name.endswith(LAYERS) and value > 2 and "mtp" not in name:
-            _set(config, name, 2)
+        elif name.endswith(LAYERS) and value > layers and "mtp" not in name:
+            _set(config, name, layers)
         elif "vocab_size" in name and value > 2048:
             _set(config, name, 2048)
         elif name == "max_length" and value > 256 and how != "few layers":
@@ -145,8 +169,9 @@ def shrunk(config: Any, how: str) -> Any:
         value = getattr(config, name)
         if value >= words if isinstance(value, int) else value is None and name.startswith(("image", "video")):
             _set(config, name, words - 1 - place)  # what marks images and what marks films are two words
-    if getattr(config, "num_key_value_heads", 1) is None:
-        _set(config, "num_key_value_heads", getattr(config, "num_attention_heads", None))
+    with contextlib.suppress(AttributeError):  # one that differs from layer to layer
+        if getattr(config, "num_key_value_heads", 1) is None:
+            _set(config, "num_key_value_heads", getattr(config, "num_attention_heads", None))
     kinds = getattr(config, "layer_types", None)
     number = getattr(config, "num_hidden_layers", None)
     if isinstance(kinds, list) and isinstance(number, int) and len(kinds) > number:
@@ -172,7 +197,7 @@ def _fit_sections(config: Any) -> None:
         half = int(width * turning) // 2
         if sections and half != sum(sections):
             fitting = [max(1, part * half // sum(sections)) for part in sections]
-            fitting[0] += half - sum(fitting)
+            fitting[-1 if fitting[0] == fitting[1] else 0] += half - sum(fitting)
             _set(config, name, {**given, "mrope_section": fitting})
 
 
@@ -219,7 +244,7 @@ def class_of_each_type() -> dict[str, str]:
     return found
 
 
-def find_hugging_face(model_type: str, name: str) -> Iterator[Callable[[], nn.Module]]:
+def find_hugging_face(model_type: str, name: str) -> Found:
     import transformers
     from transformers import CONFIG_MAPPING
 
@@ -244,6 +269,48 @@ def find_hugging_face(model_type: str, name: str) -> Iterator[Callable[[], nn.Mo
         raise why
 
 
+def find_further(model_type: str, name: str) -> Found:
+    """Find a configuration that the class takes by mending one for each error that building or calling it raises."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    kind, why, found = getattr(transformers, name, None), Unsuitable("too large"), False
+    if kind is None:
+        raise Unsuitable(f"the library names {name} and has it not")
+    for how, most in FURTHER:
+        try:
+            several = fitting(kind, shrunk(CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {})), how))
+        except Exception as error:
+            why = _not_built(error)
+            continue
+        for config in several:
+            repairs = Repairs(config)
+            for _ in range(REPAIRS):
+                try:
+                    if size_of(kind, config)[0] > most:
+                        repairs.config = config = lessened(kind, config, most)
+                    size = size_of(kind, config)[0]
+                except Exception as error:
+                    failed: Exception | None = error
+                    why = _not_built(error)
+                else:
+                    if size > most:
+                        why = Unsuitable(f"{size / 1e6:.0f} M parameters at least")
+                        break
+                    found = True
+                    failed = yield functools.partial(made, kind, copy.deepcopy(config))
+                if failed is None or not repairs.mend(failed):
+                    break
+                shrunk(config, how)
+    if not found:
+        raise why
+
+
+def _not_built(error: Exception) -> Unsuitable:
+    text = [line.strip() for line in str(error).splitlines() if line.strip()][:1]
+    return Unsuitable(f"no small configuration: {type(error).__name__}: {text}")
+
+
 def made(kind: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     return kind(copy.deepcopy(config))
 
@@ -252,12 +319,20 @@ def hugging_face_batches(model: nn.Module, samples: int) -> Batches:
     return Inputs(model, samples).batches()
 
 
+def further_batches(model: nn.Module, samples: int) -> Batches:
+    return FurtherInputs(model, samples).batches()
+
+
 def hugging_face_cases() -> dict[str, Case]:
     import transformers
 
     transformers.logging.set_verbosity_error()
     return {
-        f"{model_type} ({name})": Case(functools.partial(find_hugging_face, model_type, name), hugging_face_batches)
+        f"{model_type} ({name})": Case(
+            functools.partial(find_hugging_face, model_type, name),
+            hugging_face_batches,
+            Case(functools.partial(find_further, model_type, name), further_batches),
+        )
         for model_type, name in class_of_each_type().items()
     }
 
@@ -290,7 +365,7 @@ def smallest(names: list[str]) -> str:
     return min(names, key=rank)
 
 
-def find_vision(library: str, name: str) -> Iterator[Callable[[], nn.Module]]:
+def find_vision(library: str, name: str) -> Found:
     import timm
     import torchvision
 
@@ -309,6 +384,32 @@ def find_vision(library: str, name: str) -> Iterator[Callable[[], nn.Module]]:
     if size > LARGE:
         raise Unsuitable(f"{size / 1e6:.0f} M parameters")
     yield make
+
+
+def find_less(library: str, name: str) -> Found:
+    """Find a model of fewer layers where the library's builder takes their number, else one of a larger size."""
+    import timm
+    import torchvision
+
+    make: Callable[..., nn.Module] = functools.partial(torchvision.models.get_model, name, weights=None)
+    if library == "timm":
+        make = functools.partial(timm.create_model, name, pretrained=False)
+    for options in ({"depth": 2}, {"num_layers": 2}, {}):
+        try:
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in make(**options).parameters())
+        except Exception:  # it knows no such number, or reads values of its weights
+            continue
+        if size <= LARGEST:
+            yield functools.partial(make, **options)
+        elif not options:
+            raise Unsuitable(f"{size / 1e6:.0f} M parameters")
+
+
+def vision_batches_of_its_size(model: nn.Module, samples: int) -> Batches:
+    asked = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))
+    for shape in ((3, 32, 32), tuple(asked), (3, 16, 224, 224)):
+        yield {"x": torch.randn((samples, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.float64)}
 
 
 def vision_batches(model: nn.Module, samples: int) -> Batches:
@@ -335,7 +436,9 @@ def vision_cases() -> dict[str, Case]:
             families["timm", module] = found
     return {
         f"{library} {family} ({smallest(names)})": Case(
-            functools.partial(find_vision, library, smallest(names)), vision_batches
+            functools.partial(find_vision, library, smallest(names)),
+            vision_batches,
+            Case(functools.partial(find_less, library, smallest(names)), vision_batches_of_its_size),
         )
         for (library, family), names in families.items()
     }
