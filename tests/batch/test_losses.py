@@ -142,6 +142,35 @@ def test_an_auxiliary_term_of_the_model_is_named_and_weighed_like_the_main_term(
     check_equal(pipe, plain, pipe.step(x, labels), wanted.detach())
 
 
+class Pairs(nn.Module):
+    """A layer sees each sample with each other one, as XCLIP's prompts see texts with films."""
+
+    def __init__(self, pair: Any) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 7), nn.Linear(7, 7)
+        self.pair = pair
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.first(x)
+        return y, self.last(self.pair(y))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        lambda y: y[:, None] - y[None],
+        lambda y: (y[:, None] * y[None]).flatten(0, 1),
+        lambda y: y.expand(len(y), *y.shape) * y[:, None, :1],
+    ],
+)
+def test_a_loss_of_pairs_that_a_layer_sees_is_refused_beside_one_that_separates(pair: Any) -> None:
+    def loss(given: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return given[0].square().mean() + given[1].square().mean()
+
+    with pytest.raises(fxpipe.CaptureError, match="last gives rows of which it cannot be told whose they are"):
+        compiled(Pairs(pair), loss, inputs())
+
+
 class First(Chain):
     """Returns a tuple whose first element is the loss."""
 

@@ -107,9 +107,9 @@ def prove(twins: Twins, summand: Summand, inputs: Mapping[str, torch.Tensor]) ->
         return Verdict(reason=str(unsuited))
     if tail.opaque:
         made = tail.opaque[0]
-        what = "it as a number of its own" if tensor_of(made).numel == 1 else _ROWS
-        reason = f"{info(made).layer or made.name} gives {what}"
-        return Verdict(reason=reason, from_model=True)
+        is_number = tensor_of(made).numel == 1
+        reason = f"{info(made).layer or made.name} gives {'it as a number of its own' if is_number else _ROWS}"
+        return Verdict(reason=reason, from_model=is_number)
     reason = ""
     best = Verdict()
     for sizes, rows in _settings(tail):
