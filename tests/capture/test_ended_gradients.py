@@ -141,6 +141,22 @@ class Written(nn.Module):
         return x
 
 
+class Remembering(nn.Module):
+    """Reads a view of a store before what has a gradient is written there, so that the view has one too, afterwards."""
+
+    def __init__(self, read, write):
+        super().__init__()
+        self.first, self.last = Layer(), Layer()
+        self.read, self.write = read, write
+
+    def forward(self, x):
+        store = torch.zeros(len(x), 4, 8)
+        old = self.read(store)
+        x = self.first(torch.cat([torch.cat([old, old], 1), x], 1))
+        self.write(store, x)
+        return self.last(x)
+
+
 class Gate(Layer):
     """Lets through the samples whose mean lies above a limit."""
 
@@ -340,6 +356,19 @@ def test_each_result_has_its_own_way_back(kind, both):
 def test_writes_in_place_pass_on_what_was_written(kind, middle, grain):
     ends = check(Written(kind, middle), torch.randn(4, 6, 8), 3, microbatches=2, grain=grain)
     assert "first.0.linear.weight" in ends or middle is Layer
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it where it looks, but not from such as raise
+@pytest.mark.parametrize(
+    ("read", "write"),
+    [
+        (lambda store: store[:, :2], lambda store, x: store[:, :2].copy_(x[:, :2])),
+        (lambda store: store[:, :0], lambda store, x: store.index_copy_(1, torch.arange(2), x[:, :2])),
+        (lambda store: store[:, 1:].transpose(0, 1).transpose(0, 1), lambda store, x: store.mul_(x[:, :1])),
+    ],
+)
+def test_what_takes_a_gradient_only_since_a_later_write_is_read_without_one(read, write):
+    check(Remembering(read, write), torch.randn(4, 6, 8), 6, microbatches=2, grain="op")
 
 
 @pytest.mark.parametrize("kind", ["head", "embedding", "neither"])

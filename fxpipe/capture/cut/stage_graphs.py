@@ -188,12 +188,23 @@ class _Cutter:
         known = info(node)
         assert known.tensor is not None
         meta = replace(known.tensor, requires_grad=self._takes_gradient(node, True))
-        return BoundaryTensor(node.name, meta, known.strides, ends=self._takes_gradient(node, False))
+        ends = self._takes_gradient(node, False) and _is_read_with_gradient(node)
+        return BoundaryTensor(node.name, meta, known.strides, ends=ends)
 
     def _takes_gradient(self, node: fx.Node, felt: bool) -> bool:
         """Whether a tensor would take a gradient, and one comes back to it from the results (``felt``) or none does."""
         tensor = info(node).tensor
         return tensor is not None and tensor.requires_grad and (node in self.felt) == felt
+
+
+def _is_read_with_gradient(node: fx.Node) -> bool:
+    """Whether what is computed of a tensor takes a gradient.
+
+    Where nothing does, the tensor may take one itself only since a later write to what it is a view of.
+    """
+    key = info(node).storage
+    users = reached([node], lambda each: each.users if each is node or info(each).storage == key is not None else ())
+    return any(_carries(each) for each in users if info(each).storage != key or key is None)
 
 
 def _made(graph: fx.Graph, function: Callable[..., Any], tensor: fx.Node) -> fx.Node:
