@@ -8,6 +8,7 @@ import functools
 import inspect
 import re
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ class Case:
                 batch = given.send(last)
             except StopIteration:
                 break
+            except RuntimeError as error:  # too large a one
+                why = why or error
+                break
+            if last is not None:
+                traceback.clear_frames(last.__traceback__)  # they hold all that the model had computed
             last = None
             batch = {name: part.to(dtype) if part.is_floating_point() else part for name, part in batch.items()}
             try:
@@ -169,7 +175,7 @@ def shrunk(config: Any, how: str) -> Any:
         value = getattr(config, name)
         if value >= words if isinstance(value, int) else value is None and name.startswith(("image", "video")):
             _set(config, name, words - 1 - place)  # what marks images and what marks films are two words
-    with contextlib.suppress(AttributeError):  # one that differs from layer to layer
+    with contextlib.suppress(Exception):  # one that differs from layer to layer
         if getattr(config, "num_key_value_heads", 1) is None:
             _set(config, "num_key_value_heads", getattr(config, "num_attention_heads", None))
     kinds = getattr(config, "layer_types", None)
