@@ -289,7 +289,7 @@ def find_further(model_type: str, name: str) -> Found:
         except Exception as error:
             why = _not_built(error)
             continue
-        for config in several:
+        for place, config in enumerate(several):
             repairs = Repairs(config)
             for _ in range(REPAIRS):
                 try:
@@ -298,7 +298,7 @@ def find_further(model_type: str, name: str) -> Found:
                     size = size_of(kind, config)[0]
                 except Exception as error:
                     failed: Exception | None = error
-                    why = _not_built(error)
+                    why = why if place else _not_built(error)
                 else:
                     if size > most:
                         why = Unsuitable(f"{size / 1e6:.0f} M parameters at least")
