@@ -219,6 +219,7 @@ class Pipeline:
             init=words,
         )
         self._start = (seed, words)
+        self._trainer.start(self._running)
         own, device = self._running.stages, self._running.device
         log.info(
             "materialized %d stages on %s: %d parameters", len(own), device, sum(p.numel() for p in self.parameters())

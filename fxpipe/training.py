@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
 from fxpipe.batch.dims import BatchDims, Microbatch
@@ -272,6 +273,15 @@ class Trainer:
         replica = running.groups.replica if running.groups is not None else 0
         return step.jobs(running.device, seed=self.seed, step=self.num_steps, replica=replica, scale=scale)
 
+    def start(self, running: Running) -> Modes:
+        """Take note of how the modules of this rank's stages are before a user has changed any."""
+
+        def opened() -> list[tuple[str, nn.Module]]:
+            return [each for stage in running.stages for each in stage.opened()]
+
+        self._modes = Modes(self.variants.capture.skeleton.module, running.stages, opened)
+        return self._modes
+
     def _held(self, step: Step, what: str) -> dict[str, object]:
         """Give what must be the same on all ranks of a pipeline before a batch is exchanged."""
         held: dict[str, object] = {
@@ -288,10 +298,11 @@ class Trainer:
     def _agreed(self, running: Running, make: Callable[[], Step], what: str, **arguments: object) -> Step:
         step: Step | None = None
         error: Exception | None = None
-        if self._modes is None:
-            self._modes = Modes(self.variants.capture.skeleton.module, running.stages)
+        modes = self._modes or self.start(running)
         try:
-            if self._modes.changed(tuple(stage.num_programs for stage in running.stages)):
+            sizes = tuple(stage.num_programs for stage in running.stages)
+            self.variants.settings = modes.settings(sizes)
+            if modes.changed(sizes):
                 raise ModesChanged
             with busy(running.groups, "preparing the batch"):
                 step = make()
@@ -308,7 +319,7 @@ class Trainer:
             checked: dict[str, Any] = {"within": within, "tensors": tensors, "trained": trained, "shown": of_step}
             agree(running.groups, error, "the batch", same, **checked)
         except ModesChanged:  # of some rank: what was recorded with other flags is not what runs
-            self._modes.gather(running.groups)
+            modes.gather(running.groups)
             self.variants.mode_changed()
             return self._agreed(running, make, what, **arguments)
         assert step is not None

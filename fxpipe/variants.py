@@ -11,6 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 from fxpipe.batch.inputs import Inputs, Kind
@@ -20,7 +21,7 @@ from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.cut.placement import Holders
 from fxpipe.capture.graph.reading import Read, read_again
 from fxpipe.capture.graph.symbolic import reads_alike
-from fxpipe.capture.model.settings import settings_of
+from fxpipe.capture.model.settings import functions_within, settings_of
 from fxpipe.capture.numbers import with_numbers
 from fxpipe.capture.shapes import Elsewhere, with_symbols
 from fxpipe.errors import CaptureError
@@ -178,6 +179,7 @@ class Variants:
     Attributes:
         num_captures: Forwards that were recorded for batches.
         example: Kinds of the tensors of the example, by name; empty without one.
+        settings: What the script has set on modules of this rank's stages that are never called: name and value.
     """
 
     def __init__(
@@ -203,6 +205,8 @@ class Variants:
         self._kinds: dict[Any, _Kind] = {}  # the one used last comes last
         self._output_dims: dict[Any, Mapping[str, int | None]] = {}
         self._mode = ""
+        self.settings: tuple[tuple[str, str], ...] = ()
+        self._functions: tuple[FunctionType, ...] | None = None  # of the modules that are opened
         self._own: tuple[Any, ...] = ()
         self._changes: dict[str, int] = {}  # how often what the script sets was another one, by path
 
@@ -271,6 +275,7 @@ class Variants:
         grad_enabled = with_loss and Ambient.now().grad_enabled
         options: dict[str, Any] = {"opened": self._opened, "with_loss": with_loss, "grad_enabled": grad_enabled}
         captured = self.capture.capture(inputs, **options)
+        self._functions = None
         self._note_settings(around)
         if with_loss and not captured.structure.is_loss:
             raise CaptureError(
@@ -403,7 +408,10 @@ class Variants:
         now = Ambient.now()
         grad_enabled = with_loss and now.grad_enabled
         loss_fn = self.capture.loss_fn if with_loss else None
-        settings = settings_of(loss_fn), settings_of(self.capture.skeleton.module.forward)
+        model = self.capture.skeleton.module
+        if self._functions is None:
+            self._functions = functions_within(model, self.capture.closed_modules(self._opened))
+        settings = settings_of(loss_fn), settings_of(model.forward, self._functions), self.settings
         return Around((with_loss, grad_enabled, self._mode, now.autocast, now.attention, self.capture.dtype), settings)
 
     def _program(self, captured: Captured) -> Program:

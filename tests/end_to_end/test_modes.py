@@ -167,3 +167,58 @@ def test_the_model_s_own_train_counts(stages):
         pipe.eval()
         model.eval()
         modes.check(pipe, model)
+
+
+SCALES = {"of": 1.0}
+
+
+def scaled(x):
+    return x * SCALES["of"]
+
+
+class Scaled(nn.Module):
+    """Finds numbers outside of its arguments, itself and in a function that it calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.sharpness = nn.Linear(4, 4), nn.Linear(4, 4), 1.0
+
+    def forward(self, x):
+        return x + self.last(scaled(torch.tanh(self.first(x) * self.sharpness))) / SCALES["of"] ** 2
+
+
+def opened_pipe(model, x, **options):
+    options = {"loss_fn": F.mse_loss, "microbatches": 2, "schedule": "GPipe", "grain": "op", **options}
+    return fxpipe.compile(model, 3, (x,), {"target": x}, **options).materialize(device="cpu")
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.Sequential(nn.Sequential(*model), nn.Tanh())])
+def test_what_a_script_sets_counts_in_opened_blocks_too(wrap, monkeypatch):
+    model, x = wrap(nn.Sequential(Scaled(), Scaled())), torch.randn(4, 4)
+    with opened_pipe(model, x) as pipe:
+        assert pipe.plan.opened
+        for step in (0, 1, 1, 2):
+            monkeypatch.setitem(SCALES, "of", 1.0 + step)
+            for part in (*pipe.stage_modules, model):
+                for inner in part.modules():
+                    if hasattr(inner, "sharpness"):
+                        inner.sharpness = 1.0 + step % 2
+            torch.testing.assert_close(pipe.step(x, target=x), F.mse_loss(model(x), x).detach(), rtol=1e-12, atol=0)
+        assert len(pipe._trainer.variants.names) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda part: part.register_forward_hook(lambda module, args, output: output * 2), "has got a hook"),
+        (lambda part: setattr(part, "forward", lambda x: x), r"forward was set"),
+    ],
+)
+def test_what_nothing_would_call_is_refused(change, words):
+    x = torch.randn(4, 4)
+    with opened_pipe(nn.Sequential(Scaled(), Scaled()), x) as pipe:
+        opened = [part for stage in pipe.stage_modules for fqn, part in stage.named_modules() if fqn == "0"]
+        change(opened[0])
+        with pytest.raises(fxpipe.MaterializeError, match=rf"^0.*{words}.*\n  name it in leaves="):
+            pipe.step(x, target=x)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -25,10 +26,16 @@ _LIBRARIES = ("torch", "numpy", "transformers", "builtins")
 """Not looked into, for the sake of time: what they keep for themselves is no setting of a script."""
 
 
-def settings_of(function: Callable[..., Any] | None) -> tuple[tuple[str, str], ...]:
+def settings_of(
+    function: Callable[..., Any] | None, inside: Sequence[FunctionType] = ()
+) -> tuple[tuple[str, str], ...]:
     """Give what a function reads from closures, globals, defaults and attributes, by path, as far as it is plain.
 
     Only names that stand in the code are followed, into functions that it calls by them and objects that have them.
+
+    Args:
+        function: A function, or a module's forward.
+        inside: Others that run in it, of which attributes are not looked at.
 
     >>> options = {"beta": 0.5}
     >>> settings_of(lambda output: output * options["beta"])
@@ -37,7 +44,57 @@ def settings_of(function: Callable[..., Any] | None) -> tuple[tuple[str, str], .
     reader = _Reader()
     if function is not None:
         reader.function(function, "", 0)
+    for each in inside:
+        reader.most = len(reader.found) + _LARGEST
+        reader.plain_function(each, f".{each.__module__}.{each.__qualname__}", 0)
     return tuple(reader.found.items())
+
+
+def functions_within(model: nn.Module, closed: Collection[str]) -> tuple[FunctionType, ...]:
+    """Give what the forwards of a model's modules are made of, each function once, but not those of libraries.
+
+    Args:
+        model: Its own forward is not among them.
+        closed: FQNs of the modules that are recorded as one call, and run as they are.
+    """
+    found: dict[FunctionType, None] = {}
+    for part in _outside(model, "", closed):
+        kind = type(part)
+        todo = [vars(part).get("forward", kind.forward)]
+        while todo:
+            function = todo.pop()
+            function = getattr(function, "__func__", function)
+            if not isinstance(function, FunctionType) or function in found or _of_library(function.__module__):
+                continue
+            found[function] = None
+            names = _names(function.__code__)
+            todo += [_function(inspect.getattr_static(kind, name)) for name in _members(kind, names)]
+    return tuple(found)
+
+
+def _outside(module: nn.Module, fqn: str, closed: Collection[str]) -> Iterator[nn.Module]:
+    for name, child in module.named_children():
+        inner = f"{fqn}.{name}" if fqn else name
+        if inner not in closed:
+            yield child
+            yield from _outside(child, inner, closed)
+
+
+_KNOWN: weakref.WeakKeyDictionary[type, dict[frozenset[str], tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
+def _members(kind: type, names: frozenset[str]) -> tuple[str, ...]:
+    """Give those of some names that are functions, properties or plain values of a class; looked for once."""
+    known = _KNOWN.setdefault(kind, {})
+    if names not in known:
+        static = {name: inspect.getattr_static(kind, name, None) for name in sorted(names)}
+        kept = (name for name, each in static.items() if each is not None)
+        known[names] = tuple(name for name in kept if isinstance(_function(static[name]), (FunctionType, *_PLAIN)))
+    return known[names]
+
+
+def _function(member: Any) -> Any:
+    return member.fget if isinstance(member, property) else member
 
 
 @functools.lru_cache(maxsize=4096)
@@ -49,6 +106,7 @@ def _names(code: CodeType) -> frozenset[str]:
 class _Reader:
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
+        self.most = _LARGEST
         self._seen: set[tuple[int, Collection[str]]] = set()
 
     def function(self, function: Any, path: str, depth: int) -> None:
@@ -59,7 +117,7 @@ class _Reader:
         elif isinstance(function, MethodType):
             self._method(function.__func__, function.__self__, path, depth)
         elif isinstance(function, FunctionType):
-            self._plain_function(function, path, depth)
+            self.plain_function(function, path, depth)
         elif callable(function) and not isinstance(function, type):
             kind = type(function)
             self._method(kind.forward if isinstance(function, nn.Module) else kind.__call__, function, path, depth)
@@ -67,9 +125,10 @@ class _Reader:
     def _method(self, function: Any, owner: Any, path: str, depth: int) -> None:
         if isinstance(function, FunctionType):
             self.value(owner, path, _names(function.__code__), depth + 1)
-            self._plain_function(function, path, depth)
+            self.plain_function(function, path, depth)
 
-    def _plain_function(self, function: FunctionType, path: str, depth: int) -> None:
+    def plain_function(self, function: FunctionType, path: str, depth: int) -> None:
+        """Follow a function, whosever it is."""
         names = _names(function.__code__)
         if depth > _DEEPEST or self._is_known(function, names) or _of_library(function.__module__):
             return
@@ -86,7 +145,7 @@ class _Reader:
     def value(self, value: Any, path: str, names: frozenset[str], depth: int) -> None:
         """Note a value, or what of it is asked for by one of some names."""
         if isinstance(value, _PLAIN):
-            if len(self.found) < _LARGEST:
+            if len(self.found) < self.most:
                 self.found[path] = repr(value)
         elif depth > _DEEPEST or isinstance(value, torch.Tensor):
             return
@@ -111,9 +170,10 @@ class _Reader:
         kind = owner if isinstance(owner, type) else type(owner)
         if isinstance(owner, ModuleType) or _of_library(kind.__module__):
             return
-        for name in sorted(names - held.keys()):
-            found = inspect.getattr_static(kind, name, None)
-            found = found.fget if isinstance(found, property) else found
+        for name in _members(kind, names):
+            if name in held:
+                continue
+            found = _function(inspect.getattr_static(kind, name, None))
             if isinstance(found, FunctionType):
                 self._method(found, owner, f"{path}.{name}", depth + 1)
             elif isinstance(found, _PLAIN) and found is not None:

@@ -23,6 +23,33 @@ class StageParts:
     attributes: tuple[str, ...]
 
 
+class PartModule(nn.Module):
+    """Stands where the model has a module of which a stage holds parts only.
+
+    Its parts keep the model's names: of a list it gives those held, in order, and each under its index in the model. It
+    has the model's numbers and words, for a script to find and set.
+    """
+
+    @classmethod
+    def of(cls, original: nn.Module | None, *, training: bool) -> PartModule:
+        """Make one for a module of the model; ``training`` where that is not known."""
+        made = cls()
+        for name, value in vars(original).items() if original is not None else ():
+            if isinstance(value, bool | int | float | str):
+                vars(made)[name] = value
+        made.training = original.training if original is not None else training
+        return made
+
+    def __getitem__(self, index: int | str) -> nn.Module:
+        return self.get_submodule(str(index))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
 def held_whole(skeleton: nn.Module, part: StageParts) -> set[str]:
     """Give the outermost modules of which the stage holds every tensor: another path through the model may call them.
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import linecache
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from fxpipe.errors import MaterializeError, PlanError
 from fxpipe.ir.tree import map_tree
 from fxpipe.program import MARKS, Program
 from fxpipe.runtime.build.boundary import join
+from fxpipe.runtime.build.holdings import PartModule as PartModule
 from fxpipe.runtime.build.holdings import StageParts as StageParts
 from fxpipe.runtime.build.holdings import held_whole, prefixes
 from fxpipe.runtime.build.lower import Lowered, lower
@@ -56,6 +57,7 @@ class StageModule(nn.Module):
         self._watched: set[int] = set()  # ids of modules with hooks of ours
         self._programs: dict[Hashable, _Installed] = {}
         self._modules_called: frozenset[str] = frozenset()
+        self._called: set[str] = set()  # by programs: what carries no tensor is not among those above
         self._lent: dict[Hashable, frozenset[int]] = {}  # of programs that have run once: results in own memory
         self._moved: dict[int, tuple[Any, Any]] = {}
         self._compiler: Callable[[Lowered], Lowered] | None = None
@@ -84,6 +86,7 @@ class StageModule(nn.Module):
         if key in self._programs:
             return
         own = program.stages[self._stage_index]
+        self._called.update(own.modules)
         missing = [fqn for fqn in (*own.modules, *own.attributes) if not self._holds(fqn)]
         if missing:
             raise PlanError(
@@ -114,6 +117,11 @@ class StageModule(nn.Module):
             else:
                 opened.append(fqn)
         self._recomputed = tuple(opened)
+
+    def opened(self) -> list[tuple[str, nn.Module]]:
+        """List the modules that stand here and that no program calls, so far: it runs what lies in them."""
+        called = self._modules_called | self._called
+        return [(fqn, part) for fqn, part in self.named_modules() if fqn and called.isdisjoint(prefixes(fqn))]
 
     @property
     def num_programs(self) -> int:
@@ -215,22 +223,6 @@ class StageModule(nn.Module):
             moved = map_tree(lambda _, leaf: _to(leaf, self._device), constant)
             self._moved[id(constant)] = (constant, moved)
         return self._moved[id(constant)][1]
-
-
-class PartModule(nn.Module):
-    """Stands where the model has a module of which a stage holds parts only.
-
-    Its parts keep the model's names: of a list it gives those held, in order, and each under its index in the model.
-    """
-
-    def __getitem__(self, index: int | str) -> nn.Module:
-        return self.get_submodule(str(index))
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return self.children()
-
-    def __len__(self) -> int:
-        return len(self._modules)
 
 
 def build_stages(
@@ -392,8 +384,7 @@ def _owner(stage: StageModule, fqn: str, skeleton: nn.Module | None = None) -> t
     for part in path:
         original = original.get_submodule(part) if original is not None else None
         if part not in owner._modules:
-            owner.add_module(part, PartModule())
-            owner._modules[part].training = original.training if original is not None else owner.training  # type: ignore[union-attr]
+            owner.add_module(part, PartModule.of(original, training=owner.training))
         owner = owner.get_submodule(part)
     return owner, name
 

@@ -1,12 +1,23 @@
-"""The training flags of modules: what runs is what they say, on whatever rank a user changes one."""
+"""The training flags and other attributes of modules: what runs is what they say, wherever a user changes one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import enum
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
+from fxpipe.errors import MaterializeError
 from fxpipe.runtime.ranks.groups import Groups
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, enum.Enum)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = __name__.partition(".")[0]
+_WAY_OUT = "name it in leaves=, or compile with grain='block': it is called as it is then"
 
 
 def switch(model: nn.Module, stages: Iterable[nn.Module], mode: bool) -> None:
@@ -41,11 +52,22 @@ class Modes:
     Args:
         model: The model's modules, as they are recorded; their flags follow those of the stages.
         stages: This rank's stages; their modules have the model's names.
+        opened: Gives those of their modules that are never called, by name.
     """
 
-    def __init__(self, model: nn.Module, stages: Iterable[nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Iterable[nn.Module],
+        opened: Callable[[], Iterable[tuple[str, nn.Module]]] = tuple,
+    ) -> None:
         self._model = dict(model.named_modules(remove_duplicate=False))
         self._stages = tuple(stages)
+        self._list_opened = opened
+        self._listed: tuple[int, ...] = ()
+        known = ((fqn, part, self._model.get(fqn)) for fqn, part in opened())
+        self._opened = [_Opened(fqn, part, model, _num_hooks(part)) for fqn, part, model in known if model is not None]
+        self._settings: dict[str, str] = {}
         self._sizes: tuple[int, ...] = ()
         self._parts: list[tuple[str, nn.Module]] = []
         self._seen: list[bool] = []
@@ -70,6 +92,22 @@ class Modes:
         self._seen = now
         return found
 
+    def settings(self, sizes: tuple[int, ...] = ()) -> tuple[tuple[str, str], ...]:
+        """Let the model have what was set on modules that are never called, and give all that was: name and value.
+
+        Args:
+            sizes: As in ``changed``.
+
+        Raises:
+            MaterializeError: Something was that the model cannot be given, or a hook that nothing would call.
+        """
+        if sizes != self._listed:
+            uncalled, self._listed = {id(part) for _, part in self._list_opened()}, sizes
+            self._opened = [each for each in self._opened if id(each.part) in uncalled]
+        for each in self._opened:
+            self._settings.update(each.follow())
+        return tuple(self._settings.items())
+
     def gather(self, groups: Groups | None) -> None:
         """Give the model the flags that its modules have on all ranks; every rank calls it."""
         own: dict[str, bool] = {}
@@ -82,3 +120,63 @@ class Modes:
             flags = [flags[fqn] for flags in everywhere if fqn in flags]
             if flags:
                 module.training = any(flags)
+
+
+@dataclass(slots=True, eq=False)
+class _Opened:
+    """A module of a stage of which programs run what lies in it: what it has was read when it was recorded.
+
+    Attributes:
+        fqn: Its name.
+        part: In the stage.
+        model: As it is recorded.
+        num_hooks: Those it has from the start.
+        seen: Its attributes when they were looked at last.
+    """
+
+    fqn: str
+    part: nn.Module
+    model: nn.Module
+    num_hooks: int
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    def follow(self) -> dict[str, str]:
+        """Give the model's module what was set on the stage's since, and name it."""
+        now = vars(self.part)
+        is_called = bool(self.part._modules) and type(self.model).forward is not nn.Module.forward  # by the model
+        if is_called and _num_hooks(self.part) != self.num_hooks:
+            raise MaterializeError(
+                f"{self.fqn} has got a hook, which nothing calls: its stage runs what lies in it\n  {_WAY_OUT}"
+            )
+        if len(now) == len(self.seen) and all(map(operator.is_, now.values(), self.seen.values())):
+            return {}
+        before, self.seen = self.seen, dict(now)
+        changed = ((name, value) for name, value in now.items() if name not in before or value is not before[name])
+        return dict(filter(None, (self._taken(name, value, is_first=not before) for name, value in changed)))
+
+    def _taken(self, name: str, value: Any, *, is_first: bool) -> tuple[str, str] | None:
+        known, missing = vars(self.model), object()
+        had = known.get(name, missing)
+        if name == "training" or value is had:
+            return None
+        if _is_plain(value):
+            if (had is missing and name.startswith("_")) or (type(value) is type(had) and value == had):
+                return None
+            known[name] = value
+            return f".{self.fqn}.{name}", repr(value)
+        if (had is missing and name == "forward") or (had is not missing and not is_first):
+            raise MaterializeError(
+                f"{self.fqn}.{name} was set on a module that nothing calls: its stage runs what lies in it\n"
+                f"  {_WAY_OUT}"
+            )
+        return None
+
+
+def _num_hooks(part: nn.Module) -> int:
+    """Count a module's hooks, without those by which fxpipe knows what draws."""
+    hooks = (hook for name in _HOOKS for hook in getattr(part, name).values())
+    return sum(not str(getattr(hook, "__module__", "")).startswith(f"{_OWN}.") for hook in hooks)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))

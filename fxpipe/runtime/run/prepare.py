@@ -148,11 +148,12 @@ def check_wrapped(stage: StageModule) -> None:
     Raises:
         MaterializeError: Names the modules, and what of them can be wrapped.
     """
-    for fqn, part in stage.named_modules():
-        if isinstance(part, PartModule) and isinstance(part, FSDPModule):
+    for fqn, part in stage.opened():
+        if isinstance(part, FSDPModule):
             parts = ", ".join(f"{fqn}.{name}" for name, _ in part.named_children()) or "the stage"
+            why = "which a cut crosses" if isinstance(part, PartModule) else "which is cut open"
             raise MaterializeError(
-                f"parallelize= wrapped {fqn}, which a cut crosses: stage {stage.stage_index} runs parts of it, and "
+                f"parallelize= wrapped {fqn}, {why}: stage {stage.stage_index} runs parts of it, and "
                 f"never calls it\n  wrap {parts} instead, or compile with grain='block'"
             )
 
