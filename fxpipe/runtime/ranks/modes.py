@@ -16,7 +16,6 @@ from fxpipe.runtime.ranks.groups import Groups
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, enum.Enum)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN = __name__.partition(".")[0]
 _WAY_OUT = "name it in leaves=, or compile with grain='block': it is called as it is then"
 
 
@@ -108,6 +107,11 @@ class Modes:
             self._settings.update(each.follow())
         return tuple(self._settings.items())
 
+    def note_hooks(self) -> None:
+        """Take the hooks that modules have now for fxpipe's own: stages were made ready for another variant."""
+        for each in self._opened:
+            each.num_hooks = _num_hooks(each.part)
+
     def gather(self, groups: Groups | None) -> None:
         """Give the model the flags that its modules have on all ranks; every rank calls it."""
         own: dict[str, bool] = {}
@@ -130,7 +134,7 @@ class _Opened:
         fqn: Its name.
         part: In the stage.
         model: As it is recorded.
-        num_hooks: Those it has from the start.
+        num_hooks: Those it had when hooks were noted last.
         seen: Its attributes when they were looked at last.
     """
 
@@ -173,9 +177,7 @@ class _Opened:
 
 
 def _num_hooks(part: nn.Module) -> int:
-    """Count a module's hooks, without those by which fxpipe knows what draws."""
-    hooks = (hook for name in _HOOKS for hook in getattr(part, name).values())
-    return sum(not str(getattr(hook, "__module__", "")).startswith(f"{_OWN}.") for hook in hooks)
+    return sum(len(getattr(part, name)) for name in _HOOKS)
 
 
 def _is_plain(value: Any) -> bool:
