@@ -147,7 +147,7 @@ class WholeModel:
     def writers(self, batch: Microbatch) -> list[str]:
         """Name the modules whose buffers a forward of the batch changes: they look at several samples at once."""
         first = self._capture.skeleton.aliases
-        with kept_buffers([self.stage]), torch.no_grad():
+        with kept_buffers([self.stage]):  # with gradients: the model, or its loss, may have hooks on some
             before = {fqn: buffer.clone() for fqn, buffer in self.stage.named_buffers()}
             self._computed(_moved(batch, self._device))
             changed = [first.get(f, f) for f, b in self.stage.named_buffers() if not torch.equal(b, before[f])]

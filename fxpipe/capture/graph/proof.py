@@ -20,7 +20,7 @@ from fxpipe.capture.graph.sizes import KEPT, Sizes, Unsuited, small_sizes
 from fxpipe.capture.graph.tail import Tail, TailProgram, find_tail
 from fxpipe.capture.graph.twins import Twins, spoken, tensor_of
 from fxpipe.capture.model.preserve import random_states
-from fxpipe.capture.record.node import info
+from fxpipe.capture.record.node import info, is_setting
 from fxpipe.capture.record.recorder import find_storage
 
 MOST_ELEMENTS = 1 << 21
@@ -362,8 +362,8 @@ class Proof:
         found: list[list[torch.Tensor]] = []
         for env, given, share in zip(run.parts, run.given[1], shares, strict=True):
             own = [given[node] for node in leaves]
-            value = self._value(env, self.rows)
-            found.append([g * share for g in _gradients(value, own)] if share else [torch.zeros_like(x) for x in own])
+            value = self._value(env, self.rows) * share  # as it is weighed before its backward: a hook may not be linear
+            found.append(_gradients(value, own) if share else [torch.zeros_like(x) for x in own])
         for place, node in enumerate(leaves):
             parts = [gradients[place] for gradients in found]
             joined = self.given.joined(node, parts)
@@ -399,7 +399,7 @@ class Proof:
                 all(self._explains(candidate, run, node) for run in told) for candidate in tried
             ):
                 return node
-        return self.summand.node
+        return next(filter(is_setting, self.tail.nodes), self.summand.node)
 
     def _is_apart(self, node: fx.Node, run: Run) -> bool:
         """Whether a value of the batch is its microbatches' side by side."""

@@ -17,7 +17,7 @@ from fxpipe.capture.graph.sizes import WIDE, Read, Sizes, Unsuited, Varying, fil
 from fxpipe.capture.graph.stand_ins import module_run, rows_made_up
 from fxpipe.capture.graph.twins import Twins, spoken
 from fxpipe.capture.model.builtin import is_builtin
-from fxpipe.capture.record.node import function_of, info, made_by, reached, sources
+from fxpipe.capture.record.node import function_of, info, is_setting, made_by, reached, sources
 
 COMPARING = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "masked_fill", "masked_fill_", "pad", "where", "fill_"})
 ENTROPIES = frozenset({"cross_entropy", "nll_loss"})
@@ -107,6 +107,9 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
         return ()
 
     needed = set(reached([result, *also], follow))
+    for hook in twins.structure.nodes:  # what it makes of gradients may couple samples
+        if is_setting(hook) and hook.args[0] in needed:
+            needed.update(reached([hook], follow))
     inputs = {node for node in given if node.op == "placeholder"}
     related = [read for read in twins.reads if inputs_of(read[0]) & inputs]
     for read, *_ in related:
