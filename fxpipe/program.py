@@ -195,6 +195,8 @@ class LossTerm:
         finish: Turns a count into what the sum is divided by, where that is not the count itself (it is kept from 0,
             say): ``share = finish(count) / finish(total)``.
         auxiliary: Whether it couples samples, and is weighed like the main term.
+        spelling: A digest of how it is computed, the same for other samples; ``""`` where there is none.
+        nothing: Whether it is 0 for all values, on the path that it was recorded on, and has no gradient.
     """
 
     name: str
@@ -202,6 +204,8 @@ class LossTerm:
     count: Callable[[Mapping[str, Any]], float] | None = field(default=None, compare=False)
     finish: Callable[[float], float] | None = field(default=None, compare=False)
     auxiliary: bool = False
+    spelling: str = field(default="", compare=False)
+    nothing: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ from fxpipe.batch.inputs import Inputs, name_parts
 from fxpipe.batch.merge import differ, few_samples, merge_outputs
 from fxpipe.batch.moving import OnDevice
 from fxpipe.batch.order import Order, check_call
+from fxpipe.batch.paths import check_paths
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
 from fxpipe.comparison import check_apart, nudged
@@ -348,11 +349,27 @@ class Trainer:
             found = self.variants.find_all(inputs, with_loss=True)
             for variant in dict.fromkeys(found) if len(parts) > 1 else ():
                 variant.captured.check_separates()
+            if self._source.loss_weight is None:
+                on_path = self._on_path(found, batch if ready is None else None)
+                check_paths([each.program.loss_terms for each in found], on_path, [each.values for each in inputs])
         for variant in dict.fromkeys(found) if len(parts) > 1 else ():
             if running.groups is not None and running.plan.num_ranks > 1:
                 refuse_overlap(variant.program)
         _check_alike(found)
         return Step(inputs, found, sizes, self._counts(found, inputs, sizes, parts))
+
+    def _on_path(self, found: Sequence[Variant], batch: Microbatch | None) -> list[bool]:
+        """Tell which microbatches take the path through the loss that their batch takes, or most of its terms do."""
+        if len(found) < 2 or not any(variant.path for variant in found):
+            return [True] * len(found)
+        if batch is not None:
+            layout = self._source.dims.layout(batch, split=False)
+            (whole,) = name_parts(self.variants.capture.parameter_names, [batch], [layout])
+            path = self.variants.find(whole, with_loss=True).path
+        else:  # what was split before is not put together: it is held against the first that adds something
+            adding = (each for each in found if not all(term.nothing for term in each.program.loss_terms))
+            path = next(adding, found[0]).path
+        return [variant.path == path for variant in found]
 
     @contextmanager
     def _beside_example(self, microbatches: Sequence[Inputs]) -> Iterator[None]:

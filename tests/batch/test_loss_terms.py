@@ -196,3 +196,81 @@ def test_a_sum_over_more_than_is_counted_is_weighed_by_what_is() -> None:
         check_equal(pipe, plain, pipe.step(inputs(), target=target), wanted.detach())
         with pytest.raises(fxpipe.ScheduleError, match="though nothing in it counts"):
             pipe.step(inputs(), target={**target, "mask": target["mask"] & (torch.arange(8) > 3)[:, None]})
+
+
+def summed(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return (per_token(o, t) * t["mask"]).sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: summed(o, t) / sum(t["lengths"].tolist()),
+        lambda o, t: summed(o, t) / (2 * int(t["lengths"].sum())),
+        lambda o, t: summed(o, t) / len(set(t["class"].tolist())),
+        lambda o, t: o[:, : int(t["lengths"].numpy().max())].square().mean(),
+        lambda o, t: per_token(o, t).mean() + o[..., int(t["class"][0])].mean(),
+    ],
+    ids=["list", "doubled", "classes", "array", "first"],
+)
+def test_what_python_reads_of_an_input_by_itself_is_no_constant(loss: Loss) -> None:
+    with pytest.raises(fxpipe.CaptureError, match="Python reads a number from an input"):
+        compiled(Chain(), loss, inputs(), sequence())
+
+
+def batch_decides(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return per_token(o, t).mean() * (2.0 if t["class"].max() > 5 else 1.0)
+
+
+def undivided(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return summed(o, t) / t["mask"].sum() if t["mask"].any() else per_token(o, t).sum()
+
+
+def early(o: torch.Tensor, t: Any) -> torch.Tensor:
+    loss = o.square().mean()
+    return loss + summed(o, t) / t["mask"].sum() if t["mask"].any() else loss
+
+
+def guarded(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return summed(o, t) / max(1, t["mask"].sum())
+
+
+def none_counts(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return per_token(o, t)[t["mask"]].mean() if t["mask"].any() else 0 * o.sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "refused"),
+    [(batch_decides, True), (undivided, True), (early, False), (guarded, False), (none_counts, False)],
+)
+def test_a_microbatch_on_another_path_than_its_batch_adds_what_it_adds_there(loss: Loss, refused: bool) -> None:
+    target = {key: sequence()[key] for key in ("mask", "clean", "class")}
+    target["mask"] = torch.arange(5)[None] < torch.arange(1, 9)[:, None]
+    torch.manual_seed(0)
+    model = Chain()
+    plain = copy.deepcopy(model)
+    with compiled(model, loss, inputs(), target, microbatches=2).materialize(device="cpu") as pipe:
+        other = {**target, "mask": target["mask"] & (torch.arange(8) > 3)[:, None]}
+        other["class"] = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0])
+        if refused:
+            with pytest.raises(fxpipe.CaptureError, match="takes another path than that of the whole batch"):
+                pipe.step(inputs(), target=other)
+            return
+        wanted = loss(plain(inputs()), other)
+        wanted.backward()
+        check_equal(pipe, plain, pipe.step(inputs(), target=other), wanted.detach())
+
+
+def hooked(hook: Any) -> Loss:
+    def loss(o: torch.Tensor, t: Any) -> torch.Tensor:
+        hidden = o * 1
+        hidden.register_hook(hook)
+        return F.mse_loss(hidden, t["real"])
+
+    return loss
+
+
+def test_a_hook_that_looks_at_the_gradients_of_the_batch_couples_samples() -> None:
+    with pytest.raises(fxpipe.CaptureError, match=r"register_hook \(loss\.register_hook\) couples the samples"):
+        compiled(Chain(), hooked(lambda gradient: gradient / gradient.norm()), inputs(), sequence())
+    check(hooked(lambda gradient: gradient.clamp(-1e-3, 1e-3)))

@@ -22,7 +22,7 @@ from fxpipe.capture.graph.given import PARTS, Kind, Values
 from fxpipe.capture.graph.proof import MOST_ELEMENTS, Proof, Run, Summand, Verdict, tried_quietly
 from fxpipe.capture.graph.sizes import Sizes, Unsuited
 from fxpipe.capture.graph.structure import Structure
-from fxpipe.capture.graph.tail import Tail, TailProgram, inputs_of, is_handed_out, is_of_model
+from fxpipe.capture.graph.tail import Tail, TailProgram, inputs_of, is_handed_out, is_of_model, is_past_blocks
 from fxpipe.capture.graph.twins import Twins, spelled
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import info, is_constant, reached, sources
@@ -159,7 +159,12 @@ class _Alone:
             return () if node in given or node.op in ("placeholder", "get_attr") else sources(node)
 
         needed = set(reached([recording.result], follow))
-        related = [guard for guard in observation.guards if inputs_of(guard.node) & needed]
+        graph = observation.recorder.graph
+        related = [
+            guard
+            for guard in observation.guards
+            if inputs_of(guard.node) & needed or (not guard.is_choice and is_past_blocks(graph, skeleton, guard.node))
+        ]
         if any(not isinstance(guard.answer, bool) and guard.node.target is not getattr for guard in related):
             raise Unsuited("Python reads a number from an input, and takes each sample by itself")
         self._choices = [(guard.node, guard.answer) for guard in related if isinstance(guard.answer, bool)]

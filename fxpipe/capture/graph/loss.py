@@ -17,9 +17,10 @@ from fxpipe.capture.graph.loops import Recording, prove_loops
 from fxpipe.capture.graph.proof import Scaling, Summand, Verdict, prove
 from fxpipe.capture.graph.sizes import Unsuited
 from fxpipe.capture.graph.structure import Structure, make_structure
-from fxpipe.capture.graph.tail import find_tail
+from fxpipe.capture.graph.tail import find_tail, is_past_blocks
 from fxpipe.capture.graph.twins import Twins, spoken
 from fxpipe.capture.model.skeleton import Skeleton
+from fxpipe.capture.record.forward import Guard
 from fxpipe.capture.record.node import info, reached, set_info
 from fxpipe.capture.record.observe import Observation
 from fxpipe.capture.record.recorder import find_storage
@@ -44,6 +45,9 @@ class Term:
         what: In words, for the report.
         auxiliary: Whether it couples samples, and is weighed like the main term.
         candidate: What was found to weigh it; None where the user says it.
+        spelling: As in ``LossTerm``.
+        nothing: As in ``LossTerm``.
+        alone: Whether what Python asks is asked of each sample: a microbatch's path says nothing of the batch's.
     """
 
     node: fx.Node
@@ -53,6 +57,9 @@ class Term:
     what: str = ""
     auxiliary: bool = False
     candidate: Candidate | None = None
+    spelling: str = ""
+    nothing: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,25 @@ class Loss:
 
 def loss_terms(terms: tuple[Term, ...]) -> tuple[LossTerm, ...]:
     """Give the summands the form that programs have."""
-    return tuple(LossTerm(term.node.name, term.kind, term.count, term.finish, term.auxiliary) for term in terms)
+    return tuple(
+        LossTerm(each.node.name, each.kind, each.count, each.finish, each.auxiliary, each.spelling, each.nothing)
+        for each in terms
+    )
+
+
+def path_of(guards: Sequence[Guard], observation: Observation, terms: Sequence[Term]) -> tuple[bool, ...]:
+    """Give the truth values that Python read past the model's layers; none where it asks of each sample by itself.
+
+    Args:
+        guards: What it read.
+        observation: In which forward.
+        terms: The summands of its loss.
+    """
+    if not terms or any(term.alone for term in terms):
+        return ()
+    recorder = observation.recorder
+    choices = (guard for guard in guards if guard.is_choice)
+    return tuple(bool(each.answer) for each in choices if is_past_blocks(recorder.graph, recorder.skeleton, each.node))
 
 
 def describe_terms(terms: tuple[Term, ...]) -> str:
@@ -115,13 +140,15 @@ def find_loss_terms(
     except Unsuited as unsuited:
         recordings = Recording(observation, structure), Recording(other, twice_as_many)
         return _of_loops(skeleton, recordings, inputs, again, str(unsuited))
-    summands = _summands(twins, result)
+    apart = _summands(twins, result)
+    summands = apart if len(apart) > 1 else [Summand(result)]
     verdicts = [prove(twins, summand, inputs.tensors) for summand in summands]
     if all(verdict.candidate is None for verdict in verdicts) and len(summands) > 1:
         whole = prove(twins, Summand(result), inputs.tensors)
         if whole.candidate is not None:
             summands, verdicts = [Summand(result)], [whole]
-    return _decided(twins, result, summands, verdicts, by_model)
+    spelled = [_spelling(twins, each) for each in (apart if len(apart) == len(summands) else summands)]
+    return _decided(twins, result, summands, verdicts, spelled, by_model)
 
 
 def _of_loops(
@@ -144,15 +171,20 @@ def _of_loops(
         return _unproved(one.result, f"{reason}; {unsuited}")
     found = verdict.candidate
     finish = found.finish if found.chain else None
-    return Loss((Term(one.result, found.kind, count, finish, found.what, candidate=found),))
+    return Loss((Term(one.result, found.kind, count, finish, found.what, candidate=found, alone=True),))
 
 
 def _decided(
-    twins: Twins, result: fx.Node, summands: Sequence[Summand], verdicts: Sequence[Verdict], by_model: bool
+    twins: Twins,
+    result: fx.Node,
+    summands: Sequence[Summand],
+    verdicts: Sequence[Verdict],
+    spelled: Sequence[str],
+    by_model: bool,
 ) -> Loss:
     main = next((verdict.candidate for verdict in verdicts if verdict.candidate is not None), None)
     terms = []
-    for summand, verdict in zip(summands, verdicts, strict=True):
+    for summand, verdict, spelling in zip(summands, verdicts, spelled, strict=True):
         found = verdict.candidate
         if found is None:
             auxiliary = by_model or verdict.from_model or not _in_loss_fn(summand.node)
@@ -168,8 +200,18 @@ def _decided(
             return _unproved(result, str(unsuited))
         node = _scaled_copy(twins, summand) if len(summands) > 1 else result
         finish = found.finish if found.chain else None
-        terms.append(Term(node, found.kind, count, finish, found.what, verdict.candidate is None, found))
+        parts = count, finish, found.what, verdict.candidate is None, found, spelling, verdict.nothing
+        terms.append(Term(node, found.kind, *parts))
     return Loss(tuple(terms))
+
+
+def _spelling(twins: Twins, summand: Summand) -> str:
+    """Give a digest of a summand as it stands in the loss; of calls of modules nothing is said."""
+    spelled = [twins.spelling(summand.node)]
+    for each in summand.outer:
+        numbers = [arg for arg in each.node.args if not isinstance(arg, fx.Node)]
+        spelled.append(repr((spoken(each.node), each.zero is None, numbers, list(map(twins.spelling, each.factors)))))
+    return " ".join(spelled) if spelled[0] else ""
 
 
 def _reads_unclear(twins: Twins, node: fx.Node) -> bool:
@@ -236,7 +278,7 @@ def _summands(twins: Twins, result: fx.Node) -> list[Summand]:
                 found.append(Summand(node, outer))
             else:
                 todo.append((inner, (Scaling(node, inner), *outer)))
-    return [Summand(result)] if len(found) == 1 else found
+    return found
 
 
 def _writers(twins: Twins, node: fx.Node) -> Sequence[fx.Node]:

@@ -75,12 +75,14 @@ class Verdict:
         coupling: The call that couples samples, where one was found.
         reason: Why nothing could be tried.
         from_model: Whether it comes out of the model as a number whose making was not seen.
+        nothing: Whether it is 0 for all values that were tried.
     """
 
     candidate: Candidate | None = None
     coupling: fx.Node | None = None
     reason: str = ""
     from_model: bool = False
+    nothing: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,6 +198,7 @@ class Proof:
         """Try what may weigh the microbatches on several batches."""
         failed = "it could not be run on small values"
         runs: list[Run] = []
+        nothing = any(isinstance(answer, bool) for _, answer in self.tail.reads)
         kinds = list(kinds_of(self.tail, self.given.asked))
         while kinds:
             kind = kinds.pop(0)
@@ -213,6 +216,7 @@ class Proof:
             telling = [run for run in runs if not self._is_nothing(run)]  # whatever weighs nothing gives nothing
             if self._depends and len(telling) < 2:
                 failed = "it is 0 for all values that were tried"
+                nothing = nothing and all(map(self._adds_nothing, runs))
                 kinds = [each for each in kinds if (each.integers, each.masks) != (kind.integers, kind.masks)]
                 runs = []
                 continue
@@ -224,12 +228,14 @@ class Proof:
             except RuntimeError as error:  # of a backward: what it needs was written to, say
                 return Verdict(reason=f"its backward failed: {error}".split("\n")[0])
             if found is not None:
-                return Verdict(found)
+                return Verdict(found, nothing=all(map(self._adds_nothing, runs)))
             if kind.major and has_turns(self.tail):
                 continue  # rows may come before samples: that order is tried next
             return Verdict(coupling=self.coupling(runs))
         if runs:
             return Verdict(coupling=self.coupling(runs))
+        if nothing and failed.startswith("it is 0"):  # on this path: of an empty mask, say
+            return Verdict(candidates(self.tail)[0], nothing=True)
         return Verdict(reason=failed)
 
     def _found(self, runs: Sequence[Run]) -> Candidate | None:
@@ -302,6 +308,11 @@ class Proof:
         """Whether the summand is 0 in a batch and in all of its microbatches."""
         return not any(float(env[self.summand.node].detach().nan_to_num()) for env in (run.whole, *run.parts))
 
+    def _adds_nothing(self, run: Run) -> bool:
+        leaves = [value for value in run.given[0].values() if _is_leaf(value)]
+        value = self._value(run.whole, PARTS * self.rows)
+        return not any(bool(each.any()) for each in (value, *_gradients(value, leaves)))
+
     def _same_path(self, run: Run) -> bool:
         """Whether Python reads the truth values that it read in the forward."""
         choices = [(node, answer) for node, answer in self.tail.reads if isinstance(answer, bool)]
@@ -362,7 +373,9 @@ class Proof:
         found: list[list[torch.Tensor]] = []
         for env, given, share in zip(run.parts, run.given[1], shares, strict=True):
             own = [given[node] for node in leaves]
-            value = self._value(env, self.rows) * share  # as it is weighed before its backward: a hook may not be linear
+            value = (
+                self._value(env, self.rows) * share
+            )  # as it is weighed before its backward: a hook may not be linear
             found.append(_gradients(value, own) if share else [torch.zeros_like(x) for x in own])
         for place, node in enumerate(leaves):
             parts = [gradients[place] for gradients in found]

@@ -17,6 +17,7 @@ from fxpipe.capture.graph.sizes import WIDE, Read, Sizes, Unsuited, Varying, fil
 from fxpipe.capture.graph.stand_ins import module_run, rows_made_up
 from fxpipe.capture.graph.twins import Twins, spoken
 from fxpipe.capture.model.builtin import is_builtin
+from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import function_of, info, is_setting, made_by, reached, sources
 
 COMPARING = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "masked_fill", "masked_fill_", "pad", "where", "fill_"})
@@ -111,7 +112,7 @@ def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Ta
         if is_setting(hook) and hook.args[0] in needed:
             needed.update(reached([hook], follow))
     inputs = {node for node in given if node.op == "placeholder"}
-    related = [read for read in twins.reads if inputs_of(read[0]) & inputs]
+    related = [read for read in twins.reads if inputs_of(read[0]) & inputs or is_read_on_the_way(twins, *read[:2])]
     for read, *_ in related:
         for node in reached([read]):
             needed.add(node)
@@ -138,6 +139,27 @@ def _check_reads(tail: Tail, related: Sequence[tuple[fx.Node, Any, Any]]) -> Non
     read = [node for node, one, _ in related if not isinstance(one, bool) and node.target is not getattr]
     if any(node not in followed for node in read) or (read and others):
         raise Unsuited(_READ)
+
+
+def is_read_on_the_way(twins: Twins, node: fx.Node, answer: Any) -> bool:
+    """Whether Python reads numbers of what is split, past the model's blocks: what it does with them is not seen."""
+    if isinstance(answer, bool) or node.target is getattr or not any(map(twins.is_split, inputs_of(node))):
+        return False
+    return is_past_blocks(twins.one.recorder.graph, twins.skeleton, node)
+
+
+def is_past_blocks(graph: fx.Graph, skeleton: Skeleton, node: fx.Node) -> bool:
+    """Whether a call comes after the last one of the model's layers."""
+    for each in reversed(graph.nodes):
+        if each is node:
+            return True
+        if info(each).block or (each.op == "call_module" and not _is_plain(skeleton, each)):
+            return False
+    return False
+
+
+def _is_plain(skeleton: Skeleton, node: fx.Node) -> bool:
+    return next(skeleton.module.get_submodule(str(node.target)).parameters(), None) is None
 
 
 def is_handed_out(twins: Twins, node: fx.Node) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from fxpipe.capture.graph.sizes import Unsuited
+from fxpipe.capture.graph.sizes import KEPT, Unsuited, Varying, fill, pair
 from fxpipe.capture.graph.structure import Structure
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.forward import Guard
-from fxpipe.capture.record.node import CONSTANT, info
+from fxpipe.capture.record.node import CONSTANT, info, reached
 from fxpipe.capture.record.observe import Observation
 from fxpipe.ir.tensor import TensorMeta
 
@@ -66,6 +68,8 @@ class Twins:
         pairs = dict(zip(structure.nodes, twice.nodes, strict=True))
         reads = []
         for left, right in _paired_guards(one.guards, other.guards):
+            if left.is_choice and left.answer != right.answer:
+                raise Unsuited("twice as many samples take another path")
             _pair_reads(left.node, right.node, pairs)
             reads.append((left.node, left.answer, right.answer))
         reads = [read for read in reads if info(read[0]).number is None]  # numbers are not split
@@ -87,6 +91,33 @@ class Twins:
         fits = len(grown) == 1 and shapes[1][grown[0]] == 2 * shapes[0][grown[0]]
         return grown[0] if fits and shapes[0][grown[0]] % self.samples == 0 else None
 
+    def spelling(self, node: fx.Node) -> str:
+        """Give a digest of how a value is computed, the same in recordings of other samples; ``""`` where none is."""
+        found: dict[fx.Node, str] = {}
+        constants = self.one.recorder.constants
+
+        def spell(leaf: Any) -> Any:
+            if isinstance(leaf, fx.Node):
+                return found[leaf]
+            if isinstance(leaf, Varying):
+                return ("varying", leaf.first / self.samples, leaf.second / self.samples)
+            return getattr(leaf, "__qualname__", leaf)
+
+        needed = reached([node])
+        for each in (each for each in self.one.recorder.graph.nodes if each in needed):
+            other = self.other.get(each)
+            if other is None:
+                return ""
+            try:
+                args = fill(pair((each.args, each.kwargs), (other.args, other.kwargs), lambda left, _: left), spell)
+            except Unsuited:
+                return ""
+            value = constants.get(str(each.target))
+            value = value.tolist() if isinstance(value, torch.Tensor) and value.numel() <= KEPT else type(value)
+            after = [found[before] for before in info(each).after]
+            found[each] = hashlib.sha256(repr((each.op, spelled(each), value, args, after)).encode()).hexdigest()[:16]
+        return found[node]
+
     @property
     def rows(self) -> dict[fx.Node, int]:
         """The dimension in which rows lie, of values whose number of rows values of inputs decide about."""
@@ -100,6 +131,10 @@ class Twins:
         selected, at = self.one.selected.get(node), self.sample_dim(node)
         known = selected is not None and (len(selected.dims) == 1 or len(selected.dims) < len(tensor_of(node).shape))
         return known and selected is not None and (at is None or at in selected.dims)
+
+    def is_split(self, node: fx.Node) -> bool:
+        """Whether an input is another one for other samples."""
+        return not self.is_constant(node) and info(node).number is None
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether the shape of a node's value has nothing to do with the samples."""
