@@ -245,3 +245,31 @@ def test_what_was_set_on_a_parameter_is_on_the_stage_s(grain, recorded):
         }
         pipe.optimizer(torch.optim.AdamW, lambda _, each: {"weight_decay": 0.0 if hasattr(each, "options") else 0.1})
         pipe.step(x, target=x)
+
+
+class Twice(nn.Module):
+    """One module that has a buffer, and a parameter, under two names each."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.register_buffer("scratch", torch.ones(6), persistent=False)
+        self.register_buffer("scale", self.scratch)
+        self.layers[1].register_parameter("again", self.layers[1].weight)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x @ self.layers[1].again * self.scale
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_tensor_keeps_both_names_that_one_module_has_for_it(stages):
+    model, x = Twice(), torch.randn(4, 6)
+    with fxpipe.compile(model, stages, (x,), {"target": x}, loss_fn=F.mse_loss, schedule="GPipe") as pipe:
+        state = pipe.materialize(device="cpu").state_dict(full=True)
+        assert list(state) == list(model.state_dict())
+        changed = {fqn: tensor + 1 for fqn, tensor in state.items()}
+        pipe.load_state_dict(changed)
+        model.load_state_dict(changed)
+        torch.testing.assert_close(pipe.infer(x), model(x))

@@ -88,7 +88,8 @@ def state_names(skeleton: nn.Module, aliases: Mapping[str, str]) -> StateNames:
     metas: dict[str, tuple[tuple[int, ...], str]] = {}
     for prefix, module in skeleton.named_modules(remove_duplicate=False):
         start = f"{prefix}." if prefix else ""
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, tensor in (*own, *module.named_buffers(recurse=False, remove_duplicate=False)):
             fqn = start + name
             first = aliases.get(fqn, fqn)
             fqns.setdefault(first, []).append(fqn)
