@@ -115,27 +115,31 @@ class WholeModel:
             for index, (inputs, job) in enumerate(zip(prepared.inputs, jobs, strict=True)):
                 share = job.shares[0]
                 tensors = {name: tensor.to(self._device) for name, tensor in inputs.tensors.items()}
-                output, loss = self._computed(inputs.with_tensors(tensors))
+                args, kwargs, target = inputs.with_tensors(tensors)
+                output = self.plain(*args, **kwargs)
+                found.update(_kept(named_output(output, index)))
+                loss = self._loss(output, target)
                 if share:
                     torch.autograd.backward(loss * share)
                     losses.append(loss.detach().double() * share)
-                found.update(named_output(output, index))
             return self._figures(torch.stack(losses).sum().to(loss.dtype), found, self.plain)
 
     def run_whole(self, batch: Microbatch) -> Figures:
         """Run forward and backward of a batch at once."""
         with kept_buffers([self.stage]):
             self.plain.zero_grad()
-            _, loss = self._computed(_moved(batch, self._device))
+            loss = self._computed(_moved(batch, self._device))
             torch.autograd.backward(loss)
             return self._figures(loss.detach(), {}, self.plain)
 
-    def _computed(self, batch: Microbatch) -> tuple[Any, torch.Tensor]:
+    def _computed(self, batch: Microbatch) -> torch.Tensor:
         args, kwargs, target = batch
-        output = self.plain(*args, **kwargs)
+        return self._loss(self.plain(*args, **kwargs), target)
+
+    def _loss(self, output: Any, target: Any) -> torch.Tensor:
         loss = self._capture.loss_fn(output, target) if self._capture.loss_fn else find_loss(output)
         assert loss is not None
-        return output, loss
+        return loss
 
     def _figures(self, loss: torch.Tensor, outputs: Mapping[str, torch.Tensor], ran: nn.Module) -> Figures:
         first = self._capture.skeleton.aliases
@@ -370,6 +374,11 @@ class Verifier:
             control = self._tried(engine, jobs, output_jobs)
         last = len(running.placement) - 1
         return compare_figures([found], wanted, control, running.stage_of_tensor, last), "the stages run one by one"
+
+
+def _kept(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give outputs as the model gives them: the loss may write to them."""
+    return {name: output.detach().clone() for name, output in outputs.items()}
 
 
 def _on_cpu(gradient: Any) -> torch.Tensor | None:

@@ -274,3 +274,12 @@ def test_a_hook_that_looks_at_the_gradients_of_the_batch_couples_samples() -> No
     with pytest.raises(fxpipe.CaptureError, match=r"register_hook \(loss\.register_hook\) couples the samples"):
         compiled(Chain(), hooked(lambda gradient: gradient / gradient.norm()), inputs(), sequence())
     check(hooked(lambda gradient: gradient.clamp(-1e-3, 1e-3)))
+
+
+def test_a_loss_that_writes_to_the_output_is_verified_against_the_outputs_of_the_model() -> None:
+    def zeroed(o: torch.Tensor, t: Any) -> torch.Tensor:
+        return o.mul_(t["weights"][..., None]).square().mean()
+
+    target = {"weights": sequence()["weights"]}
+    with compiled(Logits(), zeroed, inputs(), target).materialize(device="cpu") as pipe:
+        assert pipe.verify(inputs(), target=target).compared > 6
