@@ -84,7 +84,8 @@ class Variant:
     def path(self) -> tuple[bool, ...]:
         """What Python asked on the way to the loss, past the model's layers."""
         captured = self.captured
-        return path_of((captured.symbolic or captured.observation).guards, captured.observation, captured.terms)
+        guards = (captured.symbolic or captured.observation).guards
+        return path_of(guards, captured.observation.recorder, captured.terms, captured.inputs.dims)
 
     @property
     def name(self) -> tuple[str, str]:

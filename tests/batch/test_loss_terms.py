@@ -283,3 +283,64 @@ def test_a_loss_that_writes_to_the_output_is_verified_against_the_outputs_of_the
     target = {"weights": sequence()["weights"]}
     with compiled(Logits(), zeroed, inputs(), target).materialize(device="cpu") as pipe:
         assert pipe.verify(inputs(), target=target).compared > 6
+
+
+WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+
+def both(o: torch.Tensor, t: Any) -> torch.Tensor:
+    return torch.stack([square(o, t), entropy(o, t)])
+
+
+class Uncertain(Chain):
+    """Learns how its tasks weigh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spread = torch.nn.Parameter(torch.tensor([0.1, -0.2], dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        losses = both(super().forward(x), {"labels": labels, "real": real})
+        return ((-self.spread).exp() * losses + self.spread).sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: (both(o, t) * WEIGHTS).sum(),
+        lambda o, t: both(o, t).mean() + 0.5,
+        lambda o, t: torch.lerp(square(o, t), entropy(o, t), 0.3),
+        lambda o, t: torch.einsum("i,ij,j->", WEIGHTS, torch.eye(2).double() + 1, both(o, t)),
+    ],
+    ids=["weighted", "mean", "lerp", "einsum"],
+)
+def test_a_loss_that_is_linear_in_means_of_several_kinds_is_taken_apart(loss: Loss) -> None:
+    check(loss)
+
+
+def test_weights_of_tasks_that_are_learned_get_the_gradients_of_the_batch() -> None:
+    torch.manual_seed(0)
+    model = Uncertain()
+    plain = copy.deepcopy(model)
+    given = sequence()["labels"], sequence()["real"]
+    wanted = plain(inputs(7), *given)
+    wanted.backward()
+    with fxpipe.compile(model, 2, (inputs(), *given), microbatches=4, schedule="GPipe") as pipe:
+        pipe.materialize(device="cpu")
+        check_equal(pipe, plain, pipe.step(inputs(7), *given), wanted.detach())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: both(o, t).max(),
+        lambda o, t: (both(o, t).clamp(max=1.5) * WEIGHTS).sum(),
+        lambda o, t: both(o, t).prod(),
+        lambda o, t: (both(o, t) * both(o, t).detach().softmax(0)).sum(),
+        lambda o, t: both(o, t).norm(),
+    ],
+    ids=["max", "clamp", "product", "softmax", "norm"],
+)
+def test_a_loss_that_is_not_linear_in_them_is_refused(loss: Loss) -> None:
+    with pytest.raises(fxpipe.CaptureError, match="couples the samples of a batch"):
+        compiled(Logits(), loss, inputs(), sequence())

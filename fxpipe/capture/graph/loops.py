@@ -19,10 +19,19 @@ from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.graph.driven import DRIVEN
 from fxpipe.capture.graph.given import PARTS, Kind, Values
-from fxpipe.capture.graph.proof import MOST_ELEMENTS, Proof, Run, Summand, Verdict, tried_quietly
+from fxpipe.capture.graph.proof import MOST_ELEMENTS, Proof, Run, Verdict
 from fxpipe.capture.graph.sizes import Sizes, Unsuited
 from fxpipe.capture.graph.structure import Structure
-from fxpipe.capture.graph.tail import Tail, TailProgram, inputs_of, is_handed_out, is_of_model, is_past_blocks
+from fxpipe.capture.graph.tail import (
+    Summand,
+    Tail,
+    TailProgram,
+    inputs_of,
+    is_handed_out,
+    is_of_model,
+    is_past_blocks,
+    tried_quietly,
+)
 from fxpipe.capture.graph.twins import Twins, spelled
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import info, is_constant, reached, sources

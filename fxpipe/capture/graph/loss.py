@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,16 +14,16 @@ from torch import fx
 from fxpipe.batch.inputs import Inputs
 from fxpipe.capture.graph.counts import Candidate, counter_of
 from fxpipe.capture.graph.loops import Recording, prove_loops
-from fxpipe.capture.graph.proof import Scaling, Summand, Verdict, prove
+from fxpipe.capture.graph.proof import Verdict, is_linear, prove
 from fxpipe.capture.graph.sizes import Unsuited
 from fxpipe.capture.graph.structure import Structure, make_structure
-from fxpipe.capture.graph.tail import find_tail, is_past_blocks
+from fxpipe.capture.graph.tail import Scaling, Summand, find_tail, inputs_of, is_past_blocks
 from fxpipe.capture.graph.twins import Twins, spoken
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.forward import Guard
-from fxpipe.capture.record.node import info, reached, set_info
+from fxpipe.capture.record.node import info, reached, set_info, sources
 from fxpipe.capture.record.observe import Observation
-from fxpipe.capture.record.recorder import find_storage
+from fxpipe.capture.record.recorder import Recorder, find_storage
 from fxpipe.program import LossKind, LossTerm
 
 WAY_OUT = (
@@ -83,19 +83,21 @@ def loss_terms(terms: tuple[Term, ...]) -> tuple[LossTerm, ...]:
     )
 
 
-def path_of(guards: Sequence[Guard], observation: Observation, terms: Sequence[Term]) -> tuple[bool, ...]:
+def path_of(
+    guards: Sequence[Guard], recorder: Recorder, terms: Sequence[Term], split: Collection[str]
+) -> tuple[bool, ...]:
     """Give the truth values that Python read past the model's layers; none where it asks of each sample by itself.
 
     Args:
         guards: What it read.
-        observation: In which forward.
+        recorder: Of the forward.
         terms: The summands of its loss.
+        split: Names of the inputs that are others for other samples.
     """
     if not terms or any(term.alone for term in terms):
         return ()
-    recorder = observation.recorder
-    choices = (guard for guard in guards if guard.is_choice)
-    return tuple(bool(each.answer) for each in choices if is_past_blocks(recorder.graph, recorder.skeleton, each.node))
+    asked = (each for each in guards if each.is_choice and any(one.target in split for one in inputs_of(each.node)))
+    return tuple(bool(each.answer) for each in asked if is_past_blocks(recorder.graph, recorder.skeleton, each.node))
 
 
 def describe_terms(terms: tuple[Term, ...]) -> str:
@@ -147,6 +149,10 @@ def find_loss_terms(
         whole = prove(twins, Summand(result), inputs.tensors)
         if whole.candidate is not None:
             summands, verdicts = [Summand(result)], [whole]
+    if any(verdict.candidate is None for verdict in verdicts):
+        terms = _linear_terms(twins, result, inputs)
+        if terms:
+            return Loss(terms)
     spelled = [_spelling(twins, each) for each in (apart if len(apart) == len(summands) else summands)]
     return _decided(twins, result, summands, verdicts, spelled, by_model)
 
@@ -212,6 +218,89 @@ def _spelling(twins: Twins, summand: Summand) -> str:
         numbers = [arg for arg in each.node.args if not isinstance(arg, fx.Node)]
         spelled.append(repr((spoken(each.node), each.zero is None, numbers, list(map(twins.spelling, each.factors)))))
     return " ".join(spelled) if spelled[0] else ""
+
+
+def _linear_terms(twins: Twins, result: fx.Node, inputs: Inputs) -> tuple[Term, ...]:
+    """Take a loss apart that is linear in numbers, however made of them: ``(weights * torch.stack(losses)).sum()``.
+
+    The term of a number is the loss with 0 in the place of all others, less the loss of zeros, which is a term, too.
+    """
+    found = _numbers_below(twins, result)
+    if found is None or len(found[0]) < 2:
+        return ()
+    numbers, calls = found
+    verdicts = [prove(twins, Summand(number), inputs.tensors) for number in numbers]
+    try:
+        if not all(verdict.candidate for verdict in verdicts):
+            return ()
+        if not is_linear(find_tail(twins, result), numbers, calls, inputs.tensors):
+            return ()
+        counts = [counter_of(twins.skeleton, twins.one.recorder, each.candidate) for each in verdicts if each.candidate]
+    except Unsuited:
+        return ()
+    nothing = _with_zeros(twins, result, numbers, calls, None)
+    terms = [
+        Term(nothing, "samples", what="a mean over samples", candidate=Candidate("samples", "a mean over samples"))
+    ]
+    for number, verdict, count in zip(numbers, verdicts, counts, strict=True):
+        candidate = verdict.candidate
+        assert candidate is not None
+        own = _with_zeros(twins, result, numbers, calls, number)
+        node, finish = _added(twins, own, torch.sub, (own, nothing)), candidate.finish if candidate.chain else None
+        terms.append(Term(node, candidate.kind, count, finish, candidate.what, candidate=candidate))
+    return tuple(terms[1:] + terms[:1])
+
+
+def _numbers_below(twins: Twins, result: fx.Node) -> tuple[list[fx.Node], list[fx.Node]] | None:
+    """Give the numbers that samples are reduced to, and the calls that make the loss of them; None: of more."""
+    order = list(twins.one.recorder.graph.nodes)
+    below = reached([result])
+    depends: dict[fx.Node, bool] = {}
+    for node in (each for each in order if each in below):
+        depends[node] = not twins.is_constant(node) or any(depends[source] for source in sources(node))
+    numbers: dict[fx.Node, None] = {}
+    calls: dict[fx.Node, None] = {}
+    todo = [result]
+    while todo:
+        node = todo.pop()
+        if node in numbers or node in calls or not depends[node]:
+            continue
+        if node.op not in ("call_function", "call_method") or _writers(twins, node) or info(node).position is not None:
+            return None
+        if all(twins.is_constant(source) for source in node.all_input_nodes if depends[source]):
+            calls[node] = None
+            todo += node.all_input_nodes
+        elif _is_number(twins, node):
+            numbers[node] = None
+        else:
+            return None
+    return [each for each in order if each in numbers], [each for each in order if each in calls]
+
+
+def _with_zeros(
+    twins: Twins, result: fx.Node, numbers: Sequence[fx.Node], calls: Sequence[fx.Node], kept: fx.Node | None
+) -> fx.Node:
+    """Make the loss again with 0 in the place of all numbers but one."""
+    swap: dict[fx.Node, fx.Node] = {}
+    last = list(twins.one.recorder.graph.nodes)[-1]
+    for number in numbers:
+        if number is not kept:
+            last = swap[number] = _added(twins, last, torch.zeros_like, (number,))
+    for call in calls:
+        with twins.one.recorder.graph.inserting_after(last):
+            last = swap[call] = twins.one.recorder.graph.node_copy(call, functools.partial(_swapped, swap))
+        set_info(last, replace(info(call), **_ALONE))
+    return swap[result]
+
+
+def _added(twins: Twins, after: fx.Node, function: Callable[..., Any], args: tuple[fx.Node, ...]) -> fx.Node:
+    """Add a call to the graph that gives what its first argument is like."""
+    with twins.one.recorder.graph.inserting_after(after):
+        made = twins.one.recorder.graph.call_function(function, args)
+    own = replace(info(args[0]), **_ALONE, after=(), reads=args, made=(), flows=None, part_of=None, counts=None)
+    assert own.tensor is not None
+    set_info(made, replace(own, tensor=replace(own.tensor, requires_grad=function is torch.sub)))
+    return made
 
 
 def _reads_unclear(twins: Twins, node: fx.Node) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +15,9 @@ from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.graph.counts import Candidate, candidates
 from fxpipe.capture.graph.driven import DRIVEN, driven
 from fxpipe.capture.graph.given import PARTS, Given, Kind, Values, has_turns, kinds_of
-from fxpipe.capture.graph.sizes import KEPT, Sizes, Unsuited, small_sizes
-from fxpipe.capture.graph.tail import Tail, TailProgram, find_tail
+from fxpipe.capture.graph.sizes import Sizes, Unsuited, settings
+from fxpipe.capture.graph.tail import Summand, Tail, TailProgram, find_tail, tried_quietly
 from fxpipe.capture.graph.twins import Twins, spoken, tensor_of
-from fxpipe.capture.model.preserve import random_states
 from fxpipe.capture.record.node import info, is_setting
 from fxpipe.capture.record.recorder import find_storage
 
@@ -31,39 +29,6 @@ _ROWS = (
 )
 EXACT = 1e-9
 """Largest difference, relative to the largest summand, that rounding explains in float64."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scaling:
-    """A call between a summand and the loss that only scales it.
-
-    Attributes:
-        node: The call.
-        through: The argument that the summand goes through.
-        zero: The argument that this one is taken from, another summand: the call then only turns the sign.
-    """
-
-    node: fx.Node
-    through: fx.Node
-    zero: fx.Node | None = None
-
-    @property
-    def factors(self) -> list[fx.Node]:
-        """The other arguments."""
-        return [each for each in self.node.all_input_nodes if each not in (self.through, self.zero)]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Summand:
-    """A scalar of the graph, and the calls between it and the loss that only scale it.
-
-    Attributes:
-        node: The scalar.
-        outer: Those calls, the innermost first.
-    """
-
-    node: fx.Node
-    outer: tuple[Scaling, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +79,7 @@ def prove(twins: Twins, summand: Summand, inputs: Mapping[str, torch.Tensor]) ->
         return Verdict(reason=reason, from_model=is_number)
     reason = ""
     best = Verdict()
-    for sizes, rows in _settings(tail):
+    for sizes, rows in settings(tail.twins.samples, tail.sizes()):
         try:
             with tried_quietly():
                 best = Proof(tail, summand, sizes, rows, inputs).verdict()
@@ -127,44 +92,57 @@ def prove(twins: Twins, summand: Summand, inputs: Mapping[str, torch.Tensor]) ->
     return replace(best, reason=reason)
 
 
-def _settings(tail: Tail) -> Iterator[tuple[Sizes, int]]:
-    """Yield sizes and samples per microbatch to try: small ones, then one size after the other as it is.
+def is_linear(
+    tail: Tail, numbers: Sequence[fx.Node], calls: Sequence[fx.Node], inputs: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether a loss is linear in some numbers, whatever else it is computed of.
 
-    Sizes that are renamed may hang together in ways that are not seen: one is another and a hundred. The smaller of
-    them cost little as they are, and of what is left the largest, mostly the classes, still gets a small name.
+    Args:
+        tail: Of the loss.
+        numbers: They.
+        calls: What makes the loss of them, in order.
+        inputs: The example, by name.
+
+    Raises:
+        Unsuited: It cannot be run on small values.
     """
-    samples = tail.twins.samples
-    few = [2, 1] if samples == 1 else [samples, 2]  # of single samples each is all there is
-    rows = dict.fromkeys(few if samples <= 8 else [2, samples])
-    sizes = tail.sizes()
-    names = [small_sizes(sizes), small_sizes(sizes, apart=KEPT)]
-    names += [small_sizes(sizes, above) for above in sorted({size for size in sizes if size > KEPT})]
-    tried: list[dict[int, int]] = []
-    for renamed in (*names, {}):
-        if renamed not in tried:
-            tried.append(renamed)
-            for each in rows:
-                yield Sizes(samples, renamed), each
+    sizes, rows = next(settings(tail.twins.samples, tail.sizes()))
+    with tried_quietly():
+        proof = Proof(tail, Summand(tail.result), sizes, rows, inputs)
+        for kind in kinds_of(tail, proof.given.asked):
+            try:
+                run = next(proof.runs(kind), None)
+            except Unsuited:
+                raise
+            except Exception:  # whatever the user's code raises for values that are not its own
+                continue
+            if run is None:
+                continue
+            return _is_linear_in(proof.program, run.whole, numbers, calls, rows)
+    return False
 
 
-@contextmanager
-def tried_quietly() -> Iterator[None]:
-    """Compute in float64, outside of autocast, and leave random generators and defaults as they are."""
-    before = torch.get_default_dtype()
-    with (
-        random_states(),
-        warnings.catch_warnings(),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.device("cpu"),
-    ):
-        warnings.simplefilter("ignore")  # of values that are not the user's own
-        torch.set_default_dtype(torch.float64)
-        torch.default_generator.manual_seed(0)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+def _is_linear_in(
+    program: TailProgram, env: Mapping[fx.Node, Any], numbers: Sequence[fx.Node], calls: Sequence[fx.Node], rows: int
+) -> bool:
+    def made(values: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor:
+        return program.again(env, values, calls, rows)
+
+    zeros = dict.fromkeys(numbers, torch.zeros(()))
+    zero = made(zeros)
+    drawn = torch.Generator().manual_seed(1)
+    for scale in (-100.0, -3.0, -0.3, 0.01, 0.3, 3.0, 100.0, 1.0, 10.0):  # of one sign, and in the last of either
+        found = scale * (torch.rand(len(numbers), generator=drawn) + 0.5)
+        if scale in (1, 10):
+            found *= torch.randint(2, (len(numbers),), generator=drawn) * 2 - 1
+        values = dict(zip(numbers, found, strict=True))
+        wanted = made(values) - zero
+        parts = [made({**zeros, each: values[each]}) - zero for each in numbers]
+        twice = made({each: 2 * value for each, value in values.items()}) - zero
+        among = [*parts, zero]
+        if not (_close(torch.stack(parts).sum(0), wanted, among) and _close(twice, 2 * wanted, among)):
+            return False
+    return True
 
 
 class Proof:

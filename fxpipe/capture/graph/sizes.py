@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -185,6 +185,24 @@ def small_sizes(sizes: Iterable[int], above: int = KEPT, apart: int = _NEAR) -> 
                 return {}
             named[size] = small
     return named
+
+
+def settings(samples: int, sizes: Sequence[int]) -> Iterator[tuple[Sizes, int]]:
+    """Yield sizes and samples per microbatch to try: small ones, then one size after the other as it is.
+
+    Sizes that are renamed may hang together in ways that are not seen: one is another and a hundred. The smaller of
+    them cost little as they are, and of what is left the largest, mostly the classes, still gets a small name.
+    """
+    few = [2, 1] if samples == 1 else [samples, 2]  # of single samples each is all there is
+    rows = dict.fromkeys(few if samples <= 8 else [2, samples])
+    names = [small_sizes(sizes), small_sizes(sizes, apart=KEPT)]
+    names += [small_sizes(sizes, above) for above in sorted({size for size in sizes if size > KEPT})]
+    tried: list[dict[int, int]] = []
+    for renamed in (*names, {}):
+        if renamed not in tried:
+            tried.append(renamed)
+            for each in rows:
+                yield Sizes(samples, renamed), each
 
 
 def pair(first: Any, second: Any, node: Callable[[fx.Node, fx.Node], Any]) -> Any:

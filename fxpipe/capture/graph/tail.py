@@ -5,7 +5,9 @@ The second recording is of twice the samples; what changes between the two is wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,7 @@ from fxpipe.capture.graph.sizes import WIDE, Read, Sizes, Unsuited, Varying, fil
 from fxpipe.capture.graph.stand_ins import module_run, rows_made_up
 from fxpipe.capture.graph.twins import Twins, spoken
 from fxpipe.capture.model.builtin import is_builtin
+from fxpipe.capture.model.preserve import random_states
 from fxpipe.capture.model.skeleton import Skeleton
 from fxpipe.capture.record.node import function_of, info, is_setting, made_by, reached, sources
 
@@ -76,6 +79,39 @@ class Tail:
             for one, two in zip(*shapes, strict=True) if shapes is not None else ():
                 found.append(one if one == two else abs(two - one) // self.twins.samples)
         return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaling:
+    """A call between a summand and the loss that only scales it.
+
+    Attributes:
+        node: The call.
+        through: The argument that the summand goes through.
+        zero: The argument that this one is taken from, another summand: the call then only turns the sign.
+    """
+
+    node: fx.Node
+    through: fx.Node
+    zero: fx.Node | None = None
+
+    @property
+    def factors(self) -> list[fx.Node]:
+        """The other arguments."""
+        return [each for each in self.node.all_input_nodes if each not in (self.through, self.zero)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Summand:
+    """A scalar of the graph, and the calls between it and the loss that only scale it.
+
+    Attributes:
+        node: The scalar.
+        outer: Those calls, the innermost first.
+    """
+
+    node: fx.Node
+    outer: tuple[Scaling, ...] = ()
 
 
 def find_tail(twins: Twins, result: fx.Node, also: Sequence[fx.Node] = ()) -> Tail:
@@ -220,6 +256,26 @@ def inputs_of(node: fx.Node) -> set[fx.Node]:
     return {each for each in reached([node]) if each.op == "placeholder"}
 
 
+@contextmanager
+def tried_quietly() -> Iterator[None]:
+    """Compute in float64, outside of autocast, and leave random generators and defaults as they are."""
+    before = torch.get_default_dtype()
+    with (
+        random_states(),
+        warnings.catch_warnings(),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        warnings.simplefilter("ignore")  # of values that are not the user's own
+        torch.set_default_dtype(torch.float64)
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
 @dataclass(slots=True, eq=False)
 class TailProgram:
     """The calls of a tail, made ready to be run for any number of samples.
@@ -322,6 +378,16 @@ class TailProgram:
             if moved and (not isinstance(value, torch.Tensor) or value.dim()):
                 data_dependent.add(node)
         return env
+
+    def again(
+        self, env: Mapping[fx.Node, Any], instead: Mapping[fx.Node, Any], calls: Sequence[fx.Node], samples: int
+    ) -> torch.Tensor:
+        """Make the last calls again with other values for some before them, and give what the last one makes."""
+        values = {**env, **{node: value.expand(env[node].shape) for node, value in instead.items()}}
+        for node in calls:
+            values[node] = self.scaled(node, {}, values, samples).detach()
+        found: torch.Tensor = values[calls[-1]]
+        return found
 
     def scaled(
         self, node: fx.Node, instead: Mapping[Any, Any], env: Mapping[fx.Node, Any], samples: int

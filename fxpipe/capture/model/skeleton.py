@@ -238,9 +238,7 @@ def _with_values(plain: Mapping[int, tuple[str, torch.Tensor]]) -> dict[int, tup
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every parameter and buffer under every one of its FQNs, in the model's order of modules."""
     for prefix, part in module.named_modules(remove_duplicate=False):
-        own = part.named_parameters(recurse=False, remove_duplicate=False)
-        buffers = part.named_buffers(recurse=False, remove_duplicate=False)
-        for leaf, tensor in (*own, *buffers):
+        for leaf, tensor in (*part.named_parameters("", False, False), *part.named_buffers("", False, False)):
             yield (f"{prefix}.{leaf}" if prefix else leaf), tensor
 
 
