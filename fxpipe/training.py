@@ -22,9 +22,10 @@ from fxpipe.batch.inputs import Inputs, name_parts
 from fxpipe.batch.merge import differ, few_samples, merge_outputs
 from fxpipe.batch.moving import OnDevice
 from fxpipe.batch.order import Order, check_call
-from fxpipe.batch.paths import check_paths
+from fxpipe.batch.paths import check_kinds, check_paths
 from fxpipe.batch.split import cut
 from fxpipe.batch.weights import Counts, add_counts, count_terms, given_counts, make_shares
+from fxpipe.capture.graph.loss import path_of
 from fxpipe.comparison import check_apart, nudged
 from fxpipe.errors import CaptureError, FxpipeError, ScheduleError
 from fxpipe.materialize import Origin, Running
@@ -143,6 +144,7 @@ class Trainer:
         self._trained = Trained()
         self._source = source
         self._modes: Modes | None = None
+        self._paths: dict[Variant, tuple[bool, ...]] = {}
         self._apart: set[Hashable] = set()  # kinds of batches whose samples were seen not to depend on each other
 
     def step(
@@ -355,21 +357,30 @@ class Trainer:
         for variant in dict.fromkeys(found) if len(parts) > 1 else ():
             if running.groups is not None and running.plan.num_ranks > 1:
                 refuse_overlap(variant.program)
-        _check_alike(found)
+        check_kinds([each.program.loss_terms for each in found])
         return Step(inputs, found, sizes, self._counts(found, inputs, sizes, parts))
 
     def _on_path(self, found: Sequence[Variant], batch: Microbatch | None) -> list[bool]:
         """Tell which microbatches take the path through the loss that their batch takes, or most of its terms do."""
-        if len(found) < 2 or not any(variant.path for variant in found):
+        if len(found) < 2 or not any(map(self._path, dict.fromkeys(found))):
             return [True] * len(found)
         if batch is not None:
-            layout = self._source.dims.layout(batch, split=False)
-            (whole,) = name_parts(self.variants.capture.parameter_names, [batch], [layout])
-            path = self.variants.find(whole, with_loss=True).path
+            layouts = [self._source.dims.layout(batch, split=False)]
+            (whole,) = name_parts(self.variants.capture.parameter_names, [batch], layouts)
+            path = self._path(self.variants.find(whole, with_loss=True))
         else:  # what was split before is not put together: it is held against the first that adds something
-            adding = (each for each in found if not all(term.nothing for term in each.program.loss_terms))
-            path = next(adding, found[0]).path
-        return [variant.path == path for variant in found]
+            adds = (each for each in found if not all(term.nothing for term in each.program.loss_terms))
+            path = self._path(next(adds, found[0]))
+        return [self._path(variant) == path for variant in found]
+
+    def _path(self, variant: Variant) -> tuple[bool, ...]:
+        """Give what Python asks on the way to the loss, past the model's layers."""
+        if variant not in self._paths:
+            of = variant.captured
+            guards, recorder = (of.symbolic or of.observation).guards, of.observation.recorder
+            self._paths = {} if len(self._paths) >= MOST_VARIANTS else self._paths
+            self._paths[variant] = path_of(guards, recorder, of.terms, of.inputs.dims)
+        return self._paths[variant]
 
     @contextmanager
     def _beside_example(self, microbatches: Sequence[Inputs]) -> Iterator[None]:
@@ -437,18 +448,3 @@ def _computed_in(device: torch.device) -> torch.dtype | None:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None if device.type == "cpu" else torch.float16  # as many digits as TF32 has
-
-
-def _check_alike(variants: Sequence[Variant]) -> None:
-    """Refuse microbatches of which some weigh by their samples and others by what counts in them.
-
-    Raises:
-        CaptureError: Some do: another path was proved of another loss.
-    """
-    places = zip(*([term.kind for term in variant.program.loss_terms] for variant in variants), strict=False)
-    if any({"samples", "tokens"} <= set(kinds) for kinds in places):
-        raise CaptureError(
-            "the microbatches of this batch take different paths, whose losses weigh in different ways: some by their "
-            "samples, others by what counts in them\n  write one loss for both (sums over a count kept from 0), "
-            "or pass loss_weight="
-        )

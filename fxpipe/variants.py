@@ -7,7 +7,6 @@ its variant without the model's forward.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +19,6 @@ from fxpipe.capture.calls.ambient import Ambient
 from fxpipe.capture.calls.reads import answer_of
 from fxpipe.capture.capture import Capture, Captured
 from fxpipe.capture.cut.placement import Holders
-from fxpipe.capture.graph.loss import path_of
 from fxpipe.capture.graph.reading import Read, read_again
 from fxpipe.capture.graph.symbolic import reads_alike
 from fxpipe.capture.model.settings import functions_within, settings_of
@@ -58,7 +56,7 @@ class Around:
     own: tuple[Any, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Variant:
     """One recorded graph, cut by the plan.
 
@@ -79,13 +77,6 @@ class Variant:
     read: Read | None
     alone: Callable[[], Program]
     captured: Captured
-
-    @functools.cached_property
-    def path(self) -> tuple[bool, ...]:
-        """What Python asked on the way to the loss, past the model's layers."""
-        captured = self.captured
-        guards = (captured.symbolic or captured.observation).guards
-        return path_of(guards, captured.observation.recorder, captured.terms, captured.inputs.dims)
 
     @property
     def name(self) -> tuple[str, str]:

@@ -38,6 +38,26 @@ def check_paths(
             )
 
 
+def check_kinds(terms: Sequence[Sequence[LossTerm]]) -> None:
+    """Refuse microbatches of which some weigh by their samples and others by what counts in them.
+
+    Args:
+        terms: The loss terms of each microbatch.
+
+    Raises:
+        CaptureError: Some do: another path was proved of another loss.
+
+    >>> check_kinds([[LossTerm("a", "samples")], [LossTerm("b", "sum")]])
+    """
+    places = zip(*([term.kind for term in own] for own in terms), strict=False)
+    if any({"samples", "tokens"} <= set(kinds) for kinds in places):
+        raise CaptureError(
+            "the microbatches of this batch take different paths, whose losses weigh in different ways: some by their "
+            "samples, others by what counts in them\n  write one loss for both (sums over a count kept from 0), "
+            "or pass loss_weight="
+        )
+
+
 def _adds_alike(own: Sequence[LossTerm], wanted: Sequence[LossTerm], tensors: Mapping[str, Any]) -> bool:
     """Whether the terms on one path are those on another, but for some in which nothing counts."""
     mine, theirs = ({term.spelling for term in each} for each in (own, wanted))
