@@ -310,8 +310,9 @@ class Trainer:
             with busy(running.groups, "preparing the batch"):
                 step = make()
                 step.install(running.stages)
-            if sizes != tuple(stage.num_programs for stage in running.stages):
-                modes.note_hooks()
+            ready = tuple(stage.num_programs for stage in running.stages)
+            if sizes != ready:
+                modes.note_hooks(ready)
         except Exception as found:  # whatever it is, the other ranks must not wait for this one
             error = found
         # Replicas may infer at their own pace: how many microbatches each takes is its own.

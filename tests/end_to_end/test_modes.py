@@ -215,9 +215,13 @@ def test_what_a_script_sets_counts_in_opened_blocks_too(wrap, monkeypatch):
         (lambda part: setattr(part, "forward", lambda x: x), r"forward was set"),
     ],
 )
-def test_what_nothing_would_call_is_refused(change, words):
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_nothing_would_call_is_refused(change, words, steps):
     x = torch.randn(4, 4)
     with opened_pipe(nn.Sequential(Scaled(), Scaled()), x) as pipe:
+        for _ in range(steps):
+            pipe.step(x, target=x)
+            pipe.verify(x, target=x)
         opened = [part for stage in pipe.stage_modules for fqn, part in stage.named_modules() if fqn == "0"]
         change(opened[0])
         with pytest.raises(fxpipe.MaterializeError, match=rf"^0.*{words}.*\n  name it in leaves="):

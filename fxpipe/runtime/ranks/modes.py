@@ -64,6 +64,7 @@ class Modes:
         self._stages = tuple(stages)
         self._list_opened = opened
         self._listed: tuple[int, ...] = ()
+        self._noted: tuple[int, ...] = ()
         known = ((fqn, part, self._model.get(fqn)) for fqn, part in opened())
         self._opened = [_Opened(fqn, part, model, _num_hooks(part)) for fqn, part, model in known if model is not None]
         self._settings: dict[str, str] = {}
@@ -103,12 +104,15 @@ class Modes:
         if sizes != self._listed:
             uncalled, self._listed = {id(part) for _, part in self._list_opened()}, sizes
             self._opened = [each for each in self._opened if id(each.part) in uncalled]
+        if sizes != self._noted and self._noted:  # verify has made them ready for more
+            self.note_hooks(sizes)
         for each in self._opened:
             self._settings.update(each.follow())
         return tuple(self._settings.items())
 
-    def note_hooks(self) -> None:
+    def note_hooks(self, sizes: tuple[int, ...]) -> None:
         """Take the hooks that modules have now for fxpipe's own: stages were made ready for another variant."""
+        self._noted = sizes
         for each in self._opened:
             each.num_hooks = _num_hooks(each.part)
 
