@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from fxpipe.batch.digest import LateDigest, digest_inputs, on_host
 from fxpipe.batch.dims import BatchDims, Microbatch
@@ -278,10 +277,7 @@ class Trainer:
 
     def start(self, running: Running) -> Modes:
         """Take note of how the modules of this rank's stages are before a user has changed any."""
-
-        def opened() -> list[tuple[str, nn.Module]]:
-            return [each for stage in running.stages for each in stage.opened()]
-
+        opened = [stage.opened for stage in running.stages]
         self._modes = Modes(self.variants.capture.skeleton.module, running.stages, opened)
         return self._modes
 
@@ -310,9 +306,7 @@ class Trainer:
             with busy(running.groups, "preparing the batch"):
                 step = make()
                 step.install(running.stages)
-            ready = tuple(stage.num_programs for stage in running.stages)
-            if sizes != ready:
-                modes.note_hooks(ready)
+            modes.note_hooks(tuple(stage.num_programs for stage in running.stages))
         except Exception as found:  # whatever it is, the other ranks must not wait for this one
             error = found
         # Replicas may infer at their own pace: how many microbatches each takes is its own.

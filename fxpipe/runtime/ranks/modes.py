@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,21 +51,21 @@ class Modes:
     Args:
         model: The model's modules, as they are recorded; their flags follow those of the stages.
         stages: This rank's stages; their modules have the model's names.
-        opened: Gives those of their modules that are never called, by name.
+        opened: Each gives those of a stage's modules that are never called, by name.
     """
 
     def __init__(
         self,
         model: nn.Module,
         stages: Iterable[nn.Module],
-        opened: Callable[[], Iterable[tuple[str, nn.Module]]] = tuple,
+        opened: Sequence[Callable[[], Iterable[tuple[str, nn.Module]]]] = (),
     ) -> None:
         self._model = dict(model.named_modules(remove_duplicate=False))
         self._stages = tuple(stages)
         self._list_opened = opened
         self._listed: tuple[int, ...] = ()
         self._noted: tuple[int, ...] = ()
-        known = ((fqn, part, self._model.get(fqn)) for fqn, part in opened())
+        known = ((fqn, part, self._model.get(fqn)) for each in opened for fqn, part in each())
         self._opened = [_Opened(fqn, part, model, _num_hooks(part)) for fqn, part, model in known if model is not None]
         self._settings: dict[str, str] = {}
         self._sizes: tuple[int, ...] = ()
@@ -102,7 +102,7 @@ class Modes:
             MaterializeError: Something was that the model cannot be given, or a hook that nothing would call.
         """
         if sizes != self._listed:
-            uncalled, self._listed = {id(part) for _, part in self._list_opened()}, sizes
+            uncalled, self._listed = {id(part) for each in self._list_opened for _, part in each()}, sizes
             self._opened = [each for each in self._opened if id(each.part) in uncalled]
         if sizes != self._noted and self._noted:  # verify has made them ready for more
             self.note_hooks(sizes)
@@ -112,6 +112,8 @@ class Modes:
 
     def note_hooks(self, sizes: tuple[int, ...]) -> None:
         """Take the hooks that modules have now for fxpipe's own: stages were made ready for another variant."""
+        if sizes == self._noted:
+            return
         self._noted = sizes
         for each in self._opened:
             each.num_hooks = _num_hooks(each.part)
