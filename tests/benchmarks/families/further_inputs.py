@@ -56,6 +56,8 @@ class FurtherInputs(Inputs):
             words = re.findall(r"\w+", text)
             parts = tuple(f"_{word}" for word in words if "_" in word)
             missing = [name for name in self.taken if name in words or name.endswith(parts)]
+            if any(name in batch for name in missing):  # which may not be given both
+                missing = []
         if "None" in text:
             missing += none_in(error, self.taken)
         missing = [name for name in missing if name not in (*batch, *self.named, "labels") and self.options(name)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -126,9 +127,11 @@ class Repairs:
         values = list(self._values(name, holders[0], line))
         if self.tried[name] >= len(values):
             return False
-        for each in holders:
-            setattr(each, name, copy.deepcopy(values[self.tried[name]]))
+        value = values[self.tried[name]]
         self.tried[name] += 1
+        for each in holders:
+            with contextlib.suppress(Exception):  # one that the configuration takes for no such value
+                setattr(each, name, copy.deepcopy(value))
         return True
 
     def _values(self, name: str, holder: Any, line: str) -> Iterator[Any]:
