@@ -46,7 +46,7 @@ def section(kind: str, rows: dict[str, dict[str, Any]], microbatches: int) -> st
     meanings = {
         "exact": "as the model",
         "differs": "another number, or another initial weight",
-        "as far off itself": "the model alone is as far off its own outputs: random numbers, or samples that meet",
+        "as far off itself": "the model alone is as far off itself: random numbers, samples that meet, float32",
         "fails": "an error that is not fxpipe's own",
         "refused": "an error of fxpipe's that says why",
         "not finished": "more time or memory than a model is given here",
