@@ -277,14 +277,15 @@ def takes_half(found: Found) -> bool:
 
 def by_halves(found: Found, own: bool, nothing: float) -> float:
     """Give how far gradients that the model by itself adds up over halves of the batch are off those of the whole."""
-    model, half = copy.deepcopy(found.real), SAMPLES // 2
+    model, half = found.real, SAMPLES // 2
+    whole = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     for start in (0, half):
         output = model(**{name: part[start : start + half] for name, part in found.batch.items()})
         loss = loss_in(output) if own else squares(output)
         (loss / 2).backward()  # type: ignore[operator]
-    pairs = zip(model.parameters(), found.real.parameters(), strict=True)
-    return max(distance_of(one.grad, other.grad, nothing) for one, other in pairs)
+    pairs = zip(model.parameters(), whole, strict=True)
+    return max(distance_of(parameter.grad, gradient, nothing) for parameter, gradient in pairs)
 
 
 @torch.no_grad()
