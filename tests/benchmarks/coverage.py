@@ -417,8 +417,7 @@ A Llama of 405 billion parameters (126 layers, 4,096 tokens) on meta, counted, i
 
 def main() -> None:
     if sys.argv[1:2] in (["hf"], ["vision"]):
-        sys.path.insert(0, str(Path(__file__).parent / "families"))
-        sys.exit(importlib.import_module("library_families").main())
+        sys.exit(importlib.import_module("tests.benchmarks.families.library_families").main())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("architectures", "the table of the tests"), ("peers", "others' tracers on the same models")):

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from repairs import statement
-from small_inputs import LENGTH, PATCHES, Batches, Inputs, Make
+
+from tests.benchmarks.families.repairs import statement
+from tests.benchmarks.families.small_inputs import LENGTH, PATCHES, Batches, Inputs, Make
 
 WIDTHS = re.compile(  # how torch says which width it expected, or which two do not fit
     r"to have (\d+) channels|and (\d+)x\d+\)|normalized_shape=\[(\d+)\]|"

@@ -29,19 +29,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from judge import distance as distance_of
 from judge import distances, largest
-from sections import write_section
-from small_models import Case, Unsuitable, hugging_face_cases, vision_cases
-from tables import section
 from torch import nn
 
 import fxpipe
 from fxpipe.errors import FxpipeError
+from tests.benchmarks.families.small_models import Case, Unsuitable, hugging_face_cases, vision_cases
+from tests.benchmarks.families.tables import section
+from tests.benchmarks.sections import write_section
 
 SAMPLES, MICROBATCHES, STAGES = 4, 2, 2
 FINDING_S = 10  # of processor time; after that no other size of a model is looked at

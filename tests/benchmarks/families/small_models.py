@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from further_inputs import FurtherInputs
-from repairs import Repairs, fitting, lessened, size_of
-from small_inputs import Batch, Batches, Inputs
 from torch import nn
+
+from tests.benchmarks.families.further_inputs import FurtherInputs
+from tests.benchmarks.families.repairs import Repairs, fitting, lessened, size_of
+from tests.benchmarks.families.small_inputs import Batch, Batches, Inputs
 
 PARAMETERS = 40_000_000  # a model that is larger is made narrower, or left out
 LARGE = 100_000_000  # a model for images, which is not made narrower
