@@ -363,9 +363,8 @@ class Trainer:
             layouts = [self._source.dims.layout(batch, split=False)]
             (whole,) = name_parts(self.variants.capture.parameter_names, [batch], layouts)
             path = self._path(self.variants.find(whole, with_loss=True))
-        else:  # what was split before is not put together: it is held against the first that adds something
-            adds = (each for each in found if not all(term.nothing for term in each.program.loss_terms))
-            path = self._path(next(adds, found[0]))
+        else:  # what was split before is not put together: the path with most terms has those of all others
+            path = self._path(max(found, key=lambda each: sum(not term.nothing for term in each.program.loss_terms)))
         return [self._path(variant) == path for variant in found]
 
     def _path(self, variant: Variant) -> tuple[bool, ...]:

@@ -259,6 +259,12 @@ def test_a_microbatch_on_another_path_than_its_batch_adds_what_it_adds_there(los
         wanted = loss(plain(inputs()), other)
         wanted.backward()
         check_equal(pipe, plain, pipe.step(inputs(), target=other), wanted.detach())
+        pipe.zero_grad()
+        parts = [((inputs()[at],), {}, {key: value[at] for key, value in other.items()}) for at in (FIRST, REST)]
+        check_equal(pipe, plain, pipe.step(microbatches=parts), wanted.detach())
+
+
+FIRST, REST = slice(4), slice(4, 8)
 
 
 def hooked(hook: Any) -> Loss:
