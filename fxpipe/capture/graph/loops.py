@@ -137,7 +137,7 @@ class _Loops(Proof):
             done = self._as_mine(found)
             same = self._whole.takes_path(found) and all(map(self._parts.takes_path, envs))
             if same and math.isfinite(float(done[self.summand.node].detach())):
-                yield Run((whole, parts), done, envs)
+                yield Run((whole, parts), done, envs, trial >= self.given.trials)
 
     def _as_mine(self, found: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         done = {mine: found[theirs] for mine, theirs in self._thrice.items() if theirs in found}

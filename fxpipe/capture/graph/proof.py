@@ -52,11 +52,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """A batch run whole and in microbatches."""
+    """A batch run whole and in microbatches; ``is_driven`` where its values are those of another, moved."""
 
     given: tuple[Values, list[Values]]
     whole: dict[fx.Node, Any]
     parts: list[dict[fx.Node, Any]]
+    is_driven: bool = False
 
 
 def prove(twins: Twins, summand: Summand, inputs: Mapping[str, torch.Tensor]) -> Verdict:
@@ -217,10 +218,14 @@ class Proof:
         return Verdict(reason=failed)
 
     def _found(self, runs: Sequence[Run]) -> Candidate | None:
-        """Give the first of the candidates under which the microbatches of all batches add up."""
+        """Give the first of the candidates under which the microbatches of all batches add up.
+
+        Those that were moved have the masks and integers of others: they refute, and confirm nothing.
+        """
         for candidate in candidates(self.tail):
-            held = [self._holds(candidate, run) for run in runs]
-            if False not in held and held.count(True) >= max(2, held.count(None) / 2):
+            held = [(self._holds(candidate, run), run.is_driven) for run in runs]
+            told = [holds for holds, is_driven in held if not is_driven]
+            if (False, True) not in held and False not in told and told.count(True) >= max(2, told.count(None)):
                 return candidate
         return None
 
@@ -231,7 +236,7 @@ class Proof:
             try:
                 whole, parts = self._values(kind, trial)
                 done = self._run_whole(whole)
-                run = Run((whole, parts), done, self._run_parts(parts, done))
+                run = Run((whole, parts), done, self._run_parts(parts, done), trial >= self.given.trials)
             except Unsuited:
                 raise
             except Exception:
