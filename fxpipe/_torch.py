@@ -438,6 +438,12 @@ class _Both:
         self._stack.__exit__(*error)
 
 
+def leaf_of(node: Any) -> torch.Tensor | None:
+    """Give the leaf whose gradient a node of the autograd graph accumulates; None for a node that computes one."""
+    leaf = getattr(node, "variable", None)
+    return leaf if not node.next_functions and isinstance(leaf, torch.Tensor) else None
+
+
 def reduce_sharded_gradients(module: Any, on_all: Callable[[list[bool]], list[bool]] | None = None) -> None:
     """Reduce and scatter the gradients that an FSDP2 root and what it wraps have accumulated, now.
 

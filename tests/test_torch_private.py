@@ -342,3 +342,11 @@ def test_a_storage_is_known_also_inside_of_vmap():
 
     torch.vmap(torch.vmap(look))(rows[..., None])
     assert set(seen) == {_torch.storage_key(rows)} != {_torch.storage_key(rows.clone())}
+
+
+def test_the_leaf_that_a_node_accumulates_the_gradient_of_is_found():
+    leaf = torch.ones(2, requires_grad=True)
+    product = leaf * 2
+    ((accumulates, _), _) = product.grad_fn.next_functions
+    assert _torch.leaf_of(accumulates) is leaf
+    assert _torch.leaf_of(product.grad_fn) is None

@@ -223,9 +223,9 @@ class Proof:
         Those that were moved have the masks and integers of others: they refute, and confirm nothing.
         """
         for candidate in candidates(self.tail):
-            held = [(self._holds(candidate, run), run.is_driven) for run in runs]
-            told = [holds for holds, is_driven in held if not is_driven]
-            if (False, True) not in held and False not in told and told.count(True) >= max(2, told.count(None)):
+            held = [self._holds(candidate, run) for run in runs]
+            told = [holds for holds, run in zip(held, runs, strict=True) if not run.is_driven]
+            if False not in held and told.count(True) >= max(2, told.count(None)):
                 return candidate
         return None
 

@@ -356,14 +356,13 @@ class TailProgram:
             Unsuited: A shape is another than expected: sizes that were renamed have more than one meaning.
         """
         env = {node: value.clone() if _is_leaf(value) or self._writes else value for node, value in values.items()}
-        twins = self.tail.twins
+        twins, known = self.tail.twins, drawn or {}
         data_dependent: set[fx.Node] = set()
         for node, args, kwargs in self._calls:
             context = info(node).context
             quiet = context is not None and context.grad_enabled is False
             with torch.set_grad_enabled(not quiet):
-                is_known = drawn is not None and node in drawn
-                env[node] = drawn[node] if is_known else self.call(node, args, kwargs, env, samples)  # type: ignore[index]
+                env[node] = known[node] if node in known else self.call(node, args, kwargs, env, samples)
             moved = data_dependent.intersection(node.all_input_nodes)
             shapes = twins.growing(node)
             value = env[node]

@@ -81,9 +81,9 @@ class EngineStage(WithoutMetadata, PipelineStage):
         num_stages: int,
         device: torch.device,
         group: dist.ProcessGroup,
-        control: dist.ProcessGroup | None = None,
+        control: dist.ProcessGroup,
     ) -> None:
-        """Store what to run; ``control`` is the group for tensors on the CPU, ``group`` itself for None."""
+        """Store what to run; ``control`` is the group for tensors on the CPU."""
         super().__init__(module, module.stage_index, num_stages, device, group=group)
         self.jobs: Sequence[Job] = ()
         self.checkpoints = CheckpointWatch()
@@ -105,7 +105,7 @@ class EngineStage(WithoutMetadata, PipelineStage):
         if carries_names(device):
             self._exchange = Exchange(group, module.stage_index, device)
         else:
-            self._absences = Absences(control or group, module.stage_index)
+            self._absences = Absences(control, module.stage_index)
 
     # --- what crosses ---
 

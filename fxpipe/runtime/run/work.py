@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from fxpipe._torch import splits_backward, tried, weight_groups
+from fxpipe._torch import leaf_of, splits_backward, tried, weight_groups
 from fxpipe.errors import ScheduleError
 from fxpipe.program import BoundaryTensor, Program, StageProgram
 from fxpipe.runtime.build.boundary import before_join, conform
@@ -336,8 +336,8 @@ def _give_zeros(work: Pass) -> set[int]:
             continue
         seen.add(node)
         todo += [GradientEdge(each, place) for each, place in node.next_functions if each is not None]
-        leaf = getattr(node, "variable", None)  # of what accumulates a gradient
-        if not node.next_functions and isinstance(leaf, torch.Tensor):
+        leaf = leaf_of(node)
+        if leaf is not None:
             reached.add(id(leaf))
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)

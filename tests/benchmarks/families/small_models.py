@@ -251,13 +251,19 @@ def class_of_each_type() -> dict[str, str]:
     return found
 
 
-def find_hugging_face(model_type: str, name: str) -> Found:
+def named_class(name: str) -> Any:
     import transformers
-    from transformers import CONFIG_MAPPING
 
-    kind, why, found = getattr(transformers, name, None), Unsuitable("too large"), False
+    kind = getattr(transformers, name, None)
     if kind is None:
         raise Unsuitable(f"the library names {name} and has it not")
+    return kind
+
+
+def find_hugging_face(model_type: str, name: str) -> Found:
+    from transformers import CONFIG_MAPPING
+
+    kind, why, found = named_class(name), Unsuitable("too large"), False
     for how, most in HOW:
         try:
             config = shrunk(CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {})), how)
@@ -278,12 +284,9 @@ def find_hugging_face(model_type: str, name: str) -> Found:
 
 def find_further(model_type: str, name: str) -> Found:
     """Find a configuration that the class takes by mending one for each error that building or calling it raises."""
-    import transformers
     from transformers import CONFIG_MAPPING
 
-    kind, why, found = getattr(transformers, name, None), Unsuitable("too large"), False
-    if kind is None:
-        raise Unsuitable(f"the library names {name} and has it not")
+    kind, why, found = named_class(name), Unsuitable("too large"), False
     for how, most in FURTHER:
         try:
             several = fitting(kind, shrunk(CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {})), how))
